@@ -1,0 +1,123 @@
+"""Loading the base: one call, the same for serving and training, so that both work on the very same weights."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from onebase_adapters.base.catalog import DEFAULT_BASE, Progress, fetch_base
+from onebase_adapters.base.shape import BaseShape, describe_base, fingerprint_folder
+from onebase_adapters.errors import BaseModelError
+
+log = logging.getLogger(__name__)
+
+Quantization = Literal["nf4", "fp4", "none"]
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Which base, and how it is held in memory. Serving and training must agree on all but the device."""
+
+    model: str = DEFAULT_BASE
+    """Catalog name, folder, or hub id."""
+    quantization: Quantization = "nf4"
+    """4-bit format of the linear sites (QLoRA, Dettmers et al. 2023, section 3); `none` keeps bfloat16."""
+    double_quant: bool = True
+    """Quantise the 4-bit blocks' scales to 8 bit too (QLoRA, section 3)."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N`, or `auto`: cuda where there is one."""
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen model with its tokenizer and its shape."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    shape: BaseShape
+    device: torch.device
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is cuda where there is one. Raises BaseModelError for a device the machine lacks."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise BaseModelError("No CUDA device on this machine; use --device cpu.", field="device")
+    return chosen
+
+
+def load_base(
+    spec: BaseSpec, *, attention: str = "sdpa", progress: Progress = log.info, model_class: Any = None
+) -> LoadedBase:
+    """Fetch if need be, quantise, freeze. `attention` is a name known to transformers' AttentionInterface;
+    `model_class` another transformers Auto class (default: causal language model).
+
+    Raises BaseModelError and its branches, or StorageError.
+    """
+    folder = fetch_base(spec.model, progress=progress)
+    device = resolve_device(spec.device)
+    quantization = {"quantization": spec.quantization, "double_quant": spec.double_quant}
+    options: dict[str, Any] = {}
+    if spec.quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=spec.quantization,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=spec.double_quant,
+        )
+    try:
+        with quiet_loading():
+            config = AutoConfig.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = (model_class or AutoModelForCausalLM).from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.bfloat16,
+                attn_implementation=attention,
+                device_map={"": device},
+                **options,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"Cannot load {spec.model!r}: {error}", field="model") from error
+    model.eval()
+    model.requires_grad_(False)
+    shape = describe_base(model, spec.model, fingerprint_folder(folder, quantization))
+    return LoadedBase(model, tokenizer, shape, device)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' weight bars, and without bitsandbytes' hint about an optional hub kernel."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def model_bytes(model: torch.nn.Module) -> int:
+    """Memory of a model's parameters and buffers, quantisation constants included, in bytes."""
+    total = 0
+    for tensor in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values():
+        total += tensor.numel() * tensor.element_size()
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            total += state.absmax.numel() * state.absmax.element_size()
+    return total

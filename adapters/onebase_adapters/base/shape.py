@@ -1,0 +1,86 @@
+"""What an adapter must know of its base, as a plain value: sites, sizes, fingerprint. No weights in it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear module that adapters may change: y = W x (+ b), W of [out_features, in_features]."""
+
+    name: str
+    """Dotted module path in the transformers model, e.g. `model.layers.0.self_attn.q_proj`."""
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """The base as adapters see it. Two bases with the same fingerprint have the same weights."""
+
+    name: str
+    """What the user called it: catalog name, folder or hub id."""
+    fingerprint: str
+    """Hex digest over weights' samples, configuration and quantisation; see `fingerprint_folder`."""
+    model_type: str
+    layers: int
+    hidden: int
+    """Width of the residual stream."""
+    vocab: int
+    """Rows of the embedding; ids from here upwards are virtual tokens."""
+    context: int
+    """Largest position the model was made for, in tokens."""
+    sites: Mapping[str, Site]
+
+
+def describe_base(model: nn.Module, name: str, fingerprint: str) -> BaseShape:
+    """Read the shape off a loaded transformers model (which may carry adapters or our wrappers: not yet)."""
+    config: Any = model.config
+    text = config.get_text_config()
+    return BaseShape(
+        name=name,
+        fingerprint=fingerprint,
+        model_type=config.model_type,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocab=text.vocab_size,
+        context=text.max_position_embeddings,
+        sites={site.name: site for site in _linear_sites(model)},
+    )
+
+
+def _linear_sites(model: nn.Module) -> list[Site]:
+    from transformers.pytorch_utils import Conv1D
+
+    sites = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):  # bitsandbytes' Linear4bit is one too
+            sites.append(Site(name, module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            sites.append(Site(name, module.nx, module.nf))
+    return sites
+
+
+def fingerprint_folder(folder: Path, quantization: Mapping[str, Any]) -> str:
+    """Identity of a base: its configuration, its weights and how they are quantised, as 16 hex digits.
+
+    Weights are sampled (every file's header, then 64 KiB at 64 even offsets): a large model's full hash would
+    cost minutes at each start, and no fine-tune leaves all samples unchanged.
+    """
+    digest = hashlib.sha256(json.dumps(dict(quantization), sort_keys=True).encode())
+    config = json.loads((folder / "config.json").read_text())
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+    digest.update(json.dumps({k: v for k, v in config.items() if k not in volatile}, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for sample in range(64):
+                file.seek(size * sample // 64)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]

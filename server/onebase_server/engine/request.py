@@ -1,0 +1,80 @@
+"""What a request asks of the engine, in tokens. Plain values, shared by the API's side and the engine's."""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How to choose a request's tokens. Names and meanings are vLLM's and OpenAI's."""
+
+    max_tokens: int = 16
+    """Most tokens to generate; at least 1."""
+    min_tokens: int = 0
+    """End-of-sequence and stop tokens cannot be chosen before this many tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    """With a seed the tokens are the same in every run and any company."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: no logprobs; n: the chosen token's, and those of the n most likely."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens (the first has none)."""
+
+
+class EngineRequest(msgspec.Struct, frozen=True):
+    """One sequence to continue."""
+
+    id: str
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    sampling: SamplingParams
+    adapter: str | None = None
+    """Digest of a loaded adapter; None is the base."""
+    tenant: str = ""
+    """Whose request it is: tenants share the engine fairly, and share no cached prefix."""
+    priority: int = 0
+    """Lower runs first."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities at one position (of the distribution before temperature and penalties)."""
+
+    token: int
+    logprob: float
+    rank: int
+    """1 is the most likely token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token, logprob) of the n most likely, best first."""
+
+
+class Output(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one request has got since its last Output. The one with a `finish_reason` is its last."""
+
+    id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of `tokens`, if asked for."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """Once, with the first output, if asked for; the first entry is None."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache (in the first output)."""
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    """The token that ended it, where `finish_reason` is `stop`; it is not in `tokens`."""
+    error: str | None = None
+    """Why, where `finish_reason` is `error`."""
+    error_kind: str | None = None
+    """`too_large`, `engine_died`, `out_of_memory`, `adapter` or `internal`."""

@@ -1,0 +1,6 @@
+"""`onebase train`."""
+
+
+def train() -> None:
+    """Train an adapter."""
+    raise NotImplementedError
