@@ -1,1 +1,1 @@
-"""What an adapter is: methods, their lowering to primitives, files, store, kernels, and the base they sit on."""
+"""What an adapter is: methods, their lowering to primitives, files, store, kernels, and their base."""

