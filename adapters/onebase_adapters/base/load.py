@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -17,27 +17,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from onebase_adapters.base.catalog import DEFAULT_BASE, Progress, fetch_base
+from onebase_adapters.base.catalog import Progress, fetch_base
 from onebase_adapters.base.shape import BaseShape, describe_base, fingerprint_folder
+from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.errors import BaseModelError
 
 log = logging.getLogger(__name__)
-
-Quantization = Literal["nf4", "fp4", "none"]
-
-
-@dataclass(frozen=True)
-class BaseSpec:
-    """Which base, and how it is held in memory. Serving and training must agree on all but the device."""
-
-    model: str = DEFAULT_BASE
-    """Catalog name, folder, or hub id."""
-    quantization: Quantization = "nf4"
-    """4-bit format of the linear sites (QLoRA, Dettmers et al. 2023, section 3); `none` keeps bfloat16."""
-    double_quant: bool = True
-    """Quantise the 4-bit blocks' scales to 8 bit too (QLoRA, section 3)."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:N`, or `auto`: cuda where there is one."""
 
 
 @dataclass(frozen=True)

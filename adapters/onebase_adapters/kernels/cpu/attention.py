@@ -1,0 +1,223 @@
+"""Paged attention on CPUs: one kernel for prefill and decode, because both are rows of queries over blocks.
+
+A work item is a run of a sequence's query tokens with one key-value head; its rows are (token, query head)
+pairs. Scores of a whole row are kept, so the softmax is the plain two-pass one. Keys lie transposed in their
+block ([dim, 16 tokens]) and values straight ([16 tokens, dim]), so that both products are `matmul_tile`s.
+
+Invariant: a row sees only its own sequence's keys, block by block from the first, and everything is summed
+per lane in that order; so its result does not depend on chunking, on its neighbours, or on prefix reuse.
+"""
+
+import numpy as np
+from numba import carray, njit, prange
+
+from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.cpu.vector import (
+    bf16_from_f32,
+    f32_from_bf16,
+    f32_from_bits,
+    matmul_tile,
+    u16_pointer,
+)
+
+TILE_TOKENS = 16
+"""Query tokens in a work item, at most; they share each block's load."""
+NO_WINDOW = 1 << 30
+
+_scores_tile = matmul_tile(rows=4, groups=1, unroll=4)
+_values_tile_wide = matmul_tile(rows=4, groups=4, unroll=1)
+_values_tile = matmul_tile(rows=4, groups=1, unroll=1)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def exp_nonpositive(x: np.float32) -> np.float32:
+    """e**x for x <= 0 to 2 units in the last place, in operations that LLVM vectorises."""
+    x = max(x, np.float32(-87.0))
+    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375)
+    r = r + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    scaled: np.float32 = p * f32_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    return scaled
+
+
+# A maximum is the same in any order, so here alone reassociation is allowed.
+@njit(cache=True, nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
+def _row_max(row: np.ndarray) -> np.float32:
+    highest = np.float32(-3.0e38)
+    for i in range(row.shape[0]):
+        highest = max(highest, row[i])
+    return highest
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _softmax_row(row: np.ndarray, first: int, last: int, lanes: np.ndarray) -> np.float32:
+    """Exponentiate row[first..last] against its maximum, zero the rest, and return the sum (lane by lane)."""
+    for i in range(first):
+        row[i] = np.float32(0.0)
+    for i in range(last + 1, row.shape[0]):
+        row[i] = np.float32(0.0)
+    highest = _row_max(row[first : last + 1])
+    for i in range(first, last + 1):
+        row[i] = exp_nonpositive(row[i] - highest)
+    for j in range(BLOCK):
+        lanes[j] = np.float32(0.0)
+    for block in range(first // BLOCK, row.shape[0] // BLOCK):
+        for j in range(BLOCK):
+            lanes[j] += row[block * BLOCK + j]
+    total = np.float32(0.0)
+    for j in range(BLOCK):
+        total += lanes[j]
+    return total
+
+
+@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+def attend(
+    q: int,
+    q_stride: int,
+    out: int,
+    out_stride: int,
+    k_cache: int,
+    v_cache: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    scale: float,
+    window: int,
+    items: np.ndarray,
+    positions: np.ndarray,
+    tables: np.ndarray,
+) -> None:
+    """out[t, h] = softmax(scale * q[t, h] K) V over the keys at positions <= that of t, in t's sequence.
+
+    `q`, `out`, `k_cache`, `v_cache` are addresses of bfloat16: q and out [T, kv_heads*group, dim] with the
+    given strides per token (in elements), k_cache [blocks, kv_heads, dim, 16], v_cache [blocks, kv_heads, 16,
+    dim]; dim a multiple of 16. `items` [n, 4] int32: (sequence, first token, tokens, kv head); `positions` [T]
+    int64; `tables` [S, blocks] int32. With a window w, only the last w positions are seen.
+    """
+    for item in prange(items.shape[0]):
+        sequence, first_token, tokens, head = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
+        rows = tokens * group
+        padded = (rows + 3) // 4 * 4
+        last = positions[first_token + tokens - 1]
+        start_block = max(0, positions[first_token] - window + 1) // BLOCK
+        blocks = last // BLOCK + 1 - start_block
+        keys = blocks * BLOCK
+        base = start_block * BLOCK
+
+        queries = np.zeros((padded, dim), np.float32)
+        for t in range(tokens):
+            source = carray(
+                u16_pointer(q + 2 * ((first_token + t) * q_stride + head * group * dim)), group * dim, np.uint16
+            )
+            for g in range(group):
+                for d in range(dim):
+                    queries[t * group + g, d] = f32_from_bf16(source[g * dim + d]) * np.float32(scale)
+
+        scores = np.zeros((padded, keys), np.float32)
+        for block in range(blocks):
+            page = np.int64(tables[sequence, start_block + block]) * kv_heads + head
+            for r in range(0, padded, 4):
+                _scores_tile(
+                    scores.ctypes.data + 4 * (r * keys + block * BLOCK),
+                    keys,
+                    queries.ctypes.data + 4 * r * dim,
+                    dim,
+                    k_cache + 2 * page * dim * BLOCK,
+                    BLOCK,
+                    dim,
+                )
+
+        lanes = np.empty(BLOCK, np.float32)
+        sums = np.ones(padded, np.float32)
+        for r in range(rows):
+            position = positions[first_token + r // group]
+            sums[r] = _softmax_row(scores[r], max(0, position - window + 1 - base), position - base, lanes)
+
+        results = np.zeros((padded, dim), np.float32)
+        for block in range(blocks):
+            page = np.int64(tables[sequence, start_block + block]) * kv_heads + head
+            # Not past the last key: what lies behind it in the block may be another request's leftovers.
+            depth = min(BLOCK, last + 1 - base - block * BLOCK)
+            value = v_cache + 2 * page * dim * BLOCK
+            for r in range(0, padded, 4):
+                c = results.ctypes.data + 4 * r * dim
+                a = scores.ctypes.data + 4 * (r * keys + block * BLOCK)
+                if dim % 64 == 0:
+                    for d in range(0, dim, 64):
+                        _values_tile_wide(c + 4 * d, dim, a, keys, value + 2 * d, dim, depth)
+                else:
+                    for d in range(0, dim, 16):
+                        _values_tile(c + 4 * d, dim, a, keys, value + 2 * d, dim, depth)
+
+        for t in range(tokens):
+            target = carray(
+                u16_pointer(out + 2 * ((first_token + t) * out_stride + head * group * dim)),
+                group * dim,
+                np.uint16,
+            )
+            for g in range(group):
+                inverse = np.float32(1.0) / sums[t * group + g]
+                for d in range(dim):
+                    target[g * dim + d] = bf16_from_f32(results[t * group + g, d] * inverse)
+
+
+@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+def write_kv(
+    k: int,
+    k_stride: int,
+    v: int,
+    v_stride: int,
+    k_cache: int,
+    v_cache: int,
+    kv_heads: int,
+    dim: int,
+    slots: np.ndarray,
+) -> None:
+    """Put each token's key and value [kv_heads, dim] (bfloat16, at the given strides per token, in elements)
+    at its cache slot (block * 16 + offset), `slots` [T] int64."""
+    for t in prange(slots.shape[0]):
+        block, offset = slots[t] // BLOCK, slots[t] % BLOCK
+        key = carray(u16_pointer(k + 2 * t * k_stride), kv_heads * dim, np.uint16)
+        value = carray(u16_pointer(v + 2 * t * v_stride), kv_heads * dim, np.uint16)
+        pages = kv_heads * dim * BLOCK
+        key_page = carray(u16_pointer(k_cache + 2 * block * pages), pages, np.uint16)
+        value_page = carray(u16_pointer(v_cache + 2 * block * pages), pages, np.uint16)
+        for h in range(kv_heads):
+            for d in range(dim):
+                key_page[(h * dim + d) * BLOCK + offset] = key[h * dim + d]
+                value_page[(h * BLOCK + offset) * dim + d] = value[h * dim + d]
+
+
+def attention_items(query_start: np.ndarray, positions: np.ndarray, kv_heads: int, threads: int) -> np.ndarray:
+    """Cut a batch into work items [n, 4] int32, dealt so that each thread's contiguous share costs the same.
+
+    `query_start` [S + 1]: sequence s has the tokens query_start[s]..query_start[s+1].
+    """
+    counts = np.diff(query_start)
+    if counts.max(initial=0) == 1:
+        sequences = np.arange(len(counts), dtype=np.int32)
+        firsts = query_start[:-1].astype(np.int32)
+        lengths = np.ones(len(counts), np.int32)
+    else:
+        tiles = [
+            (s, first, min(TILE_TOKENS, query_start[s + 1] - first))
+            for s in range(len(counts))
+            for first in range(query_start[s], query_start[s + 1], TILE_TOKENS)
+        ]
+        sequences, firsts, lengths = np.array(tiles, np.int32).T
+    cost = (positions[firsts + lengths - 1] + 1) * lengths
+    order = np.argsort(-cost, kind="stable")
+    items = np.empty((len(order) * kv_heads, 4), np.int32)
+    for column, values in enumerate((sequences, firsts, lengths)):
+        items[:, column] = np.repeat(values[order], kv_heads)
+    items[:, 3] = np.tile(np.arange(kv_heads, dtype=np.int32), len(order))
+    if threads == 1:
+        return items
+    return np.concatenate([items[start::threads] for start in range(threads)])

@@ -1,0 +1,128 @@
+"""Low-rank updates for a batch in which every token may have another adapter: y += scale * B (A x), by slot.
+
+Tokens of one slot go through in tiles of up to four, so that an adapter's weights are read once for them. A and
+B are kept transposed, [in, rank] and [rank, out], each slot with its own rank: nothing is padded to the largest.
+
+Invariant: a token's update is summed in the same order whatever else is in its tile (see `vector`).
+"""
+
+import numpy as np
+from numba import carray, njit, prange
+
+from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, matmul_tile, u16_pointer
+
+TILE = 4
+"""Tokens in a tile, at most."""
+TAIL = 64
+"""Elements that a kernel may read past a matrix' end: weights are allocated with so many to spare."""
+
+# Same unroll for one row and for four, so that both give the same bits.
+_shrink_four = matmul_tile(rows=4, groups=1, unroll=4)
+_shrink_one = matmul_tile(rows=1, groups=1, unroll=4)
+_expand_four = matmul_tile(rows=4, groups=4, unroll=1)
+_expand_one = matmul_tile(rows=1, groups=4, unroll=1)
+
+
+@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+def add_low_rank(
+    x: int,
+    x_stride: int,
+    y: int,
+    y_stride: int,
+    in_features: int,
+    columns: np.ndarray,
+    tiles: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    ranks: np.ndarray,
+    scales: np.ndarray,
+) -> None:
+    """y[t, columns[s]:columns[s+1]] += scales[s, slot] * B[s, slot] (A[s, slot] x[t]) for each site s.
+
+    `x`, `y` are addresses of bfloat16 rows with the given strides (elements). `columns` [sites + 1] int64 are the
+    sites' column ranges in y. `tiles` [n, 1 + TILE] int32: slot, then token indices, -1 where there are fewer.
+    By slot: `a` [slots] int64, address of the sites' A side by side, transposed [in, sum of ranks]; and by site
+    and slot: `b` [sites, slots] int64, address of B transposed [rank, out]; `ranks` int64 (0: site untouched);
+    `scales` float32. in_features a multiple of 4.
+    """
+    sites = columns.shape[0] - 1
+    for tile in prange(tiles.shape[0]):
+        slot = tiles[tile, 0]
+        total = 0
+        for site in range(sites):
+            total += ranks[site, slot]
+        if total > 0:
+            rows = 0
+            for t in range(TILE):
+                if tiles[tile, 1 + t] >= 0:
+                    rows += 1
+            inputs = np.zeros((rows if rows == 1 else TILE, in_features), np.float32)
+            for t in range(rows):
+                row = carray(u16_pointer(x + 2 * tiles[tile, 1 + t] * x_stride), in_features, np.uint16)
+                for i in range(in_features):
+                    inputs[t, i] = f32_from_bf16(row[i])
+
+            width = (total + 15) // 16 * 16
+            hidden = np.zeros((inputs.shape[0], width), np.float32)
+            for r in range(0, total, 16):
+                if rows == 1:
+                    _shrink_one(
+                        hidden.ctypes.data + 4 * r, width, inputs.ctypes.data, in_features,
+                        a[slot] + 2 * r, total, in_features,
+                    )  # fmt: skip
+                else:
+                    _shrink_four(
+                        hidden.ctypes.data + 4 * r, width, inputs.ctypes.data, in_features,
+                        a[slot] + 2 * r, total, in_features,
+                    )  # fmt: skip
+
+            first = 0
+            for site in range(sites):
+                rank = ranks[site, slot]
+                if rank > 0:
+                    out_features = columns[site + 1] - columns[site]
+                    padded = (out_features + 63) // 64 * 64
+                    delta = np.zeros((inputs.shape[0], padded), np.float32)
+                    for o in range(0, padded, 64):
+                        if rows == 1:
+                            _expand_one(
+                                delta.ctypes.data + 4 * o, padded, hidden.ctypes.data + 4 * first, width,
+                                b[site, slot] + 2 * o, out_features, rank,
+                            )  # fmt: skip
+                        else:
+                            _expand_four(
+                                delta.ctypes.data + 4 * o, padded, hidden.ctypes.data + 4 * first, width,
+                                b[site, slot] + 2 * o, out_features, rank,
+                            )  # fmt: skip
+                    for t in range(rows):
+                        target = carray(
+                            u16_pointer(y + 2 * (tiles[tile, 1 + t] * y_stride + columns[site])),
+                            out_features,
+                            np.uint16,
+                        )
+                        scale = scales[site, slot]
+                        for o in range(out_features):
+                            target[o] = bf16_from_f32(f32_from_bf16(target[o]) + scale * delta[t, o])
+                first += rank
+
+
+def low_rank_tiles(slots: np.ndarray) -> np.ndarray:
+    """Group a batch's tokens by slot: [n, 1 + TILE] int32 as `add_low_rank` reads them. Slot 0 has no tiles.
+
+    `slots` [T] int32, the slot of each token.
+    """
+    tokens = np.flatnonzero(slots)
+    if not len(tokens):
+        return np.empty((0, 1 + TILE), np.int32)
+    tokens = tokens[np.argsort(slots[tokens], kind="stable")]
+    kinds = slots[tokens]
+    starts = np.flatnonzero(np.diff(kinds, prepend=-1))
+    lengths = np.diff(starts, append=len(tokens))
+    tiles_each = (lengths + TILE - 1) // TILE
+    tiles = np.full((int(tiles_each.sum()), 1 + TILE), -1, np.int32)
+    tile_starts = np.cumsum(tiles_each) - tiles_each
+    within = np.arange(len(tokens)) - np.repeat(starts, lengths)
+    rows = np.repeat(tile_starts, lengths) + within // TILE
+    tiles[rows, 0] = kinds
+    tiles[rows, 1 + within % TILE] = tokens
+    return tiles

@@ -1,0 +1,79 @@
+"""The kernels' definitions in plain torch: what the fast ones are tested against, and what runs where none is."""
+
+from collections.abc import Sequence
+
+import torch
+
+from onebase_adapters.batch import Batch
+from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.primitives import LowRank
+
+
+def add_low_rank(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    batch: Batch,
+    columns: Sequence[int],
+    weights: dict[int, Sequence[LowRank | None]],
+) -> None:
+    """y[t, columns[s]:columns[s+1]] += scale * B (A x[t]) with the weights of t's slot and site s.
+
+    x [T, in], y [T, out]; `weights` by slot, then one entry for each site (None: untouched).
+    """
+    slots = torch.as_tensor(batch.slots, device=x.device)
+    for slot, sites in weights.items():
+        rows = torch.nonzero(slots == slot).flatten()
+        if not len(rows):
+            continue
+        inputs = x[rows].float()
+        for site, update in enumerate(sites):
+            if update is not None:
+                delta = inputs @ update.a.float().t() @ update.b.float().t() * update.scale
+                first, last = columns[site], columns[site + 1]
+                y[rows, first:last] = (y[rows, first:last].float() + delta).to(y.dtype)
+
+
+def write_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Batch) -> None:
+    """k, v [T, kv_heads, dim] into k_cache [blocks, kv_heads, dim, 16], v_cache [blocks, kv_heads, 16, dim]."""
+    slots = torch.as_tensor(batch.cache_slots, device=k.device)
+    blocks, offsets = slots // BLOCK, slots % BLOCK
+    k_cache[blocks, :, :, offsets] = k
+    v_cache[blocks, :, offsets] = v
+
+
+def attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale * q K) V for each token over its sequence's keys up to its position.
+
+    q [T, heads, dim] -> [T, heads, dim]; `window`: only the last so many positions; `softcap` c: scores
+    become c * tanh(score / c) (Gemma 2).
+    """
+    out = torch.empty_like(q)
+    kv_heads, dim = k_cache.shape[1], k_cache.shape[2]
+    group = q.shape[1] // kv_heads
+    positions = torch.as_tensor(batch.positions, device=q.device)
+    for sequence in range(len(batch.query_start) - 1):
+        first, last = int(batch.query_start[sequence]), int(batch.query_start[sequence + 1])
+        at = positions[first:last]
+        length = int(at[-1]) + 1
+        blocks = torch.as_tensor(batch.tables[sequence, : (length + BLOCK - 1) // BLOCK], device=q.device).long()
+        keys = k_cache[blocks].permute(1, 2, 0, 3).reshape(kv_heads, dim, -1)[..., :length].float()
+        values = v_cache[blocks].transpose(0, 1).reshape(kv_heads, -1, dim)[:, :length].float()
+        queries = q[first:last].float().view(last - first, kv_heads, group, dim)
+        scores = torch.einsum("tkgd,kds->kgts", queries, keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        place = torch.arange(length, device=q.device)
+        seen = place[None] <= at[:, None]
+        if window is not None:
+            seen &= place[None] > at[:, None] - window
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out[first:last] = torch.einsum("kgts,ksd->tkgd", weights, values).flatten(1, 2).to(q.dtype)
+    return out

@@ -1,0 +1,123 @@
+"""Paged attention behind transformers' own seam: a function registered with its AttentionInterface, and the
+cache that it reads and writes. So every decoder of transformers is served without a model file of ours."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from onebase_adapters.batch import Context
+from onebase_adapters.kernels import reference
+from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.cpu import attention as cpu
+
+log = logging.getLogger(__name__)
+
+ATTENTION_NAME = "onebase_paged"
+
+
+class PagedKV:
+    """Keys and values of all layers in blocks of 16 tokens; which block is whose is the engine's business."""
+
+    def __init__(self, config: Any, blocks: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        shape = cache_shape(config)
+        self.dim = shape.dim
+        self.kv_heads = shape.kv_heads
+        # Not zeroed: pages that nobody wrote cost no memory, and no kernel reads past a sequence's last key.
+        self.k = [
+            torch.empty(blocks, shape.kv_heads, shape.dim, BLOCK, dtype=dtype, device=device)
+            for _ in range(shape.layers)
+        ]
+        self.v = [
+            torch.empty(blocks, shape.kv_heads, BLOCK, shape.dim, dtype=dtype, device=device)
+            for _ in range(shape.layers)
+        ]
+        self.fast = device.type == "cpu" and dtype == torch.bfloat16 and shape.dim % 16 == 0
+        if not self.fast:
+            log.info("paged attention runs on its plain torch kernel (device %s, head dim %d)", device, shape.dim)
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, context: Context) -> None:
+        """k, v [T, kv_heads, dim], the last two dimensions contiguous."""
+        if not self.fast:
+            reference.write_kv(k, v, self.k[layer], self.v[layer], context.batch)
+            return
+        cpu.write_kv(
+            k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), self.k[layer].data_ptr(),
+            self.v[layer].data_ptr(), self.kv_heads, self.dim, context.batch.cache_slots,
+        )  # fmt: skip
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        context: Context,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """q [T, heads, dim] (last two dimensions contiguous) -> [T, heads, dim]; see `reference.attend`."""
+        batch = context.batch
+        if not self.fast or softcap is not None:
+            return reference.attend(q, self.k[layer], self.v[layer], batch, scale, window, softcap)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        cpu.attend(
+            q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), self.k[layer].data_ptr(),
+            self.v[layer].data_ptr(), self.kv_heads, q.shape[1] // self.kv_heads, self.dim, scale,
+            window or cpu.NO_WINDOW, batch.items, batch.positions, batch.tables,
+        )  # fmt: skip
+        return out
+
+
+class CacheShape:
+    """Size of a model's cache: layers, heads and dim of keys and values, and bytes per token in bfloat16."""
+
+    def __init__(self, layers: int, kv_heads: int, dim: int) -> None:
+        self.layers = layers
+        self.kv_heads = kv_heads
+        self.dim = dim
+        self.token_bytes = layers * kv_heads * dim * 2 * 2
+
+
+def cache_shape(config: Any) -> CacheShape:
+    """Read it off a transformers configuration."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return CacheShape(text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, dim)
+
+
+def hook_attention(model: nn.Module, cache: PagedKV, context: Context) -> None:
+    """Give every attention module of `model` the cache and the context that the registered function reads."""
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) is not None:
+            vars(module).update(onebase_cache=cache, onebase_context=context)
+
+
+def _paged_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [1, heads, T, dim], key and value [1, kv_heads, T, dim] -> [1, T, heads, dim]."""
+    cache: PagedKV = module.onebase_cache
+    context: Context = module.onebase_context
+    layer = module.layer_idx
+    rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    cache.write(layer, rows[1], rows[2], context)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return cache.attend(layer, rows[0], context, scale, sliding_window, softcap)[None], None
+
+
+def register_attention() -> None:
+    """Make `onebase_paged` known to transformers, with no mask: the kernel masks by position."""
+    AttentionInterface.register(ATTENTION_NAME, _paged_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)

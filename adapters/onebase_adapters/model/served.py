@@ -1,0 +1,149 @@
+"""The base model with room for adapters: one forward pass for a flat batch of any mix of them."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from onebase_adapters.base.catalog import Progress
+from onebase_adapters.base.load import LoadedBase, load_base
+from onebase_adapters.base.shape import BaseShape, Site
+from onebase_adapters.base.spec import BaseSpec
+from onebase_adapters.batch import Batch, Context
+from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.cpu.attention import attention_items
+from onebase_adapters.kernels.cpu.lowrank import low_rank_tiles
+from onebase_adapters.model.linear import AdapterLinear, LowRankTable
+from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, hook_attention, register_attention
+from onebase_adapters.primitives import LoweredAdapter, LowRank
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens of one sequence, for one forward pass."""
+
+    tokens: Sequence[int]
+    start: int
+    """Position of the first."""
+    blocks: Sequence[int]
+    """The sequence's cache blocks from its position 0 on, enough for the last of `tokens`."""
+    slot: int = 0
+    """The resident adapter; 0 is none."""
+    sample: bool = True
+    """Whether the logits after the last token are wanted."""
+    all_logits: bool = False
+    """Whether the logits after every token are wanted."""
+
+
+class ServedModel:
+    """A loaded base, hooked. Not thread-safe: one step at a time."""
+
+    def __init__(self, base: LoadedBase, *, slots: int, blocks: int) -> None:
+        """`slots`: most adapters resident at once; `blocks`: size of the cache."""
+        self.base = base
+        self.shape: BaseShape = base.shape
+        self._model = base.model
+        self._device = base.device
+        self._context = Context()
+        self._threads = torch.get_num_threads()
+        self.cache = PagedKV(base.model.config, blocks, base.device)
+        hook_attention(base.model, self.cache, self._context)
+        self._tables = _hook_linears(base.model, base.shape, slots + 1, self._context, base.device)
+        self._free_slots = list(range(slots, 0, -1))
+
+    @classmethod
+    def load(cls, spec: BaseSpec, *, slots: int, blocks: int, progress: Progress = log.info) -> "ServedModel":
+        """Load `spec` and hook it. Raises BaseModelError."""
+        register_attention()
+        return cls(load_base(spec, attention=ATTENTION_NAME, progress=progress), slots=slots, blocks=blocks)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def put(self, adapter: LoweredAdapter) -> int:
+        """Make an adapter resident and return its slot. Raises IndexError when no slot is free."""
+        slot = self._free_slots.pop()
+        updates = {p.site: p for p in adapter.primitives if isinstance(p, LowRank)}
+        for table in self._tables:
+            table.put(slot, updates)
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """Free a slot that no running sequence uses."""
+        for table in self._tables:
+            table.clear(slot)
+        self._free_slots.append(slot)
+
+    def slot_bytes(self, slot: int) -> int:
+        """Memory of a resident adapter."""
+        return sum(table.bytes(slot) for table in self._tables)
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Run the chunks as one batch, write their keys and values, and return the logits of the wanted rows
+        [n, vocab], in the order of the chunks, in the model's dtype."""
+        batch = self.batch(chunks)
+        self._context.batch = batch
+        logits: torch.Tensor = self._model(
+            input_ids=batch.token_ids[None],
+            position_ids=torch.as_tensor(batch.positions, device=self._device)[None],
+            use_cache=False,
+            logits_to_keep=batch.sample_rows,
+        ).logits[0]
+        return logits
+
+    def batch(self, chunks: Sequence[Chunk]) -> Batch:
+        """Lay the chunks out as flat arrays."""
+        lengths = [len(chunk.tokens) for chunk in chunks]
+        query_start = np.zeros(len(chunks) + 1, np.int64)
+        np.cumsum(lengths, out=query_start[1:])
+        total = int(query_start[-1])
+        token_ids = np.fromiter((token for chunk in chunks for token in chunk.tokens), np.int64, total)
+        tables = np.zeros((len(chunks), max(len(chunk.blocks) for chunk in chunks)), np.int32)
+        for row, chunk in enumerate(chunks):
+            tables[row, : len(chunk.blocks)] = chunk.blocks
+        counts = np.asarray(lengths)
+        within = np.arange(total) - np.repeat(query_start[:-1], counts)
+        positions = within + np.repeat([chunk.start for chunk in chunks], counts)
+        rows = np.repeat(np.arange(len(chunks)), counts)
+        slots = np.repeat(np.array([chunk.slot for chunk in chunks], np.int32), counts)
+        wanted: list[int] = []
+        for row, chunk in enumerate(chunks):
+            if chunk.all_logits:
+                wanted.extend(range(int(query_start[row]), int(query_start[row + 1])))
+            elif chunk.sample:
+                wanted.append(int(query_start[row + 1]) - 1)
+        return Batch(
+            token_ids=torch.from_numpy(token_ids).to(self._device),
+            positions=positions,
+            slots=slots,
+            query_start=query_start,
+            tables=tables,
+            cache_slots=tables[rows, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
+            sample_rows=torch.tensor(wanted, dtype=torch.int64, device=self._device),
+            tiles=low_rank_tiles(slots),
+            items=attention_items(query_start, positions, self.cache.kv_heads, self._threads),
+        )
+
+
+def _hook_linears(
+    model: nn.Module, shape: BaseShape, slots: int, context: Context, device: torch.device
+) -> list[LowRankTable]:
+    tables = []
+    for site in shape.sites.values():
+        parent, _, leaf = site.name.rpartition(".")
+        owner = model.get_submodule(parent)
+        table = _table(site, slots, device)
+        setattr(owner, leaf, AdapterLinear(getattr(owner, leaf), table, context))
+        tables.append(table)
+    return tables
+
+
+def _table(site: Site, slots: int, device: torch.device) -> LowRankTable:
+    return LowRankTable([site], slots, device)

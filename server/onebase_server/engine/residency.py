@@ -1,0 +1,116 @@
+"""Which adapters are resident, and bringing in those that are not: off the step loop, so that a request for a
+cold adapter waits aside while all others keep running."""
+
+import logging
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from onebase_adapters.methods import load_adapter
+from onebase_adapters.model.served import ServedModel
+from onebase_adapters.primitives import LoweredAdapter
+from onebase_server.engine.messages import AdapterInfo
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Resident:
+    slot: int
+    users: int = 0
+
+
+class Residency:
+    """Adapters by digest: known (a folder), resident (a slot), in use (by so many sequences). Least recently
+    used ones leave when a slot is wanted; those in use never do."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self._folders: dict[str, Path] = {}
+        self._resident: OrderedDict[str, _Resident] = OrderedDict()
+        self._loading: dict[str, Future[LoweredAdapter]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
+
+    @property
+    def loaded(self) -> int:
+        return len(self._resident)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._model.slot_bytes(entry.slot) for entry in self._resident.values())
+
+    def knows(self, digest: str) -> bool:
+        return digest in self._folders
+
+    def add(self, digest: str, folder: Path) -> Future[LoweredAdapter]:
+        """Start reading and lowering an adapter. Its result is for `admit`, or is its AdapterError."""
+        self._folders[digest] = folder
+        return self._load(digest)
+
+    def admit(self, digest: str, adapter: LoweredAdapter) -> AdapterInfo:
+        """Make a read adapter resident if a slot can be had; it is known in any case."""
+        self._loading.pop(digest, None)
+        if digest not in self._resident:
+            self._place(adapter)
+        resident = self._resident.get(digest)
+        return AdapterInfo(
+            method=adapter.method,
+            rank=adapter.rank,
+            parameters=adapter.parameters,
+            bytes=self._model.slot_bytes(resident.slot) if resident else 2 * adapter.parameters,
+            primitives=adapter.summary(),
+            sites=len({primitive.site for primitive in adapter.primitives}),
+        )
+
+    def forget(self, digest: str) -> None:
+        """Drop an adapter that was refused, or that nobody uses any more."""
+        self._folders.pop(digest, None)
+        self._loading.pop(digest, None)
+        resident = self._resident.pop(digest, None)
+        if resident is not None:
+            self._model.remove(resident.slot)
+
+    def in_use(self, digest: str) -> bool:
+        resident = self._resident.get(digest)
+        return resident is not None and resident.users > 0
+
+    def acquire(self, digest: str) -> int | None:
+        """The adapter's slot, held until `release`; or None while it is not resident, its load started.
+
+        Raises AdapterError if it could not be read (the files are gone or were changed)."""
+        resident = self._resident.get(digest)
+        if resident is None:
+            future = self._load(digest)
+            if not future.done():
+                return None
+            del self._loading[digest]
+            if not self._place(future.result()):
+                return None
+            resident = self._resident[digest]
+        self._resident.move_to_end(digest)
+        resident.users += 1
+        return resident.slot
+
+    def release(self, digest: str) -> None:
+        """Give back what `acquire` gave."""
+        self._resident[digest].users -= 1
+
+    def _load(self, digest: str) -> Future[LoweredAdapter]:
+        if digest not in self._loading:
+            folder = self._folders[digest]
+            self._loading[digest] = self._reader.submit(load_adapter, folder, digest, self._model.shape)
+        return self._loading[digest]
+
+    def _place(self, adapter: LoweredAdapter) -> bool:
+        if not self._model.free_slots:
+            idle = next((digest for digest, entry in self._resident.items() if not entry.users), None)
+            if idle is None:
+                return False
+            self._model.remove(self._resident.pop(idle).slot)
+        self._resident[adapter.digest] = _Resident(self._model.put(adapter))
+        return True
+
+    def close(self) -> None:
+        """Stop the reader."""
+        self._reader.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,63 @@
+"""A request while the engine works on it: its tokens, how far they are computed, the blocks that it holds."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+from onebase_server.engine.kv_cache import BlockHash
+from onebase_server.engine.request import EngineRequest, FinishReason
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Invariant: the keys and values of tokens[:computed] are in `blocks`; the rest is still to be computed,
+    be it prompt, a new token, or all of it again after a preemption."""
+
+    request: EngineRequest
+    arrival: int
+    """Order of arrival; smaller is older."""
+    eos_token_ids: frozenset[int]
+    slot: int = 0
+    """Where its adapter is resident."""
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[BlockHash] = field(default_factory=list)
+    """Of the full blocks of `tokens`, as far as they have been needed."""
+    salt: bytes = b""
+    cached_tokens: int = 0
+    """Prompt tokens that were found in the cache when it first ran."""
+    started: bool = False
+    """Whether it has run at all (then `cached_tokens` is settled)."""
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        owner = f"{self.request.tenant}\0{self.request.adapter or ''}"
+        self.salt = hashlib.blake2b(owner.encode(), digest_size=16).digest()
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def missing(self) -> int:
+        """Tokens not yet computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end it."""
+        sampling = self.request.sampling
+        eos = frozenset() if sampling.ignore_eos else self.eos_token_ids
+        return eos | frozenset(sampling.stop_token_ids)
+
+    def append(self, token: int) -> FinishReason | None:
+        """Take a chosen token; a stop token is not kept. Returns why the sequence is over, if it is."""
+        sampling = self.request.sampling
+        if self.generated >= sampling.min_tokens and token in self.stop_tokens:
+            return "stop"
+        self.tokens.append(token)
+        return "length" if self.generated >= sampling.max_tokens else None
