@@ -1,9 +1,16 @@
-"""The frozen base model: where it comes from, how it is quantised, which linear sites adapters may touch."""
+"""The frozen base model: where it comes from, how it is quantised, which linear sites adapters may touch.
 
-from onebase_adapters.base.catalog import DEFAULT_BASE, fetch_base
-from onebase_adapters.base.load import LoadedBase, load_base
-from onebase_adapters.base.shape import BaseShape, Site, describe_base
-from onebase_adapters.base.spec import BaseSpec
+Names load on first use: the API process asks only where a model is, and must not pay for torch to learn it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onebase_adapters.base.catalog import DEFAULT_BASE, fetch_base
+    from onebase_adapters.base.load import LoadedBase, load_base
+    from onebase_adapters.base.shape import BaseShape, Site, describe_base
+    from onebase_adapters.base.spec import BaseSpec
 
 __all__ = [
     "DEFAULT_BASE",
@@ -15,3 +22,22 @@ __all__ = [
     "fetch_base",
     "load_base",
 ]
+
+_HOME = {
+    "DEFAULT_BASE": "catalog",
+    "fetch_base": "catalog",
+    "LoadedBase": "load",
+    "load_base": "load",
+    "BaseShape": "shape",
+    "Site": "shape",
+    "describe_base": "shape",
+    "BaseSpec": "spec",
+}
+
+
+if not TYPE_CHECKING:  # a type checker should see the names above and no others
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
