@@ -4,6 +4,8 @@ Every command with an `id` gets exactly one answer with the same `id` (a request
 msgspec's MessagePack; each message is a frame with a 4-byte length in front.
 """
 
+from collections.abc import Callable
+
 import msgspec
 
 from onebase_server.engine.request import EngineRequest, Output
@@ -136,5 +138,5 @@ class CommandFailed(msgspec.Struct, frozen=True, tag=True):
 Event = Ready | StartFailed | Outputs | AdapterLoaded | Done | CommandFailed
 
 encode = msgspec.msgpack.Encoder().encode
-decode_command = msgspec.msgpack.Decoder(Command).decode
-decode_event = msgspec.msgpack.Decoder(Event).decode
+decode_command: Callable[[bytes], Command] = msgspec.msgpack.Decoder(Command).decode
+decode_event: Callable[[bytes], Event] = msgspec.msgpack.Decoder(Event).decode

@@ -3,6 +3,7 @@ cold adapter waits aside while all others keep running."""
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,10 @@ class Residency:
     """Adapters by digest: known (a folder), resident (a slot), in use (by so many sequences). Least recently
     used ones leave when a slot is wanted; those in use never do."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, wake: Callable[[], None]) -> None:
+        """`wake` is called, on the reader's thread, when an adapter has been read."""
         self._model = model
+        self._wake = wake
         self._folders: dict[str, Path] = {}
         self._resident: OrderedDict[str, _Resident] = OrderedDict()
         self._loading: dict[str, Future[LoweredAdapter]] = {}
@@ -99,7 +102,9 @@ class Residency:
     def _load(self, digest: str) -> Future[LoweredAdapter]:
         if digest not in self._loading:
             folder = self._folders[digest]
-            self._loading[digest] = self._reader.submit(load_adapter, folder, digest, self._model.shape)
+            future = self._reader.submit(load_adapter, folder, digest, self._model.shape)
+            self._loading[digest] = future
+            future.add_done_callback(lambda _: self._wake())
         return self._loading[digest]
 
     def _place(self, adapter: LoweredAdapter) -> bool:

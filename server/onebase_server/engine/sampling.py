@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from onebase_server.engine.request import SamplingParams, TokenLogprobs
@@ -20,6 +19,7 @@ class Choice:
     """A row's chosen token, with logprobs if they were asked for."""
 
     token: int
+    """-1 where the logits are not finite, so that no token can be chosen."""
     logprobs: TokenLogprobs | None = None
 
 
@@ -27,7 +27,8 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Choice]:
     """Choose a next token for each of `sequences` from its row of `logits` [n, vocab]."""
     # The common case needs no float32 copy of a [n, vocab] matrix: argmax is exact in any dtype.
     if all(_is_plain_greedy(s) for s in sequences):
-        return [Choice(token) for token in logits.argmax(-1).tolist()]
+        values, indices = logits.max(-1)
+        return [Choice(token) for token in torch.where(values.isfinite(), indices, -1).tolist()]
     scores = logits.float()
     raw = scores
     if any(_changes_scores(s) for s in sequences):
@@ -35,8 +36,11 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Choice]:
         for row, sequence in enumerate(sequences):
             _apply_penalties(scores[row], sequence)
     chosen = _choose(scores, [s.request.sampling for s in sequences], [_uniform(s) for s in sequences])
-    tokens = chosen.tolist()
-    wanted = [row for row, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
+    # Not the penalised scores: those are -inf on purpose here and there.
+    tokens = torch.where(raw.max(-1).values.isfinite(), chosen, -1).tolist()
+    wanted = [
+        row for row, s in enumerate(sequences) if s.request.sampling.logprobs is not None and tokens[row] >= 0
+    ]
     found: dict[int, TokenLogprobs] = {}
     if wanted:
         tops = [sequences[row].request.sampling.logprobs or 0 for row in wanted]
@@ -103,30 +107,58 @@ def _uniform(sequence: Sequence) -> float:
 
 
 def _choose(scores: torch.Tensor, settings: Rows[SamplingParams], uniforms: Rows[float]) -> torch.Tensor:
-    """One token for each row: greedy where the temperature is 0, else by inverting the filtered distribution's
-    cumulative sum, most likely token first."""
-    greedy = scores.argmax(-1)
-    drawn = [row for row, s in enumerate(settings) if s.temperature > 0]
-    if not drawn:
-        return greedy
-    device = scores.device
+    """One token for each row: greedy where the temperature is 0, else drawn by inverting the cumulative sum of
+    what the filters leave of its distribution."""
+    tokens = scores.argmax(-1)
+    filtered = [r for r, s in enumerate(settings) if s.temperature > 0 and _filters(s)]
+    open_rows = [r for r, s in enumerate(settings) if s.temperature > 0 and not _filters(s)]
+    if open_rows:
+        probabilities = _tempered(scores, open_rows, settings).softmax(-1)
+        tokens[open_rows] = _invert(probabilities, [uniforms[r] for r in open_rows])
+    if filtered:
+        chosen = [settings[r] for r in filtered]
+        probabilities = _tempered(scores, filtered, settings).softmax(-1)
+        kept, order = _filter(probabilities, chosen)
+        places = _invert(kept, [uniforms[r] for r in filtered])
+        tokens[filtered] = order.gather(1, places[:, None])[:, 0]
+    return tokens
 
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
-    chosen = [settings[row] for row in drawn]
-    rows = scores[drawn] / column([s.temperature for s in chosen])
-    ordered, order = rows.sort(-1, descending=True, stable=True)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    keep = before < column([s.top_p for s in chosen])
-    vocab = rows.shape[-1]
-    limits = torch.tensor([s.top_k or vocab for s in chosen], device=device)[:, None]
-    keep &= torch.arange(vocab, device=device)[None] < limits
-    keep &= probabilities >= column([s.min_p for s in chosen]) * probabilities[:, :1]
-    keep[:, 0] = True
-    kept = (probabilities * keep).double().cumsum(-1)
-    points = torch.tensor(np.array([uniforms[row] for row in drawn]), device=device)[:, None] * kept[:, -1:]
-    places = torch.searchsorted(kept, points, right=True).clamp(max=vocab - 1)
-    greedy[drawn] = order.gather(1, places)[:, 0]
-    return greedy
+def _filters(sampling: SamplingParams) -> bool:
+    return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+
+
+def _tempered(scores: torch.Tensor, rows: Rows[int], settings: Rows[SamplingParams]) -> torch.Tensor:
+    temperatures = torch.tensor([[settings[r].temperature] for r in rows], device=scores.device)
+    return scores[list(rows)] / temperatures
+
+
+def _filter(probabilities: torch.Tensor, settings: Rows[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities with the filtered ones set to 0, most likely first, and their token ids; [n, k] each.
+
+    Only the k most likely are sorted as long as the filters are sure to end among them: sorting a whole
+    vocabulary costs more than the rest of a small model's step.
+    """
+    device = probabilities.device
+    vocab = probabilities.shape[-1]
+    top_p = torch.tensor([[s.top_p] for s in settings], device=device)
+    top_k = torch.tensor([[s.top_k or vocab] for s in settings], device=device)
+    min_p = torch.tensor([[s.min_p] for s in settings], device=device)
+    size = min(vocab, 256)
+    while True:
+        ordered, order = probabilities.topk(size, dim=-1)
+        before = ordered.cumsum(-1) - ordered
+        ranks = torch.arange(size, device=device)[None]
+        keep = (before < top_p) & (ranks < top_k) & (ordered >= min_p * ordered[:, :1])
+        keep[:, 0] = True
+        if size == vocab or not bool(keep[:, -1].any()):
+            return ordered * keep, order
+        size = min(vocab, size * 16)
+
+
+def _invert(probabilities: torch.Tensor, uniforms: Rows[float]) -> torch.Tensor:
+    """The first place in each row whose cumulative sum passes the row's uniform number; [n] int64."""
+    sums = probabilities.double().cumsum(-1)
+    points = torch.tensor(uniforms, dtype=torch.float64, device=sums.device)[:, None] * sums[:, -1:]
+    places = torch.searchsorted(sums, points, right=True)[:, 0]
+    return places.clamp(max=sums.shape[-1] - 1)

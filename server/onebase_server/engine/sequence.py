@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 from onebase_server.engine.kv_cache import BlockHash
-from onebase_server.engine.request import EngineRequest, FinishReason
+from onebase_server.engine.request import EngineRequest, FinishReason, TokenLogprobs
 
 
 @dataclass(eq=False)
@@ -28,10 +28,16 @@ class Sequence:
     """Prompt tokens that were found in the cache when it first ran."""
     started: bool = False
     """Whether it has run at all (then `cached_tokens` is settled)."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """Of the prompt's tokens so far, if the request wants them; the first is None."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         owner = f"{self.request.tenant}\0{self.request.adapter or ''}"
+        if self.request.sampling.prompt_logprobs is not None:
+            # It needs the logits of all its prompt, so it must find none of it computed.
+            owner += f"\0{self.request.id}"
+            self.prompt_logprobs = [None]
         self.salt = hashlib.blake2b(owner.encode(), digest_size=16).digest()
 
     @property

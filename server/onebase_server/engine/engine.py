@@ -1,0 +1,312 @@
+"""The engine: `step()` schedules, runs the model once over everything that is due, samples, and emits.
+
+Single-threaded; only the reading of adapters happens elsewhere (see `residency`).
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from concurrent.futures import Future
+from pathlib import Path
+
+import psutil
+import torch
+
+from onebase_adapters.base.catalog import Progress
+from onebase_adapters.base.load import load_base, model_bytes
+from onebase_adapters.errors import AdapterError, ConfigError
+from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.model.paged import ATTENTION_NAME, cache_shape, register_attention
+from onebase_adapters.model.served import Chunk, ServedModel
+from onebase_adapters.primitives import LoweredAdapter
+from onebase_server.engine.config import EngineConfig
+from onebase_server.engine.kv_cache import BlockPool
+from onebase_server.engine.messages import EngineInfo, EngineStats
+from onebase_server.engine.request import EngineRequest, Output
+from onebase_server.engine.residency import Residency
+from onebase_server.engine.sampling import Choice, describe, sample
+from onebase_server.engine.scheduler import Plan, Scheduler, Work
+from onebase_server.engine.sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+
+def _nothing() -> None:
+    pass
+
+
+class Engine:
+    """A served base with its scheduler and cache. Every submitted request gets exactly one last Output."""
+
+    def __init__(
+        self, config: EngineConfig, *, wake: Callable[[], None] = _nothing, progress: Progress = log.info
+    ) -> None:
+        """Load the base and take the cache's memory. `wake` is called, from another thread, when a step may find
+        something new to do. Raises BaseModelError or ConfigError."""
+        started = time.perf_counter()
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        register_attention()
+        base = load_base(config.base, attention=ATTENTION_NAME, progress=progress)
+        blocks = _cache_blocks(config, base.model.config, base.device)
+        self.model = ServedModel(base, slots=config.max_adapters, blocks=blocks)
+        self.pool = BlockPool(blocks, BLOCK, reuse=config.reuse_prefixes)
+        self.scheduler = Scheduler(
+            self.pool, max_batch_tokens=config.max_batch_tokens, max_running=config.max_running
+        )
+        self.residency = Residency(self.model, wake)
+        self._sequences: dict[str, Sequence] = {}
+        self._aside: list[Sequence] = []
+        self._arrivals = 0
+        self._steps = 0
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._cached_tokens = 0
+        self._eos = frozenset(_eos_tokens(base.model, base.tokenizer.eos_token_id))
+        token_bytes = cache_shape(base.model.config).token_bytes
+        self.info = EngineInfo(
+            model=base.shape.name,
+            fingerprint=base.shape.fingerprint,
+            model_type=base.shape.model_type,
+            quantization=config.base.quantization,
+            device=str(base.device),
+            vocab=base.shape.vocab,
+            context=min(config.max_model_len or base.shape.context, base.shape.context),
+            cache_tokens=blocks * BLOCK,
+            weight_bytes=model_bytes(base.model),
+            cache_bytes=blocks * BLOCK * token_bytes,
+            eos_token_ids=tuple(sorted(self._eos)),
+            load_seconds=time.perf_counter() - started,
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would do nothing until something new arrives (a command, or a read adapter)."""
+        return self.scheduler.idle
+
+    @property
+    def busy(self) -> int:
+        """Requests that have not ended."""
+        return len(self._sequences)
+
+    def submit(self, request: EngineRequest) -> Output | None:
+        """Accept a request; or refuse it at once, with its only Output."""
+        refusal = self._refusal(request)
+        if refusal is not None:
+            return Output(request.id, finish_reason="error", error=refusal[1], error_kind=refusal[0])
+        self._arrivals += 1
+        sequence = Sequence(request, self._arrivals, self._eos)
+        self._sequences[request.id] = sequence
+        self._aside.append(sequence)
+        return None
+
+    def read_adapter(self, digest: str, folder: str) -> Future[LoweredAdapter]:
+        """Start reading an adapter's folder; the result is for `residency.admit`."""
+        return self.residency.add(digest, Path(folder))
+
+    def close(self) -> None:
+        """Let go of what runs beside the steps."""
+        self.residency.close()
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free what it holds; nothing if it has ended."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._end(sequence)
+
+    def abort_all(self) -> list[Output]:
+        """End everything, as `abort`."""
+        ended = list(self._sequences)
+        for request_id in ended:
+            self.abort(request_id)
+        return [Output(request_id, finish_reason="abort") for request_id in ended]
+
+    def step(self) -> list[Output]:
+        """Advance everything that is due by one forward pass."""
+        outputs = self._call_in_those_aside()
+        plan = self.scheduler.plan()
+        if not plan.work:
+            return outputs
+        self._steps += 1
+        try:
+            logits = self.model.forward([_chunk(work) for work in plan.work])
+        except (MemoryError, RuntimeError) as error:
+            return outputs + self._fail(plan, error)
+        rows = self._take_prompt_logprobs(plan, logits)
+        sampled = [work.sequence for work in plan.work if work.samples]
+        choices = sample(rows, sampled) if sampled else []
+        for work in plan.work:
+            self.scheduler.advance(work)
+            self._prompt_tokens += max(0, min(work.count, work.sequence.prompt_tokens - work.start))
+        return outputs + [self._emit(s, choice) for s, choice in zip(sampled, choices, strict=True)]
+
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.waiting + len(self._aside),
+            blocks_total=self.pool.total,
+            blocks_free=self.pool.free,
+            blocks_cached=self.pool.cached,
+            blocks_used=self.pool.used,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            cached_tokens=self._cached_tokens,
+            preemptions=self.scheduler.preemptions,
+            adapters_loaded=self.residency.loaded,
+            adapter_bytes=self.residency.bytes,
+        )
+
+    def uses(self, digest: str) -> bool:
+        """Whether a request that has not ended names this adapter."""
+        return any(sequence.request.adapter == digest for sequence in self._sequences.values())
+
+    def _refusal(self, request: EngineRequest) -> tuple[str, str] | None:
+        """(kind, why) for a request that can never run."""
+        tokens = len(request.prompt) + request.sampling.max_tokens
+        if request.id in self._sequences:
+            return "internal", f"request id {request.id} is in use"
+        if not request.prompt:
+            return "internal", "the prompt has no tokens"
+        if tokens > self.info.context:
+            return "too_large", f"{tokens} tokens asked for, the context holds {self.info.context}"
+        if not self.scheduler.fits(tokens):
+            return "too_large", f"{tokens} tokens asked for, the whole cache holds {self.info.cache_tokens}"
+        if request.adapter is not None and not self.residency.knows(request.adapter):
+            return "adapter", f"adapter {request.adapter} is not loaded"
+        return None
+
+    def _call_in_those_aside(self) -> list[Output]:
+        """Queue the sequences whose adapter has become resident."""
+        outputs = []
+        waiting, self._aside = self._aside, []
+        for sequence in waiting:
+            digest = sequence.request.adapter
+            try:
+                slot = self.residency.acquire(digest) if digest is not None else 0
+            except AdapterError as error:
+                del self._sequences[sequence.request.id]
+                outputs.append(_failure(sequence, "adapter", error.message))
+                continue
+            if slot is None:
+                self._aside.append(sequence)
+            else:
+                sequence.slot = slot
+                self.scheduler.add(sequence)
+        return outputs
+
+    def _take_prompt_logprobs(self, plan: Plan, logits: torch.Tensor) -> torch.Tensor:
+        """Describe the prompt tokens of those who asked; return the rows to sample from."""
+        if not any(_wants_prompt_logprobs(work) for work in plan.work):
+            return logits
+        row = 0
+        sampled = []
+        for work in plan.work:
+            sequence = work.sequence
+            if not _wants_prompt_logprobs(work):
+                if work.samples:
+                    sampled.append(row)
+                    row += 1
+                continue
+            # Row i predicts token start + i + 1; only those not described before a preemption are new.
+            known = len(sequence.prompt_logprobs)
+            first = max(known - 1, work.start)
+            last = min(work.start + work.count, sequence.prompt_tokens - 1)
+            if last > first:
+                tokens = sequence.tokens[first + 1 : last + 1]
+                rows = logits[row + first - work.start : row + last - work.start]
+                top = sequence.request.sampling.prompt_logprobs or 0
+                sequence.prompt_logprobs += describe(rows, tokens, [top] * len(tokens))
+            row += work.count
+            if work.samples:
+                sampled.append(row - 1)
+        return logits[sampled]
+
+    def _emit(self, sequence: Sequence, choice: Choice) -> Output:
+        first = sequence.generated == 0
+        if choice.token < 0:
+            self._end(sequence)
+            return _failure(sequence, "adapter", "The logits are not finite: the adapter's numbers overflow.")
+        reason = sequence.append(choice.token)
+        if reason is not None:
+            self._end(sequence)
+        self._generated_tokens += 1
+        if first:
+            self._cached_tokens += sequence.cached_tokens
+        stopped = reason == "stop"
+        return Output(
+            sequence.request.id,
+            tokens=() if stopped else (choice.token,),
+            logprobs=() if stopped or choice.logprobs is None else (choice.logprobs,),
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
+            cached_tokens=sequence.cached_tokens if first else 0,
+            finish_reason=reason,
+            stop_token=choice.token if stopped else None,
+        )
+
+    def _fail(self, plan: Plan, error: Exception) -> list[Output]:
+        """A forward pass failed. Out of memory costs the largest piece of work its request; the others' pieces
+        are simply due again. Any other failure ends all that took part, since nobody knows whose fault it was."""
+        log.exception("the forward pass failed")
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if out_of_memory:
+            failed = [max(plan.work, key=lambda work: work.count).sequence]
+            kind, why = "out_of_memory", "The device ran out of memory for this request."
+        else:
+            failed = [work.sequence for work in plan.work]
+            kind, why = "internal", f"The model failed: {error}"
+        for sequence in failed:
+            self._end(sequence)
+        return [_failure(sequence, kind, why) for sequence in failed]
+
+    def _end(self, sequence: Sequence) -> None:
+        """Free all that a sequence holds."""
+        del self._sequences[sequence.request.id]
+        if sequence in self._aside:
+            self._aside.remove(sequence)
+            return
+        self.scheduler.remove(sequence)
+        if sequence.request.adapter is not None:
+            self.residency.release(sequence.request.adapter)
+
+
+def _wants_prompt_logprobs(work: Work) -> bool:
+    return work.sequence.request.sampling.prompt_logprobs is not None and work.sequence.generated == 0
+
+
+def _chunk(work: Work) -> Chunk:
+    sequence = work.sequence
+    return Chunk(
+        tokens=sequence.tokens[work.start : work.start + work.count],
+        start=work.start,
+        blocks=sequence.blocks,
+        slot=sequence.slot,
+        sample=work.samples,
+        all_logits=_wants_prompt_logprobs(work),
+    )
+
+
+def _failure(sequence: Sequence, kind: str, why: str) -> Output:
+    return Output(sequence.request.id, finish_reason="error", error=why, error_kind=kind)
+
+
+def _eos_tokens(model: torch.nn.Module, tokenizer_eos: int | None) -> Items[int]:
+    """The model's end tokens, as its generation configuration has them, and the tokenizer's."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    tokens = [configured] if isinstance(configured, int) else list(configured or [])
+    return tokens if tokenizer_eos is None or tokenizer_eos in tokens else [*tokens, tokenizer_eos]
+
+
+def _cache_blocks(config: EngineConfig, model_config: object, device: torch.device) -> int:
+    if config.cache_gib is not None:
+        memory = config.cache_gib * 2**30
+    elif device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0] * config.cache_share
+    else:
+        memory = psutil.virtual_memory().available * config.cache_share
+    blocks = int(memory / (cache_shape(model_config).token_bytes * BLOCK))
+    if blocks < 1:
+        raise ConfigError(f"A KV cache of {memory / 2**20:.1f} MiB holds no block.", field="cache_gib")
+    return blocks

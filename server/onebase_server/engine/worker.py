@@ -1,0 +1,179 @@
+"""The engine process: reads commands, steps the engine, writes events. Run as
+`python -m onebase_server.engine.worker FD`, with one end of a socket pair as file descriptor FD.
+
+It ends when it has drained, or when the API's end of the socket closes: nothing is left running behind.
+"""
+
+import enum
+import logging
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import Future
+
+import msgspec
+
+from onebase_adapters.errors import OneBaseError
+from onebase_adapters.primitives import LoweredAdapter
+from onebase_server.engine.config import EngineConfig
+from onebase_server.engine.engine import Engine
+from onebase_server.engine.messages import (
+    Abort,
+    AdapterLoaded,
+    Command,
+    CommandFailed,
+    Done,
+    Drain,
+    Event,
+    LoadAdapter,
+    Outputs,
+    Ready,
+    StartFailed,
+    Submit,
+    UnloadAdapter,
+    decode_command,
+    encode,
+)
+from onebase_server.engine.request import Output
+from onebase_server.engine.wire import frame, read_frame
+
+
+class _Signal(enum.Enum):
+    """What reaches the inbox besides commands."""
+
+    HANGUP = enum.auto()
+    WAKE = enum.auto()
+    """An adapter has been read."""
+
+
+_Inbox = queue.SimpleQueue[Command | _Signal]
+
+
+class Worker:
+    """One engine, one connection."""
+
+    def __init__(self, engine: Engine, connection: socket.socket, inbox: _Inbox) -> None:
+        self._engine = engine
+        self._connection = connection
+        self._inbox = inbox
+        self._loading: list[tuple[LoadAdapter, Future[LoweredAdapter]]] = []
+        self._unloading: list[UnloadAdapter] = []
+        self._deadline: float | None = None
+        self._refused: list[Output] = []
+
+    def run(self) -> None:
+        """Serve until drained or hung up."""
+        threading.Thread(target=self._read, name="command-reader", daemon=True).start()
+        while True:
+            if not self._take_commands():
+                return
+            outputs = self._refused + self._engine.step()
+            self._refused = []
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                outputs += self._engine.abort_all()
+            if outputs:
+                self.send(Outputs(tuple(outputs), self._engine.stats()))
+            self._answer_loads()
+            self._unload_unused()
+            if self._deadline is not None and not self._engine.busy:
+                return
+
+    def send(self, event: Event) -> None:
+        """Write an event; a hang-up is noticed by the reader."""
+        try:
+            self._connection.sendall(frame(encode(event)))
+        except (BrokenPipeError, ConnectionError):
+            self._inbox.put(_Signal.HANGUP)
+
+    def _read(self) -> None:
+        while (message := read_frame(self._connection)) is not None:
+            self._inbox.put(decode_command(message))
+        self._inbox.put(_Signal.HANGUP)
+
+    def _take_commands(self) -> bool:
+        """Handle what has come in; sleep for the first if there is nothing else to do. False after a hang-up."""
+        wait = self._engine.idle and not self._refused and self._deadline is None
+        while True:
+            try:
+                command = self._inbox.get(block=wait)
+            except queue.Empty:
+                return True
+            if command is _Signal.HANGUP:
+                return False
+            if not isinstance(command, _Signal):
+                self._handle(command)
+            wait = False
+
+    def _handle(self, command: Command) -> None:
+        match command:
+            case Submit(request):
+                refused = self._engine.submit(request)
+                if refused is not None:
+                    self._refused.append(refused)
+            case Abort(request_id):
+                self._engine.abort(request_id)
+            case LoadAdapter(_, digest, folder):
+                self._loading.append((command, self._engine.read_adapter(digest, folder)))
+            case UnloadAdapter():
+                self._unloading.append(command)
+            case Drain(grace):
+                self._deadline = time.monotonic() + grace
+
+    def _answer_loads(self) -> None:
+        for entry in [entry for entry in self._loading if entry[1].done()]:
+            self._loading.remove(entry)
+            self._answer_load(*entry)
+
+    def _answer_load(self, command: LoadAdapter, future: Future[LoweredAdapter]) -> None:
+        try:
+            info = self._engine.residency.admit(command.digest, future.result())
+        except OneBaseError as error:
+            self._engine.residency.forget(command.digest)
+            self.send(CommandFailed(command.id, type(error).__name__, error.message, error.field))
+        except Exception as error:  # a reader's bug must not end the engine, nor leave the caller waiting
+            logging.exception("reading adapter %s failed", command.digest)
+            self._engine.residency.forget(command.digest)
+            self.send(CommandFailed(command.id, "AdapterFormatError", f"Cannot be read: {error!r}", "path"))
+        else:
+            self.send(AdapterLoaded(command.id, info))
+
+    def _unload_unused(self) -> None:
+        for command in [c for c in self._unloading if not self._engine.uses(c.digest)]:
+            self._unloading.remove(command)
+            self._engine.residency.forget(command.digest)
+            self.send(Done(command.id))
+
+
+def main() -> None:
+    """Read the configuration from the socket, load the engine, serve."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s engine %(levelname)s %(name)s: %(message)s")
+    # Ctrl-C reaches the whole process group; the API process decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    first = read_frame(connection)
+    if first is None:
+        return
+    config = msgspec.json.decode(first, type=EngineConfig)
+    inbox: _Inbox = queue.SimpleQueue()
+    try:
+        engine = Engine(
+            config,
+            wake=lambda: inbox.put(_Signal.WAKE),
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except OneBaseError as error:
+        connection.sendall(frame(encode(StartFailed(error.message))))
+        return
+    worker = Worker(engine, connection, inbox)
+    worker.send(Ready(engine.info))
+    worker.run()
+    engine.close()
+    connection.close()
+
+
+if __name__ == "__main__":
+    main()
