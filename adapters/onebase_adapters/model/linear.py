@@ -66,25 +66,17 @@ class LowRankTable:
 
     def add(self, x: torch.Tensor, y: torch.Tensor, context: Context) -> None:
         """y [T, sum of out_features] += the updates of each token's slot for its input x [T, in]."""
-        batch = context.batch
-        if not len(batch.tiles):
-            return
-        if not self._fast or x.dtype != torch.bfloat16:
-            reference.add_low_rank(x, y, batch, self.columns.tolist(), self._weights)
-            return
+        if self._fast and x.dtype == torch.bfloat16:
+            self.add_at(x.data_ptr(), y.data_ptr(), context)
+        else:
+            reference.add_low_rank(x, y, context.batch, self.columns.tolist(), self._weights)
+
+    def add_at(self, x: int, y: int, context: Context) -> None:
+        """The same by address, contiguous bfloat16 on a CPU."""
         lowrank.add_low_rank(
-            x.data_ptr(),
-            x.stride(0),
-            y.data_ptr(),
-            y.stride(0),
-            self.in_features,
-            self.columns,
-            batch.tiles,
-            self._a,
-            self._b,
-            self._ranks,
-            self._scales,
-        )
+            x, self.in_features, y, int(self.columns[-1]), self.in_features, self.columns, context.batch.tiles,
+            self._a, self._b, self._ranks, self._scales,
+        )  # fmt: skip
 
 
 def _packed(matrix: torch.Tensor) -> torch.Tensor:
@@ -107,5 +99,5 @@ class AdapterLinear(nn.Module):
         y: torch.Tensor = self.inner(x)
         if len(self.context.batch.tiles):
             width = x.shape[-1]
-            self.table.add(x.reshape(-1, width), y.view(-1, y.shape[-1]), self.context)
+            self.table.add(x.reshape(-1, width).contiguous(), y.view(-1, y.shape[-1]), self.context)
         return y

@@ -10,12 +10,13 @@ from torch import nn
 
 from onebase_adapters.base.catalog import Progress
 from onebase_adapters.base.load import LoadedBase, load_base
-from onebase_adapters.base.shape import BaseShape, Site
+from onebase_adapters.base.shape import BaseShape
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.batch import Batch, Context
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.cpu.attention import attention_items
 from onebase_adapters.kernels.cpu.lowrank import low_rank_tiles
+from onebase_adapters.model.fused import fuse_layers
 from onebase_adapters.model.linear import AdapterLinear, LowRankTable
 from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, hook_attention, register_attention
 from onebase_adapters.primitives import LoweredAdapter, LowRank
@@ -53,7 +54,8 @@ class ServedModel:
         self._threads = torch.get_num_threads()
         self.cache = PagedKV(base.model.config, blocks, base.device)
         hook_attention(base.model, self.cache, self._context)
-        self._tables = _hook_linears(base.model, base.shape, slots + 1, self._context, base.device)
+        self._tables = fuse_layers(base.model, base.shape, self.cache, slots + 1, self._context)
+        self._tables += _hook_linears(base.model, base.shape, slots + 1, self._context, base.device)
         self._free_slots = list(range(slots, 0, -1))
 
     @classmethod
@@ -83,6 +85,11 @@ class ServedModel:
     def slot_bytes(self, slot: int) -> int:
         """Memory of a resident adapter."""
         return sum(table.bytes(slot) for table in self._tables)
+
+    def warm_up(self) -> None:
+        """Compile (or read from the cache) every kernel that serving needs, on pages that nobody uses yet."""
+        for length in (1, 8):
+            self.forward([Chunk([0] * length, 0, [0], slot=self._free_slots[-1])])
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -135,15 +142,14 @@ class ServedModel:
 def _hook_linears(
     model: nn.Module, shape: BaseShape, slots: int, context: Context, device: torch.device
 ) -> list[LowRankTable]:
+    """Wrap the linear sites that stand in the model as they were (not those inside fused layers)."""
+    present = dict(model.named_modules())
     tables = []
     for site in shape.sites.values():
+        if site.name not in present:
+            continue
         parent, _, leaf = site.name.rpartition(".")
-        owner = model.get_submodule(parent)
-        table = _table(site, slots, device)
-        setattr(owner, leaf, AdapterLinear(getattr(owner, leaf), table, context))
+        table = LowRankTable([site], slots, device)
+        setattr(present[parent], leaf, AdapterLinear(present[site.name], table, context))
         tables.append(table)
     return tables
-
-
-def _table(site: Site, slots: int, device: torch.device) -> LowRankTable:
-    return LowRankTable([site], slots, device)

@@ -51,6 +51,7 @@ class Engine:
         base = load_base(config.base, attention=ATTENTION_NAME, progress=progress)
         blocks = _cache_blocks(config, base.model.config, base.device)
         self.model = ServedModel(base, slots=config.max_adapters, blocks=blocks)
+        self.model.warm_up()
         self.pool = BlockPool(blocks, BLOCK, reuse=config.reuse_prefixes)
         self.scheduler = Scheduler(
             self.pool, max_batch_tokens=config.max_batch_tokens, max_running=config.max_running

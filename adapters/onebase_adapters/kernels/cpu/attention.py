@@ -15,8 +15,8 @@ from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.cpu.vector import (
     bf16_from_f32,
     f32_from_bf16,
-    f32_from_bits,
     matmul_tile,
+    power_of_two,
     u16_pointer,
 )
 
@@ -29,7 +29,7 @@ _values_tile_wide = matmul_tile(rows=4, groups=4, unroll=1)
 _values_tile = matmul_tile(rows=4, groups=1, unroll=1)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def exp_nonpositive(x: np.float32) -> np.float32:
     """e**x for x <= 0 to 2 units in the last place, in operations that LLVM vectorises."""
     x = max(x, np.float32(-87.0))
@@ -43,12 +43,12 @@ def exp_nonpositive(x: np.float32) -> np.float32:
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
-    scaled: np.float32 = p * f32_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    scaled: np.float32 = p * power_of_two(n)
     return scaled
 
 
 # A maximum is the same in any order, so here alone reassociation is allowed.
-@njit(cache=True, nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=True)  # type: ignore[untyped-decorator]
 def _row_max(row: np.ndarray) -> np.float32:
     highest = np.float32(-3.0e38)
     for i in range(row.shape[0]):
@@ -56,16 +56,16 @@ def _row_max(row: np.ndarray) -> np.float32:
     return highest
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _softmax_row(row: np.ndarray, first: int, last: int, lanes: np.ndarray) -> np.float32:
     """Exponentiate row[first..last] against its maximum, zero the rest, and return the sum (lane by lane)."""
-    for i in range(first):
-        row[i] = np.float32(0.0)
-    for i in range(last + 1, row.shape[0]):
-        row[i] = np.float32(0.0)
-    highest = _row_max(row[first : last + 1])
-    for i in range(first, last + 1):
-        row[i] = exp_nonpositive(row[i] - highest)
+    # Slices with plain indices: numba vectorises those, not indices that might be negative.
+    row[:first] = np.float32(0.0)
+    row[last + 1 :] = np.float32(0.0)
+    seen = row[first : last + 1]
+    highest = _row_max(seen)
+    for i in range(seen.shape[0]):
+        seen[i] = exp_nonpositive(seen[i] - highest)
     for j in range(BLOCK):
         lanes[j] = np.float32(0.0)
     for block in range(first // BLOCK, row.shape[0] // BLOCK):
@@ -77,7 +77,7 @@ def _softmax_row(row: np.ndarray, first: int, last: int, lanes: np.ndarray) -> n
     return total
 
 
-@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def attend(
     q: int,
     q_stride: int,
@@ -168,7 +168,7 @@ def attend(
                     target[g * dim + d] = bf16_from_f32(results[t * group + g, d] * inverse)
 
 
-@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def write_kv(
     k: int,
     k_stride: int,

@@ -23,7 +23,7 @@ _expand_four = matmul_tile(rows=4, groups=4, unroll=1)
 _expand_one = matmul_tile(rows=1, groups=4, unroll=1)
 
 
-@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def add_low_rank(
     x: int,
     x_stride: int,

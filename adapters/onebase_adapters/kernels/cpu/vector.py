@@ -58,13 +58,15 @@ def bf16_from_f32(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def f32_from_bits(typingctx: Any, bits: Any) -> Any:
-    """An int32's bits read as float32."""
+def power_of_two(typingctx: Any, exponent: Any) -> Any:
+    """2**exponent for a whole float32 in -126..127, put together from bits (numba itself would widen to int64)."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], F32)
+        i32 = ir.IntType(32)
+        biased = builder.add(builder.fptosi(args[0], i32), ir.Constant(i32, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(i32, 23)), F32)
 
-    return types.float32(types.int32), codegen
+    return types.float32(types.float32), codegen
 
 
 def matmul_tile(rows: int, groups: int, unroll: int) -> Callable[..., None]:

@@ -1,0 +1,169 @@
+"""The small operations between a decoder layer's matrix products, each fused into one pass over memory.
+
+They round to bfloat16 wherever transformers' eager modules do, so a fused layer gives the eager layer's numbers.
+Rows are independent; few rows run on the calling thread, because waking the others would cost more.
+"""
+
+import numpy as np
+from numba import carray, njit, prange
+
+from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.cpu.attention import attend, exp_nonpositive
+from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, u16_pointer
+
+SERIAL_ROWS = 4
+"""Up to so many rows are not worth a parallel region (about 3 microseconds)."""
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _round(x: np.float32) -> np.float32:
+    rounded: np.float32 = f32_from_bf16(bf16_from_f32(x))
+    return rounded
+
+
+# The same compiled loop for every row, so the order of its sum, whatever LLVM makes it, is always the same.
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})  # type: ignore[untyped-decorator]
+def _mean_square(row: np.ndarray) -> np.float32:
+    total = np.float32(0.0)
+    for i in range(row.shape[0]):
+        value = f32_from_bf16(row[i])
+        total += value * value
+    return total / np.float32(row.shape[0])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _norm_row(x: int, delta: int, weight: int, out: int, width: int, eps: float) -> None:
+    row = carray(u16_pointer(x), width, np.uint16)
+    if delta != 0:
+        change = carray(u16_pointer(delta), width, np.uint16)
+        for i in range(width):
+            row[i] = bf16_from_f32(f32_from_bf16(row[i]) + f32_from_bf16(change[i]))
+    scale = np.float32(1.0) / np.sqrt(_mean_square(row) + np.float32(eps))
+    weights = carray(u16_pointer(weight), width, np.uint16)
+    target = carray(u16_pointer(out), width, np.uint16)
+    for i in range(width):
+        normed = _round(f32_from_bf16(row[i]) * scale)
+        target[i] = bf16_from_f32(normed * f32_from_bf16(weights[i]))
+
+
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+def _norm_rows(x: int, delta: int, weight: int, out: int, rows: int, width: int, eps: float) -> None:
+    for t in prange(rows):
+        step = 2 * t * width
+        _norm_row(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def add_rms_norm(x: int, delta: int, weight: int, out: int, rows: int, width: int, eps: float) -> None:
+    """x += delta (unless `delta` is 0), then out = RMSNorm(x) * weight; addresses of bfloat16 [rows, width]."""
+    if rows > SERIAL_ROWS:
+        _norm_rows(x, delta, weight, out, rows, width, eps)
+        return
+    for t in range(rows):
+        step = 2 * t * width
+        _norm_row(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _silu_row(gate_up: int, out: int, width: int) -> None:
+    gate = carray(u16_pointer(gate_up), width, np.uint16)
+    up = carray(u16_pointer(gate_up + 2 * width), width, np.uint16)
+    target = carray(u16_pointer(out), width, np.uint16)
+    for i in range(width):
+        value = f32_from_bf16(gate[i])
+        small = exp_nonpositive(-abs(value))
+        sigmoid = (np.float32(1.0) if value >= 0 else small) / (np.float32(1.0) + small)
+        target[i] = bf16_from_f32(_round(value * sigmoid) * f32_from_bf16(up[i]))
+
+
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+def _silu_rows(gate_up: int, out: int, rows: int, width: int) -> None:
+    for t in prange(rows):
+        _silu_row(gate_up + 4 * t * width, out + 2 * t * width, width)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def silu_mul(gate_up: int, out: int, rows: int, width: int) -> None:
+    """out = silu(gate) * up; addresses of bfloat16, gate_up [rows, 2 * width] (gate first), out [rows, width]."""
+    if rows > SERIAL_ROWS:
+        _silu_rows(gate_up, out, rows, width)
+        return
+    for t in range(rows):
+        _silu_row(gate_up + 4 * t * width, out + 2 * t * width, width)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray, dim: int) -> None:
+    """Rotary embedding of one head in place, halves apart (Su et al. 2021; transformers' rotate_half)."""
+    half = dim // 2
+    for i in range(half):
+        first, second = f32_from_bf16(head[i]), f32_from_bf16(head[half + i])
+        head[i] = bf16_from_f32(_round(first * f32_from_bf16(cos[i])) + _round(-second * f32_from_bf16(sin[i])))
+        head[half + i] = bf16_from_f32(
+            _round(second * f32_from_bf16(cos[half + i])) + _round(first * f32_from_bf16(sin[half + i]))
+        )
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _rope_row(
+    row: int, cos: int, sin: int, k_cache: int, v_cache: int, heads: int, kv_heads: int, dim: int, slot: int
+) -> None:
+    cosine = carray(u16_pointer(cos), dim, np.uint16)
+    sine = carray(u16_pointer(sin), dim, np.uint16)
+    for h in range(heads + kv_heads):
+        _rotate(carray(u16_pointer(row + 2 * h * dim), dim, np.uint16), cosine, sine, dim)
+    block, offset = slot // BLOCK, slot % BLOCK
+    page = 2 * block * kv_heads * dim * BLOCK
+    key = carray(u16_pointer(row + 2 * heads * dim), kv_heads * dim, np.uint16)
+    value = carray(u16_pointer(row + 2 * (heads + kv_heads) * dim), kv_heads * dim, np.uint16)
+    key_page = carray(u16_pointer(k_cache + page), kv_heads * dim * BLOCK, np.uint16)
+    value_page = carray(u16_pointer(v_cache + page), kv_heads * dim * BLOCK, np.uint16)
+    for h in range(kv_heads):
+        for d in range(dim):
+            key_page[(h * dim + d) * BLOCK + offset] = key[h * dim + d]
+            value_page[(h * BLOCK + offset) * dim + d] = value[h * dim + d]
+
+
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+def _rope_rows(
+    qkv: int, cos: int, sin: int, k_cache: int, v_cache: int, heads: int, kv_heads: int, dim: int, slots: np.ndarray
+) -> None:
+    width = (heads + 2 * kv_heads) * dim
+    for t in prange(slots.shape[0]):
+        angle = 2 * t * dim
+        _rope_row(qkv + 2 * t * width, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads, dim, slots[t])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def rope_attend(
+    qkv: int,
+    cos: int,
+    sin: int,
+    out: int,
+    k_cache: int,
+    v_cache: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    scale: float,
+    window: int,
+    slots: np.ndarray,
+    items: np.ndarray,
+    positions: np.ndarray,
+    tables: np.ndarray,
+) -> None:
+    """Rotate queries and keys of qkv [T, (heads + 2 * kv_heads) * dim] in place, write keys and values to the
+    cache, then attend into out [T, heads * dim]; cos and sin [T, dim]. Addresses of bfloat16; see `attend`."""
+    width = (heads + 2 * kv_heads) * dim
+    if slots.shape[0] > SERIAL_ROWS:
+        _rope_rows(qkv, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots)
+    else:
+        for t in range(slots.shape[0]):
+            angle = 2 * t * dim
+            _rope_row(
+                qkv + 2 * t * width, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads, dim, slots[t]
+            )
+    attend(
+        qkv, width, out, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim, scale, window,
+        items, positions, tables,
+    )  # fmt: skip
