@@ -86,8 +86,7 @@ def load_base(
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' weight bars, and without bitsandbytes' hint about an optional hub kernel."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    """Without transformers' weight bars."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
