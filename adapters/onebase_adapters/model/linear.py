@@ -1,6 +1,7 @@
 """Linear sites with per-token adapters: the base's product first, then what each token's slot adds to it."""
 
-from collections.abc import Sequence
+import mmap
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +12,30 @@ from onebase_adapters.batch import Context
 from onebase_adapters.kernels import reference
 from onebase_adapters.kernels.cpu import lowrank
 from onebase_adapters.primitives import LowRank
+
+_HUGE_PAGE = 2**21
+
+
+class Arena:
+    """One adapter's packed weights, in the order in which a step reads them, on huge pages where the system has
+    them: a batch of many adapters is bound by how fast their weights stream from memory."""
+
+    def __init__(self, elements: int) -> None:
+        self.bytes = max(2 * elements, mmap.PAGESIZE)
+        # Rounded up so that the last page can be a huge one too.
+        pages = mmap.mmap(-1, -(-self.bytes // _HUGE_PAGE) * _HUGE_PAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = torch.frombuffer(pages, dtype=torch.bfloat16)
+        self._used = 0
+
+    def hold(self, matrix: torch.Tensor) -> int:
+        """Keep [out, in] transposed, in bfloat16, followed by the tail that the kernel may read past the end;
+        returns its address."""
+        target = self._memory[self._used : self._used + matrix.numel()]
+        target.view(matrix.shape[1], matrix.shape[0]).copy_(matrix.t())
+        self._used += matrix.numel() + lowrank.TAIL
+        return target.data_ptr()
 
 
 class LowRankTable:
@@ -26,13 +51,17 @@ class LowRankTable:
         self._fast = device.type == "cpu" and self.in_features % 4 == 0
         self._device = device
         self._weights: dict[int, Sequence[LowRank | None]] = {}
-        self._held: dict[int, list[torch.Tensor]] = {}
         self._a = np.zeros(slots, np.int64)
         self._b = np.zeros((len(sites), slots), np.int64)
         self._ranks = np.zeros((len(sites), slots), np.int64)
         self._scales = np.zeros((len(sites), slots), np.float32)
 
-    def put(self, slot: int, updates: dict[str, LowRank]) -> None:
+    def size(self, updates: Mapping[str, LowRank]) -> int:
+        """Elements that `put` takes from an arena for these updates."""
+        mine = [updates[site.name] for site in self.sites if site.name in updates]
+        return sum(update.parameters for update in mine) + (len(mine) + 1) * lowrank.TAIL
+
+    def put(self, slot: int, updates: Mapping[str, LowRank], arena: Arena) -> None:
         """Make `updates` (by site name) the slot's weights; sites without one stay untouched."""
         chosen = [updates.get(site.name) for site in self.sites]
         if not any(chosen):
@@ -44,25 +73,17 @@ class LowRankTable:
             ]
             return
         present = [update for update in chosen if update is not None]
-        held = [_packed(torch.cat([update.a for update in present]))]
-        self._a[slot] = held[0].data_ptr()
+        self._a[slot] = arena.hold(torch.cat([update.a for update in present]))
         for index, update in enumerate(chosen):
             if update is not None:
-                held.append(_packed(update.b))
-                self._b[index, slot] = held[-1].data_ptr()
+                self._b[index, slot] = arena.hold(update.b)
                 self._ranks[index, slot] = update.rank
                 self._scales[index, slot] = update.scale
-        self._held[slot] = held
 
     def clear(self, slot: int) -> None:
         """Forget the slot's weights."""
         self._ranks[:, slot] = 0
-        self._held.pop(slot, None)
         self._weights.pop(slot, None)
-
-    def bytes(self, slot: int) -> int:
-        """Memory of the slot's weights."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._held.get(slot, ()))
 
     def add(self, x: torch.Tensor, y: torch.Tensor, context: Context) -> None:
         """y [T, sum of out_features] += the updates of each token's slot for its input x [T, in]."""
@@ -77,13 +98,6 @@ class LowRankTable:
             x, self.in_features, y, int(self.columns[-1]), self.in_features, self.columns, context.batch.tiles,
             self._a, self._b, self._ranks, self._scales,
         )  # fmt: skip
-
-
-def _packed(matrix: torch.Tensor) -> torch.Tensor:
-    """[out, in] transposed, flat, bfloat16, with the tail that the kernel may read past the end."""
-    packed = torch.zeros(matrix.numel() + lowrank.TAIL, dtype=torch.bfloat16)
-    packed[: matrix.numel()] = matrix.t().reshape(-1)
-    return packed
 
 
 class AdapterLinear(nn.Module):

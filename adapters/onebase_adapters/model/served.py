@@ -17,7 +17,7 @@ from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.cpu.attention import attention_items
 from onebase_adapters.kernels.cpu.lowrank import low_rank_tiles
 from onebase_adapters.model.fused import fuse_layers
-from onebase_adapters.model.linear import AdapterLinear, LowRankTable
+from onebase_adapters.model.linear import AdapterLinear, Arena, LowRankTable
 from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, hook_attention, register_attention
 from onebase_adapters.primitives import LoweredAdapter, LowRank
 
@@ -57,6 +57,7 @@ class ServedModel:
         self._tables = fuse_layers(base.model, base.shape, self.cache, slots + 1, self._context)
         self._tables += _hook_linears(base.model, base.shape, slots + 1, self._context, base.device)
         self._free_slots = list(range(slots, 0, -1))
+        self._arenas: dict[int, Arena] = {}
 
     @classmethod
     def load(cls, spec: BaseSpec, *, slots: int, blocks: int, progress: Progress = log.info) -> "ServedModel":
@@ -72,19 +73,21 @@ class ServedModel:
         """Make an adapter resident and return its slot. Raises IndexError when no slot is free."""
         slot = self._free_slots.pop()
         updates = {p.site: p for p in adapter.primitives if isinstance(p, LowRank)}
+        arena = self._arenas[slot] = Arena(sum(table.size(updates) for table in self._tables))
         for table in self._tables:
-            table.put(slot, updates)
+            table.put(slot, updates, arena)
         return slot
 
     def remove(self, slot: int) -> None:
         """Free a slot that no running sequence uses."""
         for table in self._tables:
             table.clear(slot)
+        del self._arenas[slot]
         self._free_slots.append(slot)
 
     def slot_bytes(self, slot: int) -> int:
         """Memory of a resident adapter."""
-        return sum(table.bytes(slot) for table in self._tables)
+        return self._arenas[slot].bytes
 
     def warm_up(self) -> None:
         """Compile (or read from the cache) every kernel that serving needs, on pages that nobody uses yet."""

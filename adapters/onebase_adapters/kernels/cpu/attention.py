@@ -132,6 +132,7 @@ def attend(
                     k_cache + 2 * page * dim * BLOCK,
                     BLOCK,
                     dim,
+                    0,
                 )
 
         lanes = np.empty(BLOCK, np.float32)
@@ -151,10 +152,10 @@ def attend(
                 a = scores.ctypes.data + 4 * (r * keys + block * BLOCK)
                 if dim % 64 == 0:
                     for d in range(0, dim, 64):
-                        _values_tile_wide(c + 4 * d, dim, a, keys, value + 2 * d, dim, depth)
+                        _values_tile_wide(c + 4 * d, dim, a, keys, value + 2 * d, dim, depth, 0)
                 else:
                     for d in range(0, dim, 16):
-                        _values_tile(c + 4 * d, dim, a, keys, value + 2 * d, dim, depth)
+                        _values_tile(c + 4 * d, dim, a, keys, value + 2 * d, dim, depth, 0)
 
         for t in range(tokens):
             target = carray(

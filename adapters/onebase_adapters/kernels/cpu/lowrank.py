@@ -17,10 +17,10 @@ TAIL = 64
 """Elements that a kernel may read past a matrix' end: weights are allocated with so many to spare."""
 
 # Same unroll for one row and for four, so that both give the same bits.
-_shrink_four = matmul_tile(rows=4, groups=1, unroll=4)
-_shrink_one = matmul_tile(rows=1, groups=1, unroll=4)
-_expand_four = matmul_tile(rows=4, groups=4, unroll=1)
-_expand_one = matmul_tile(rows=1, groups=4, unroll=1)
+_shrink_four = matmul_tile(rows=4, groups=1, unroll=4, prefetch=True)
+_shrink_one = matmul_tile(rows=1, groups=1, unroll=4, prefetch=True)
+_expand_four = matmul_tile(rows=4, groups=4, unroll=1, prefetch=True)
+_expand_one = matmul_tile(rows=1, groups=4, unroll=1, prefetch=True)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
@@ -48,6 +48,8 @@ def add_low_rank(
     sites = columns.shape[0] - 1
     for tile in prange(tiles.shape[0]):
         slot = tiles[tile, 0]
+        # A tile is over sooner than its weights come from memory, so each brings in the next one's.
+        following = tiles[min(tile + 1, tiles.shape[0] - 1), 0]
         total = 0
         for site in range(sites):
             total += ranks[site, slot]
@@ -56,53 +58,53 @@ def add_low_rank(
             for t in range(TILE):
                 if tiles[tile, 1 + t] >= 0:
                     rows += 1
-            inputs = np.zeros((rows if rows == 1 else TILE, in_features), np.float32)
+            computed = 1 if rows == 1 else TILE
+            width = (total + 15) // 16 * 16
+            widest = 0
+            for site in range(sites):
+                widest = max(widest, (columns[site + 1] - columns[site] + 63) // 64 * 64)
+            # One allocation for inputs [computed, in], hidden [computed, width] and delta [computed, widest].
+            work = np.empty(computed * (in_features + width + widest), np.float32)
+            inputs = work[: computed * in_features]
+            hidden = work[computed * in_features : computed * (in_features + width)]
+            delta = work[computed * (in_features + width) :]
+            inputs[rows * in_features :] = np.float32(0.0)
             for t in range(rows):
                 row = carray(u16_pointer(x + 2 * tiles[tile, 1 + t] * x_stride), in_features, np.uint16)
+                target = inputs[t * in_features : (t + 1) * in_features]
                 for i in range(in_features):
-                    inputs[t, i] = f32_from_bf16(row[i])
+                    target[i] = f32_from_bf16(row[i])
 
-            width = (total + 15) // 16 * 16
-            hidden = np.zeros((inputs.shape[0], width), np.float32)
+            hidden[:] = np.float32(0.0)
+            ahead = a[following] - a[slot]
             for r in range(0, total, 16):
+                c, weights = hidden.ctypes.data + 4 * r, a[slot] + 2 * r
                 if rows == 1:
-                    _shrink_one(
-                        hidden.ctypes.data + 4 * r, width, inputs.ctypes.data, in_features,
-                        a[slot] + 2 * r, total, in_features,
-                    )  # fmt: skip
+                    _shrink_one(c, width, inputs.ctypes.data, in_features, weights, total, in_features, ahead)
                 else:
-                    _shrink_four(
-                        hidden.ctypes.data + 4 * r, width, inputs.ctypes.data, in_features,
-                        a[slot] + 2 * r, total, in_features,
-                    )  # fmt: skip
+                    _shrink_four(c, width, inputs.ctypes.data, in_features, weights, total, in_features, ahead)
 
             first = 0
             for site in range(sites):
                 rank = ranks[site, slot]
                 if rank > 0:
                     out_features = columns[site + 1] - columns[site]
-                    padded = (out_features + 63) // 64 * 64
-                    delta = np.zeros((inputs.shape[0], padded), np.float32)
-                    for o in range(0, padded, 64):
+                    delta[:] = np.float32(0.0)
+                    h = hidden.ctypes.data + 4 * first
+                    ahead = b[site, following] - b[site, slot]
+                    for o in range(0, out_features, 64):
+                        c, weights = delta.ctypes.data + 4 * o, b[site, slot] + 2 * o
                         if rows == 1:
-                            _expand_one(
-                                delta.ctypes.data + 4 * o, padded, hidden.ctypes.data + 4 * first, width,
-                                b[site, slot] + 2 * o, out_features, rank,
-                            )  # fmt: skip
+                            _expand_one(c, widest, h, width, weights, out_features, rank, ahead)
                         else:
-                            _expand_four(
-                                delta.ctypes.data + 4 * o, padded, hidden.ctypes.data + 4 * first, width,
-                                b[site, slot] + 2 * o, out_features, rank,
-                            )  # fmt: skip
+                            _expand_four(c, widest, h, width, weights, out_features, rank, ahead)
+                    scale = scales[site, slot]
                     for t in range(rows):
-                        target = carray(
-                            u16_pointer(y + 2 * (tiles[tile, 1 + t] * y_stride + columns[site])),
-                            out_features,
-                            np.uint16,
-                        )
-                        scale = scales[site, slot]
+                        start = y + 2 * (tiles[tile, 1 + t] * y_stride + columns[site])
+                        sums = carray(u16_pointer(start), out_features, np.uint16)
+                        change = delta[t * widest : t * widest + out_features]
                         for o in range(out_features):
-                            target[o] = bf16_from_f32(f32_from_bf16(target[o]) + scale * delta[t, o])
+                            sums[o] = bf16_from_f32(f32_from_bf16(sums[o]) + scale * change[o])
                 first += rank
 
 

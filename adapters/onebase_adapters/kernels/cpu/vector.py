@@ -14,7 +14,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 I64 = ir.IntType(64)
+I8 = ir.IntType(8)
 I16 = ir.IntType(16)
+I32 = ir.IntType(32)
 F32 = ir.FloatType()
 LANES = 16
 """float32 lanes of a tile's column group: one AVX-512 register, two AVX2, four NEON."""
@@ -69,13 +71,14 @@ def power_of_two(typingctx: Any, exponent: Any) -> Any:
     return types.float32(types.float32), codegen
 
 
-def matmul_tile(rows: int, groups: int, unroll: int) -> Callable[..., None]:
-    """Make `tile(c, ldc, a, lda, b, ldb, depth)`: C += A B for one tile, all arguments int64.
+def matmul_tile(rows: int, groups: int, unroll: int, *, prefetch: bool = False) -> Callable[..., None]:
+    """Make `tile(c, ldc, a, lda, b, ldb, depth, ahead)`: C += A B for one tile, all arguments int64.
 
     C [rows, groups*16] float32, A [rows, depth] float32, B [depth, groups*16] bfloat16; `c`, `a`, `b` are
     addresses, `ldc`, `lda`, `ldb` row strides in elements; `depth` a multiple of `unroll`. `unroll` sets how
     many partial sums a lane keeps (step k goes to sum k mod unroll; they are added in order at the end), so
-    tiles that must agree bit for bit need the same `unroll`.
+    tiles that must agree bit for bit need the same `unroll`. With `prefetch`, what lies `ahead` bytes after each
+    part of B that is read is brought into the cache on the way: the B that the caller will need next.
     """
     vec_f32 = ir.VectorType(F32, LANES)
     vec_i16 = ir.VectorType(I16, LANES)
@@ -83,7 +86,7 @@ def matmul_tile(rows: int, groups: int, unroll: int) -> Callable[..., None]:
     shift = ir.Constant(vec_i32, [16] * LANES)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        c, ldc, a, lda, b, ldb, depth = args
+        c, ldc, a, lda, b, ldb, depth, ahead = args
         fma_type = ir.FunctionType(vec_f32, [vec_f32, vec_f32, vec_f32])
         fma = cgutils.get_or_insert_function(builder.module, fma_type, f"llvm.fma.v{LANES}f32")
 
@@ -92,6 +95,11 @@ def matmul_tile(rows: int, groups: int, unroll: int) -> Callable[..., None]:
 
         def address(base: Any, elements: Any, width: int, kind: Any) -> Any:
             return builder.inttoptr(builder.add(base, builder.mul(elements, const(width))), kind.as_pointer())
+
+        prefetch_type = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        fetch = cgutils.get_or_insert_function(builder.module, prefetch_type, "llvm.prefetch.p0")
+        # Read, into the second-level cache, data.
+        hints = [ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)]
 
         def c_pointer(row: int, group: int) -> Any:
             offset = builder.add(builder.mul(const(row), ldc), const(group * LANES))
@@ -117,6 +125,9 @@ def matmul_tile(rows: int, groups: int, unroll: int) -> Callable[..., None]:
                 b_vectors = []
                 for group in range(groups):
                     pointer = address(b, builder.add(b_row, const(group * LANES)), 2, vec_i16)
+                    if prefetch and group % 2 == 0:  # two groups are one 64-byte line
+                        later = builder.add(builder.ptrtoint(pointer, I64), ahead)
+                        builder.call(fetch, [builder.inttoptr(later, I8.as_pointer()), *hints])
                     wide = builder.zext(builder.load(pointer, align=2), vec_i32)
                     b_vectors.append(builder.bitcast(builder.shl(wide, shift), vec_f32))
                 for row in range(rows):
@@ -140,8 +151,8 @@ def matmul_tile(rows: int, groups: int, unroll: int) -> Callable[..., None]:
         return context.get_dummy_value()
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def tile(typingctx: Any, c: Any, ldc: Any, a: Any, lda: Any, b: Any, ldb: Any, depth: Any) -> Any:
-        return types.void(*([types.int64] * 7)), codegen
+    def tile(typingctx: Any, c: Any, ldc: Any, a: Any, lda: Any, b: Any, ldb: Any, depth: Any, ahead: Any) -> Any:
+        return types.void(*([types.int64] * 8)), codegen
 
     made: Callable[..., None] = tile
     return made

@@ -1,0 +1,51 @@
+"""What one would do without a server: transformers' generate(), alone and with PEFT's mixed-adapter batch, on
+the very same NF4 base."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from onebase_adapters.base.load import LoadedBase, load_base
+from onebase_adapters.base.spec import BaseSpec
+
+
+def load_peer(spec: BaseSpec) -> LoadedBase:
+    """The base as transformers serves it, with its fastest attention."""
+    return load_base(spec, attention="sdpa")
+
+
+@torch.inference_mode()
+def generate_speed(model: Any, prompts: torch.Tensor, new_tokens: int, **options: Any) -> float:
+    """Output tokens per second of one generate() call; prompts [n, length]."""
+    started = time.perf_counter()
+    out = model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        **options,
+    )
+    if out.shape[1] != prompts.shape[1] + new_tokens:
+        raise RuntimeError(f"generate() made {out.shape[1] - prompts.shape[1]} tokens, not {new_tokens}")
+    return out.shape[0] * new_tokens / (time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def prefill_seconds(model: Any, prompt: torch.Tensor) -> float:
+    """Seconds of one forward pass over a prompt [1, length], logits of the last token only."""
+    started = time.perf_counter()
+    model(prompt, logits_to_keep=1)
+    return time.perf_counter() - started
+
+
+def with_adapters(base: LoadedBase, folders: Sequence[Path]) -> Any:
+    """The base as PEFT wraps it, with all the adapters loaded under their folders' names."""
+    model = PeftModel.from_pretrained(base.model, folders[0], adapter_name=folders[0].name)
+    for folder in folders[1:]:
+        model.load_adapter(folder, adapter_name=folder.name)
+    return model.eval()
