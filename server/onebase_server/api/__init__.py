@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI's endpoints and the administration of adapters, over an engine in reach."""

@@ -1,0 +1,71 @@
+"""Around every request: an id in `x-request-id`, a limit on the body, and an answer where the code failed."""
+
+import logging
+import re
+import uuid
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from onebase_server.api.disconnect import ClientGoneError
+from onebase_server.api.errors import INTERNAL, BodyTooLargeError, reply_to
+
+log = logging.getLogger(__name__)
+
+_GIVEN_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestGuard:
+    """Pure ASGI: what it adds to a streamed chunk is one function call."""
+
+    def __init__(self, app: ASGIApp, *, body_limit: Callable[[str], int]) -> None:
+        """`body_limit` gives the most bytes of a body by the request's path."""
+        self._app = app
+        self._body_limit = body_limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        limit = self._body_limit(scope["path"])
+        received = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > limit:
+                    raise _too_large(limit)
+            return message
+
+        try:
+            announced = headers.get(b"content-length", b"")
+            if announced.isdigit() and int(announced) > limit:
+                raise _too_large(limit)
+            await self._app(scope, receive_within_limit, send_with_id)
+        except ClientGoneError:
+            return
+        except Exception as error:
+            reply = reply_to(error)
+            if reply is INTERNAL:
+                log.exception("request %s failed: %s %s", request_id.decode(), scope["method"], scope["path"])
+            if started:
+                raise
+            await reply.response()(scope, receive, send_with_id)
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"The body is larger than {limit} bytes.")

@@ -1,0 +1,114 @@
+"""From a checked body to what the engine is asked: prompts as tokens, sampling parameters, and their limits."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onebase_server.api.directory import Target
+from onebase_server.api.errors import InvalidRequestError
+from onebase_server.api.schemas import Generation, Message
+from onebase_server.api.services import Services
+from onebase_server.engine.request import SamplingParams
+
+_LONG_TEXT = 20_000
+"""Characters from which tokenising is worth a thread: the event loop serves everybody's streams."""
+
+
+async def encode(services: Services, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a prompt given as text."""
+    if len(text) < _LONG_TEXT:
+        return services.codec.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(services.codec.encode, text, add_special_tokens=add_special_tokens)
+
+
+def render_chat(
+    services: Services,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool | None,
+    variables: Mapping[str, Any] | None,
+) -> str:
+    """The prompt of a conversation, by the base's template. Raises ChatTemplateError."""
+    turns = []
+    for message in messages:
+        # `developer` is OpenAI's later name for `system`; templates know the earlier one.
+        role = "system" if message.role == "developer" else message.role
+        named = {} if message.name is None else {"name": message.name}
+        turns.append({"role": role, "content": message.content, **named})
+    return services.codec.render_chat(
+        turns, add_generation_prompt=add_generation_prompt is not False, **(variables or {})
+    )
+
+
+def check_prompt(services: Services, prompt: Sequence[int], *, field: str) -> None:
+    """Refuse an empty prompt and ids that are not in the vocabulary (those past it mean virtual tokens)."""
+    if not prompt:
+        raise InvalidRequestError("The prompt is empty: it has no tokens.", field=field)
+    vocabulary = services.engine.info.vocab
+    if max(prompt) >= vocabulary:
+        raise InvalidRequestError(
+            f"Token {max(prompt)} is not in the vocabulary of {vocabulary} tokens.", field=field
+        )
+
+
+def fit(services: Services, target: Target, prompt_tokens: int, max_tokens: int | None, *, field: str) -> int:
+    """How many tokens may be generated: `max_tokens`, or with None all that fit. Raises InvalidRequestError."""
+    room = services.longest - target.virtual_tokens - prompt_tokens
+    wanted = 1 if max_tokens is None else max_tokens
+    if wanted <= room:
+        return room if max_tokens is None else max_tokens
+    virtual = f" {target.virtual_tokens} of them are the adapter's." if target.virtual_tokens else ""
+    asked = "no room is left for the completion" if max_tokens is None else f"{max_tokens} for the completion"
+    raise InvalidRequestError(
+        f"A request may have {services.longest} tokens in all.{virtual} This one has {prompt_tokens} in the prompt "
+        f"and {asked}.",
+        field=field,
+        code="context_length_exceeded",
+    )
+
+
+def sampling(
+    services: Services,
+    body: Generation,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """The engine's parameters for a body. Raises InvalidRequestError."""
+    if body.min_tokens is not None and body.min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens ({body.min_tokens}) is more than max_tokens ({max_tokens}).", field="min_tokens"
+        )
+    vocabulary = services.engine.info.vocab
+    _check_vocabulary(body.logit_bias or {}, vocabulary, "logit_bias")
+    _check_vocabulary(body.stop_token_ids or (), vocabulary, "stop_token_ids")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        top_k=max(body.top_k or 0, 0),  # vLLM writes "off" as -1, too
+        min_p=_or(body.min_p, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        logit_bias=body.logit_bias or {},
+        seed=body.seed,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _check_vocabulary(tokens: Mapping[int, float] | Sequence[int], vocabulary: int, field: str) -> None:
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            raise InvalidRequestError(
+                f"{field} names token {token}, which is not in the vocabulary of {vocabulary} tokens.", field=field
+            )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

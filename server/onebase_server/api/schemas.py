@@ -1,0 +1,277 @@
+"""The bodies of requests. Every field is checked and unknown ones are refused: nothing is silently ignored.
+
+Names and meanings are OpenAI's, and vLLM's for what goes beyond.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from onebase_server.api.errors import InvalidRequestError
+
+MOST_SEQUENCES = 1024
+"""Sequences that one request may ask for: prompts times n."""
+
+
+class Refused:
+    """Why a field that clients know is refused here, and the values of it that ask for nothing."""
+
+    def __init__(self, why: str, *neutral: Any) -> None:
+        self.why = why
+        self.neutral = (None, *neutral)
+
+
+class Body(BaseModel):
+    """Strict: a number sent as a string is an error, and so is a field that does not exist."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    refused: ClassVar[Mapping[str, Refused]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or cls.refused.keys().isdisjoint(data):
+            return data
+        for field, reason in cls.refused.items():
+            if data.get(field) not in reason.neutral:
+                raise InvalidRequestError(f"{field} is not supported: {reason.why}.", field=field)
+        return {field: value for field, value in data.items() if field not in cls.refused}
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _prompts(value: Any) -> Any:
+    """Any of OpenAI's four shapes to a list of strings or of token lists."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(map(_is_token, value)):
+            return [value]
+        if all(isinstance(prompt, str) for prompt in value):
+            return value
+        if all(isinstance(prompt, list) and all(map(_is_token, prompt)) for prompt in value):
+            return value
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _token_keys(value: Any) -> Any:
+    """JSON's object keys are strings; logit_bias's are token ids."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {int(key): bias for key, bias in value.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError("keys must be token ids") from error
+
+
+def _text_of_parts(value: Any) -> Any:
+    """A message's content: a string, or a list of text parts, which become lines as in vLLM."""
+    if not isinstance(value, list):
+        return value
+    lines = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"part {index} must be {{'type': 'text', 'text': ...}}; got type {kind!r}")
+        lines.append(part["text"])
+    return "\n".join(lines)
+
+
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+
+Prompts = Annotated[list[str | list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+Stops = Annotated[list[StopString], BeforeValidator(_one_or_more), Field(max_length=64)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[int, Bias], BeforeValidator(_token_keys)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Logprobs = Annotated[int, Field(ge=0, le=20)]
+Text = Annotated[str, BeforeValidator(_text_of_parts)]
+
+
+class StreamOptions(Body):
+    """Extras of a stream."""
+
+    include_usage: bool | None = None
+
+
+class Generation(Body):
+    """What completions and chats have in common. Null means the default everywhere, as some clients send it."""
+
+    refused = {
+        "service_tier": Refused("there is one tier", "auto", "default"),
+        "metadata": Refused("completions are not stored", {}),
+    }
+
+    model: str | None = None
+    """An adapter's name, or the base's; left out, it is the base."""
+    max_tokens: int | None = Field(None, ge=0)
+    n: int | None = Field(None, ge=1, le=128)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Stops | None = None
+    user: str | None = None
+    """Accepted for compatibility; changes nothing."""
+
+    # vLLM's.
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options is only allowed with stream: true.", field="stream_options")
+        return self
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions."""
+
+    refused = {
+        **Generation.refused,
+        "suffix": Refused("the base model does not fill in the middle", ""),
+    }
+
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: Logprobs | None = None
+    best_of: int | None = Field(None, ge=1, le=128)
+    add_special_tokens: bool | None = None
+
+
+class Message(Body):
+    """One turn of a conversation."""
+
+    refused = {
+        "tool_calls": Refused("tools are not supported", []),
+        "refusal": Refused("leave it out"),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text
+    name: str | None = None
+
+
+def _template_variables(value: dict[str, Any]) -> dict[str, Any]:
+    taken = {"messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message"}
+    taken |= {"tools", "documents", "return_assistant_tokens_mask"}
+    if bad := sorted(taken & value.keys()):
+        raise ValueError(f"may not set {', '.join(bad)}")
+    return value
+
+
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_template_variables)]
+_NO_TOOLS = "tools are not supported yet"
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions."""
+
+    refused = {
+        **Generation.refused,
+        "tools": Refused(_NO_TOOLS, []),
+        "tool_choice": Refused(_NO_TOOLS, "none", "auto"),
+        "parallel_tool_calls": Refused(_NO_TOOLS, False, True),
+        "functions": Refused(_NO_TOOLS, []),
+        "function_call": Refused(_NO_TOOLS, "none", "auto"),
+        "response_format": Refused("only {'type': 'text'} is", {"type": "text"}),
+        "modalities": Refused("only text comes back", ["text"]),
+        "audio": Refused("only text comes back"),
+        "store": Refused("completions are not stored", False),
+        "reasoning_effort": Refused("use chat_template_kwargs for what the base's template knows", "none"),
+        "verbosity": Refused("the base has no such setting", "medium"),
+        "prediction": Refused("leave it out"),
+        "web_search_options": Refused("leave it out"),
+        "chat_template": Refused("the base's own template is used"),
+        "continue_final_message": Refused("leave it out", False),
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    safety_identifier: str | None = None
+    """Accepted for compatibility; changes nothing."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise InvalidRequestError(
+                "max_tokens and max_completion_tokens differ; send max_completion_tokens only.", field="max_tokens"
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError("top_logprobs needs logprobs: true.", field="top_logprobs")
+        return self
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a prompt, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("Send either prompt or messages.", field="prompt")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class RegisterRequest(Body):
+    """POST /v1/adapters, for a folder that the server can read."""
+
+    name: str
+    path: str = Field(min_length=1)

@@ -1,0 +1,60 @@
+"""What the endpoints work with: the settings, and one bundle of the engine, the tokenizer and the adapters."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from starlette.requests import Request
+
+from onebase_adapters.store import AdapterStore
+from onebase_server.api.directory import AdapterDirectory
+from onebase_server.engine.client import EngineClient
+from onebase_server.text.tokenizer import TextCodec
+
+
+@dataclass(frozen=True)
+class ApiSettings:
+    """The API's part of the configuration."""
+
+    base_name: str
+    """The `model` by which requests name the base itself."""
+    adapter_root: Path | None = None
+    """Adapters may be registered by path from below this folder only; None: not by path at all."""
+    admin_key: str | None = None
+    """Without one, the administration of adapters is closed."""
+    api_keys: tuple[str, ...] = ()
+    """Without any, inference is open."""
+    max_body_bytes: int = 32 << 20
+    max_upload_bytes: int = 4 << 30
+
+
+@dataclass(frozen=True)
+class Services:
+    """Made once, at start-up."""
+
+    engine: EngineClient
+    codec: TextCodec
+    store: AdapterStore
+    adapters: AdapterDirectory
+    settings: ApiSettings
+    started: int
+    """Seconds since the epoch."""
+
+    @classmethod
+    def over(cls, engine: EngineClient, codec: TextCodec, store: AdapterStore, settings: ApiSettings) -> Self:
+        """The services over these parts. The adapters are still to be loaded: `adapters.load_all()`."""
+        adapters = AdapterDirectory(engine, store, settings.base_name)
+        return cls(engine, codec, store, adapters, settings, int(time.time()))
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a request can have: the context, or the whole cache if that is smaller."""
+        info = self.engine.info
+        return min(info.context, info.cache_tokens)
+
+
+def services_of(request: Request) -> Services:
+    """The application's services."""
+    services: Services = request.app.state.services
+    return services

@@ -1,0 +1,47 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes."""
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+
+from onebase_server.api.auth import require_key
+from onebase_server.api.requests import check_prompt, encode, render_chat
+from onebase_server.api.schemas import DetokenizeRequest, TokenizeRequest
+from onebase_server.api.services import services_of
+
+router = APIRouter(tags=["tokens"], dependencies=[Depends(require_key)])
+
+
+@router.post("/tokenize", summary="Text or a conversation to tokens")
+async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    """What a completion or a chat with the same input would send to the engine."""
+    services = services_of(request)
+    services.adapters.resolve(body.model)
+    if body.prompt is not None:
+        text, special = body.prompt, body.add_special_tokens is not False
+    else:
+        text = render_chat(
+            services,
+            body.messages or [],
+            add_generation_prompt=body.add_generation_prompt,
+            variables=body.chat_template_kwargs,
+        )
+        special = bool(body.add_special_tokens)
+    tokens = await encode(services, text, add_special_tokens=special)
+    names = [services.codec.token_text(token) for token in tokens] if body.return_token_strs else None
+    return {
+        "count": len(tokens),
+        "max_model_len": services.longest,
+        "tokens": tokens,
+        "token_strs": names,
+    }
+
+
+@router.post("/detokenize", summary="Tokens to text")
+async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
+    """The text of a sequence, special tokens included."""
+    services = services_of(request)
+    services.adapters.resolve(body.model)
+    if body.tokens:
+        check_prompt(services, body.tokens, field="tokens")
+    return {"prompt": services.codec.decode(body.tokens)}

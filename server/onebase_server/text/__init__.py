@@ -1,0 +1,1 @@
+"""Text to tokens and back, without torch: what the API process needs of the base model."""

@@ -1,0 +1,208 @@
+"""What the API's and the client's tests share: a fake engine, a small tokenizer, and a server over both."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import uvicorn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from onebase_adapters import errors
+from onebase_adapters.store import AdapterStore
+from onebase_server.api.app import create_app
+from onebase_server.api.services import ApiSettings, Services
+from onebase_server.engine.client import EngineUnavailableError
+from onebase_server.engine.messages import AdapterInfo, EngineInfo, EngineStats
+from onebase_server.engine.request import EngineRequest, Output, TokenLogprobs
+from onebase_server.text.tokenizer import TextCodec, load_codec
+
+ADMIN_KEY = "admin-secret"
+CONTEXT = 512
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system must be first') }}"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
+    """A byte-level tokenizer of some 400 tokens, with a chat template, read back from its folder."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text(), "the stop string of this text"] * 2, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "bos_token": null}')
+    return load_codec(folder)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the fake engine generates for a request, before max_tokens cuts it."""
+
+    tokens: Sequence[int]
+    finish_reason: str = "stop"
+    stop_token: int | None = 2
+    error_kind: str | None = None
+
+
+class FakeEngine:
+    """Answers by a function of the request; by default with the prompt itself. Counts what is asked of it."""
+
+    def __init__(self, vocab: int) -> None:
+        self.info = EngineInfo(
+            model="tiny",
+            fingerprint="f00d",
+            model_type="llama",
+            quantization="nf4",
+            device="cpu",
+            vocab=vocab,
+            context=CONTEXT,
+            cache_tokens=4096,
+            weight_bytes=1000,
+            cache_bytes=2000,
+            eos_token_ids=(2,),
+            load_seconds=0.1,
+        )
+        self.stats = EngineStats(*range(len(EngineStats.__struct_fields__)))
+        self.ready = True
+        self.reply: Callable[[EngineRequest], Reply] = lambda request: Reply(request.prompt)
+        self.tokens_at_once = 1
+        self.delay = 0.0
+        self.raises: Exception | None = None
+        self.requests: list[EngineRequest] = []
+        self.aborted: list[str] = []
+        self.ended: list[str] = []
+        self.loaded: dict[str, str] = {}
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Output, None]:
+        if not self.ready:
+            raise EngineUnavailableError("The engine is starting.", retry_after=5)
+        if self.raises is not None:
+            raise self.raises
+        self.requests.append(request)
+        try:
+            for output in self._outputs(request):
+                await asyncio.sleep(self.delay)
+                if output.finish_reason is not None:
+                    self.ended.append(request.id)
+                yield output
+        finally:
+            if request.id not in self.ended:
+                self.aborted.append(request.id)
+
+    def _outputs(self, request: EngineRequest) -> Iterator[Output]:
+        reply = self.reply(request)
+        if len(reply.tokens) >= request.sampling.max_tokens and reply.error_kind is None:
+            reply = replace(reply, tokens=reply.tokens[: request.sampling.max_tokens], finish_reason="length")
+            reply = replace(reply, stop_token=None)
+        tokens = tuple(reply.tokens)
+        pieces = [tokens[at : at + self.tokens_at_once] for at in range(0, len(tokens), self.tokens_at_once)]
+        wanted = request.sampling.prompt_logprobs
+        heads = None
+        if wanted is not None:
+            heads = (None, *(fake_logprobs(token, wanted) for token in request.prompt[1:]))
+        for number, piece in enumerate(pieces or [()]):
+            last = number >= len(pieces) - 1
+            tops = request.sampling.logprobs
+            yield Output(
+                request.id,
+                piece,
+                () if tops is None else tuple(fake_logprobs(token, tops) for token in piece),
+                prompt_logprobs=heads if number == 0 else None,
+                cached_tokens=3 if number == 0 else 0,
+                finish_reason=reply.finish_reason if last else None,  # type: ignore[arg-type]
+                stop_token=reply.stop_token if last and reply.finish_reason == "stop" else None,
+                error="It broke." if last and reply.error_kind else None,
+                error_kind=reply.error_kind if last else None,
+            )
+
+    async def load_adapter(self, digest: str, folder: str) -> AdapterInfo:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        if "refuse" in config:
+            raise getattr(errors, config["refuse"])("The engine refuses this one.")
+        self.loaded[digest] = folder
+        virtual = config.get("virtual_tokens", 0)
+        return AdapterInfo("LORA", 8, 1000, 2000, ("LowRank x 2",), 2, virtual)
+
+    async def unload_adapter(self, digest: str) -> None:
+        self.loaded.pop(digest, None)
+
+
+def fake_logprobs(token: int, top: int) -> TokenLogprobs:
+    """The token itself is the most likely, then the ids after it; minus infinity comes up too."""
+    best = tuple((token + i, -float("inf") if i == 3 else -0.5 - i) for i in range(top))
+    return TokenLogprobs(token, -0.5, 1, best)
+
+
+def make_adapter(folder: Path, weights: bytes = b"weights", **config: object) -> Path:
+    """An adapter's folder as the fake engine takes it."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    return folder
+
+
+@pytest.fixture
+def new_adapter() -> Callable[..., Path]:
+    return make_adapter
+
+
+@pytest.fixture
+def reply() -> type[Reply]:
+    return Reply
+
+
+@pytest.fixture
+def engine(codec: TextCodec) -> FakeEngine:
+    return FakeEngine(codec.tokenizer.get_vocab_size())
+
+
+@pytest.fixture
+def adapter_root(tmp_path: Path) -> Path:
+    root = tmp_path / "adapters"
+    root.mkdir()
+    return root
+
+
+@pytest.fixture
+def services(engine: FakeEngine, codec: TextCodec, tmp_path: Path, adapter_root: Path) -> Iterator[Services]:
+    """Services of an open server (no API key), with an admin key."""
+    with closing(AdapterStore(tmp_path / "store")) as store:
+        settings = ApiSettings("tiny", adapter_root=adapter_root, admin_key=ADMIN_KEY)
+        yield Services.over(engine, codec, store, settings)
+
+
+@pytest.fixture
+def live(services: Services) -> Iterator[str]:
+    """The URL of a real server over `services`, in a thread of its own."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        config = uvicorn.Config(
+            create_app(services), access_log=False, log_level="warning", loop="uvloop", http="httptools"
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{port}"
+        server.should_exit = True
+        thread.join()
