@@ -10,6 +10,16 @@ import torch
 
 
 @dataclass(frozen=True)
+class Owners:
+    """Which adapter each of some rows belongs to."""
+
+    slots: np.ndarray
+    """[rows] int32: the resident adapter; 0 is none."""
+    tiles: np.ndarray
+    """The same as `low_rank_tiles` arranges it; empty where no row has an adapter."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """T tokens of S sequences, sequence by sequence, in ascending positions."""
 
@@ -17,8 +27,10 @@ class Batch:
     """[T] int64, on the model's device."""
     positions: np.ndarray
     """[T] int64: place in its sequence."""
-    slots: np.ndarray
-    """[T] int32: the resident adapter of each token; 0 is none."""
+    owners: Owners
+    """Of the T tokens."""
+    head_owners: Owners
+    """Of the `sample_rows`, which are all that the LM head sees."""
     query_start: np.ndarray
     """[S + 1] int64: sequence s has the tokens query_start[s] .. query_start[s + 1]."""
     tables: np.ndarray
@@ -27,8 +39,6 @@ class Batch:
     """[T] int64: where the token's key and value go, block * BLOCK + offset."""
     sample_rows: torch.Tensor
     """[n] int64: the tokens whose next token is wanted."""
-    tiles: np.ndarray
-    """As `low_rank_tiles` makes them."""
     items: np.ndarray
     """As `attention_items` makes them."""
 

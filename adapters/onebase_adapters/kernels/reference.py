@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from onebase_adapters.batch import Batch
+from onebase_adapters.batch import Batch, Owners
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.primitives import LowRank
 
@@ -12,15 +12,15 @@ from onebase_adapters.primitives import LowRank
 def add_low_rank(
     x: torch.Tensor,
     y: torch.Tensor,
-    batch: Batch,
+    owners: Owners,
     columns: Sequence[int],
     weights: dict[int, Sequence[LowRank | None]],
 ) -> None:
-    """y[t, columns[s]:columns[s+1]] += scale * B (A x[t]) with the weights of t's slot and site s.
+    """y[t, columns[s]:columns[s+1]] += scale * B (A x[t]) with the weights of row t's slot and site s.
 
     x [T, in], y [T, out]; `weights` by slot, then one entry for each site (None: untouched).
     """
-    slots = torch.as_tensor(batch.slots, device=x.device)
+    slots = torch.as_tensor(owners.slots, device=x.device)
     for slot, sites in weights.items():
         rows = torch.nonzero(slots == slot).flatten()
         if not len(rows):

@@ -1,8 +1,8 @@
-"""Decoder layers of the Llama kind as eight kernel calls: what transformers does in some forty small ones.
+"""Decoders of the Llama kind with eight kernel calls a layer, where transformers does some forty small ones.
 
-A layer takes the place of transformers' own in the model; embedding, rotary angles, final norm and head stay
-transformers'. Projections that share an input run as one product. Only where it is exact: the classes named
-here, 4-bit weights on a CPU that bitsandbytes has packed kernels for. Everything else keeps its own layers.
+It runs on the transformers model's own weights and leaves its modules in place, as the definition to test
+against. Projections that share an input run as one product. Only where it is exact: the classes named here,
+4-bit weights on a CPU that bitsandbytes has packed kernels for. Every other model runs its own forward.
 """
 
 import logging
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from onebase_adapters.base.shape import BaseShape
-from onebase_adapters.batch import Context
+from onebase_adapters.batch import Batch, Owners
 from onebase_adapters.kernels.cpu.attention import NO_WINDOW
 from onebase_adapters.kernels.cpu.elementwise import add_rms_norm, rope_attend, silu_mul
 from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
@@ -21,8 +21,14 @@ from onebase_adapters.model.paged import PagedKV
 
 log = logging.getLogger(__name__)
 
-_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer")
+_MODELS = ("LlamaForCausalLM", "MistralForCausalLM")
 """transformers' classes whose arithmetic is exactly this file's."""
+_PROJECTIONS = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
+)
 
 
 class Scratch:
@@ -44,99 +50,105 @@ class Scratch:
 class Projection:
     """Linear sites that share an input: the base's product, then the adapters' updates."""
 
-    def __init__(self, modules: list[Any], table: LowRankTable, context: Context) -> None:
+    def __init__(self, modules: list[Any], table: LowRankTable) -> None:
         self._matmul = PackedLinear(modules)
         self._table = table
-        self._context = context
 
-    def __call__(self, x: int, y: int, rows: int) -> None:
+    def __call__(self, x: int, y: int, rows: int, owners: Owners) -> None:
         """Addresses of contiguous bfloat16 [rows, in] and [rows, out]."""
         self._matmul(x, y, rows)
-        if len(self._context.batch.tiles):
-            self._table.add_at(x, y, self._context)
+        if len(owners.tiles):
+            self._table.add_at(x, y, owners)
 
 
-class FusedLayer(nn.Module):
-    """hidden + attention(norm(hidden)), then + mlp(norm(...)), for a flat batch, in place."""
+class FusedLayer:
+    """x + attention(norm(x)), then + mlp(norm(...)). What a layer adds last is left for the next one to add."""
 
-    def __init__(
-        self, layer: Any, projections: list[Projection], cache: PagedKV, context: Context, scratch: Scratch
-    ) -> None:
-        super().__init__()
+    def __init__(self, layer: Any, projections: list[Projection], cache: PagedKV) -> None:
         attention = layer.self_attn
-        self.attention_type = getattr(layer, "attention_type", None)
+        config = attention.config
         self._qkv, self._o, self._gate_up, self._down = projections
-        self._context = context
-        self._scratch = scratch
-        self._norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+        self._norms = (layer.input_layernorm.weight.data_ptr(), layer.post_attention_layernorm.weight.data_ptr())
         self._eps = (layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon)
         self._cache = (cache.k[attention.layer_idx].data_ptr(), cache.v[attention.layer_idx].data_ptr())
-        config = attention.config
         self._heads = (config.num_attention_heads, cache.kv_heads, cache.dim)
         self._scale = attention.scaling
-        self._window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
+        self._window = getattr(config, "sliding_window", None) or NO_WINDOW
         self._widths = (config.hidden_size, config.intermediate_size)
 
-    def forward(
-        self, hidden_states: torch.Tensor, *, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
-    ) -> torch.Tensor:
-        """hidden_states [1, T, hidden], changed in place and returned."""
-        batch = self._context.batch
-        rows = hidden_states.shape[1]
+    def __call__(self, x: int, pending: int, cos: int, sin: int, buffers: list[int], batch: Batch) -> int:
+        """`x` [T, hidden] is changed in place, by what was `pending` (0: nothing) first; returns what is now."""
+        rows = len(batch.positions)
         hidden, intermediate = self._widths
-        normed, qkv, attended, change, gate_up, activated = (b.data_ptr() for b in self._scratch(rows))
-        x = hidden_states.data_ptr()
-        cos, sin = position_embeddings
-        add_rms_norm(x, 0, self._norms[0].data_ptr(), normed, rows, hidden, self._eps[0])
-        self._qkv(normed, qkv, rows)
+        owners = batch.owners
+        normed, qkv, attended, change, gate_up, activated = buffers
+        add_rms_norm(x, pending, self._norms[0], normed, rows, hidden, self._eps[0])
+        self._qkv(normed, qkv, rows, owners)
         rope_attend(
-            qkv, cos.data_ptr(), sin.data_ptr(), attended, *self._cache, *self._heads, self._scale,
-            self._window or NO_WINDOW, batch.cache_slots, batch.items, batch.positions, batch.tables,
+            qkv, cos, sin, attended, *self._cache, *self._heads, self._scale, self._window,
+            batch.cache_slots, batch.items, batch.positions, batch.tables,
         )  # fmt: skip
-        self._o(attended, change, rows)
-        add_rms_norm(x, change, self._norms[1].data_ptr(), normed, rows, hidden, self._eps[1])
-        self._gate_up(normed, gate_up, rows)
+        self._o(attended, change, rows, owners)
+        add_rms_norm(x, change, self._norms[1], normed, rows, hidden, self._eps[1])
+        self._gate_up(normed, gate_up, rows, owners)
         silu_mul(gate_up, activated, rows, intermediate)
-        self._down(activated, change, rows)
-        hidden_states.add_(self._scratch(rows)[3][: rows * hidden].view(1, rows, hidden))
-        return hidden_states
+        self._down(activated, change, rows, owners)
+        return change
 
 
-def fuse_layers(
-    model: nn.Module, shape: BaseShape, cache: PagedKV, slots: int, context: Context
-) -> list[LowRankTable]:
-    """Replace the decoder layers that can be fused, and return the tables of the sites in them."""
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ in _LAYERS
-    ]
-    tables: list[LowRankTable] = []
-    for stack_name, stack in stacks:
-        if not all(_fusable(layer, cache) for layer in stack):
-            log.info("decoder layers keep their own modules: not all of them fit the fused kernels")
-            continue
-        config: Any = stack[0].self_attn.config  # type: ignore[union-attr]
-        hidden, wide = config.hidden_size, config.num_attention_heads * cache.dim
-        scratch = Scratch(
-            hidden, wide + 2 * cache.kv_heads * cache.dim, wide, hidden,
-            2 * config.intermediate_size, config.intermediate_size,
+class FusedModel:
+    """A causal language model's forward pass over a flat batch."""
+
+    def __init__(self, model: Any, layers: list[FusedLayer], scratch: Scratch) -> None:
+        decoder = model.model
+        self._embedding = decoder.embed_tokens.weight
+        self._rotary = decoder.rotary_emb
+        self._norm = decoder.norm
+        self._model = model
+        self._layers = layers
+        self._scratch = scratch
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Logits [n, vocab] of the batch's sample rows."""
+        hidden = torch.nn.functional.embedding(batch.token_ids, self._embedding)
+        cos, sin = self._rotary(hidden[None], torch.from_numpy(batch.positions)[None])
+        buffers = [buffer.data_ptr() for buffer in self._scratch(len(hidden))]
+        pending = 0
+        for layer in self._layers:
+            pending = layer(hidden.data_ptr(), pending, cos.data_ptr(), sin.data_ptr(), buffers, batch)
+        wanted = hidden[batch.sample_rows]
+        change = self._scratch(len(hidden))[3][: hidden.numel()].view(hidden.shape)[batch.sample_rows]
+        normed = torch.empty_like(wanted)
+        add_rms_norm(
+            wanted.data_ptr(), change.data_ptr(), self._norm.weight.data_ptr(), normed.data_ptr(), len(wanted),
+            wanted.shape[1], self._norm.variance_epsilon,
         )  # fmt: skip
-        for index, layer in enumerate(stack):
-            projections = []
-            for part, names in (
-                ("self_attn", ("q_proj", "k_proj", "v_proj")),
-                ("self_attn", ("o_proj",)),
-                ("mlp", ("gate_proj", "up_proj")),
-                ("mlp", ("down_proj",)),
-            ):
-                owner = getattr(layer, part)
-                sites = [shape.sites[f"{stack_name}.{index}.{part}.{name}"] for name in names]
-                table = LowRankTable(sites, slots, torch.device("cpu"))
-                projections.append(Projection([getattr(owner, name) for name in names], table, context))
-                tables.append(table)
-            stack[index] = FusedLayer(layer, projections, cache, context, scratch)
-    return tables
+        logits: torch.Tensor = self._model.lm_head(normed)
+        return logits
+
+
+def fuse(model: Any, shape: BaseShape, cache: PagedKV, slots: int) -> tuple[FusedModel, list[LowRankTable]] | None:
+    """The fused forward of `model` and the tables of the sites in its layers; None where it cannot be fused."""
+    if type(model).__name__ not in _MODELS or not all(_fusable(layer, cache) for layer in model.model.layers):
+        log.info("%s keeps transformers' own layers: they do not fit the fused kernels", type(model).__name__)
+        return None
+    config = model.config
+    hidden, heads = config.hidden_size, config.num_attention_heads * cache.dim
+    scratch = Scratch(
+        hidden, heads + 2 * cache.kv_heads * cache.dim, heads, hidden,
+        2 * config.intermediate_size, config.intermediate_size,
+    )  # fmt: skip
+    layers, tables = [], []
+    for index, layer in enumerate(model.model.layers):
+        projections = []
+        for owner, names in _PROJECTIONS:
+            sites = [shape.sites[f"model.layers.{index}.{owner}.{name}"] for name in names]
+            table = LowRankTable(sites, slots, torch.device("cpu"))
+            modules = [layer.get_submodule(f"{owner}.{name}") for name in names]
+            projections.append(Projection(modules, table))
+            tables.append(table)
+        layers.append(FusedLayer(layer, projections, cache))
+    return FusedModel(model, layers, scratch), tables
 
 
 def _fusable(layer: Any, cache: PagedKV) -> bool:
@@ -146,5 +158,4 @@ def _fusable(layer: Any, cache: PagedKV) -> bool:
         and type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and all(packable(linear) and linear.bias is None for linear in linears)
         and layer.input_layernorm.weight.dtype == torch.bfloat16
-        and len(linears) == 7
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from onebase_adapters.base.shape import Site
-from onebase_adapters.batch import Context
+from onebase_adapters.batch import Context, Owners
 from onebase_adapters.kernels import reference
 from onebase_adapters.kernels.cpu import lowrank
 from onebase_adapters.primitives import LowRank
@@ -85,17 +85,17 @@ class LowRankTable:
         self._ranks[:, slot] = 0
         self._weights.pop(slot, None)
 
-    def add(self, x: torch.Tensor, y: torch.Tensor, context: Context) -> None:
-        """y [T, sum of out_features] += the updates of each token's slot for its input x [T, in]."""
+    def add(self, x: torch.Tensor, y: torch.Tensor, owners: Owners) -> None:
+        """y [rows, sum of out_features] += the updates of each row's slot for its input x [rows, in]."""
         if self._fast and x.dtype == torch.bfloat16:
-            self.add_at(x.data_ptr(), y.data_ptr(), context)
+            self.add_at(x.data_ptr(), y.data_ptr(), owners)
         else:
-            reference.add_low_rank(x, y, context.batch, self.columns.tolist(), self._weights)
+            reference.add_low_rank(x, y, owners, self.columns.tolist(), self._weights)
 
-    def add_at(self, x: int, y: int, context: Context) -> None:
+    def add_at(self, x: int, y: int, owners: Owners) -> None:
         """The same by address, contiguous bfloat16 on a CPU."""
         lowrank.add_low_rank(
-            x, self.in_features, y, int(self.columns[-1]), self.in_features, self.columns, context.batch.tiles,
+            x, self.in_features, y, int(self.columns[-1]), self.in_features, self.columns, owners.tiles,
             self._a, self._b, self._ranks, self._scales,
         )  # fmt: skip
 
@@ -103,15 +103,18 @@ class LowRankTable:
 class AdapterLinear(nn.Module):
     """A linear module of the base in its place, unchanged, followed by its table's updates."""
 
-    def __init__(self, inner: nn.Module, table: LowRankTable, context: Context) -> None:
+    def __init__(self, inner: nn.Module, table: LowRankTable, context: Context, *, head: bool) -> None:
+        """`head`: it is the LM head, which sees only the rows to sample from."""
         super().__init__()
         self.inner = inner
         self.table = table
         self.context = context
+        self.head = head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.inner(x)
-        if len(self.context.batch.tiles):
-            width = x.shape[-1]
-            self.table.add(x.reshape(-1, width).contiguous(), y.view(-1, y.shape[-1]), self.context)
+        batch = self.context.batch
+        owners = batch.head_owners if self.head else batch.owners
+        if len(owners.tiles):
+            self.table.add(x.reshape(-1, x.shape[-1]).contiguous(), y.view(-1, y.shape[-1]), owners)
         return y

@@ -10,13 +10,13 @@ from torch import nn
 
 from onebase_adapters.base.catalog import Progress
 from onebase_adapters.base.load import LoadedBase, load_base
-from onebase_adapters.base.shape import BaseShape
+from onebase_adapters.base.shape import BaseShape, Site
 from onebase_adapters.base.spec import BaseSpec
-from onebase_adapters.batch import Batch, Context
+from onebase_adapters.batch import Batch, Context, Owners
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.cpu.attention import attention_items
 from onebase_adapters.kernels.cpu.lowrank import low_rank_tiles
-from onebase_adapters.model.fused import fuse_layers
+from onebase_adapters.model.fused import FusedModel, fuse
 from onebase_adapters.model.linear import AdapterLinear, Arena, LowRankTable
 from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, hook_attention, register_attention
 from onebase_adapters.primitives import LoweredAdapter, LowRank
@@ -54,8 +54,13 @@ class ServedModel:
         self._threads = torch.get_num_threads()
         self.cache = PagedKV(base.model.config, blocks, base.device)
         hook_attention(base.model, self.cache, self._context)
-        self._tables = fuse_layers(base.model, base.shape, self.cache, slots + 1, self._context)
-        self._tables += _hook_linears(base.model, base.shape, slots + 1, self._context, base.device)
+        self._tables: list[LowRankTable] = []
+        self._fused: FusedModel | None = None
+        if (made := fuse(base.model, base.shape, self.cache, slots + 1)) is not None:
+            self._fused, self._tables = made
+        covered = {site.name for table in self._tables for site in table.sites}
+        rest = [site for site in base.shape.sites.values() if site.name not in covered]
+        self._tables += _hook_linears(base.model, rest, slots + 1, self._context, base.device)
         self._free_slots = list(range(slots, 0, -1))
         self._arenas: dict[int, Arena] = {}
 
@@ -100,6 +105,8 @@ class ServedModel:
         [n, vocab], in the order of the chunks, in the model's dtype."""
         batch = self.batch(chunks)
         self._context.batch = batch
+        if self._fused is not None:
+            return self._fused(batch)
         logits: torch.Tensor = self._model(
             input_ids=batch.token_ids[None],
             position_ids=torch.as_tensor(batch.positions, device=self._device)[None],
@@ -132,27 +139,26 @@ class ServedModel:
         return Batch(
             token_ids=torch.from_numpy(token_ids).to(self._device),
             positions=positions,
-            slots=slots,
+            owners=Owners(slots, low_rank_tiles(slots)),
+            head_owners=Owners(slots[wanted], low_rank_tiles(slots[wanted])),
             query_start=query_start,
             tables=tables,
             cache_slots=tables[rows, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
             sample_rows=torch.tensor(wanted, dtype=torch.int64, device=self._device),
-            tiles=low_rank_tiles(slots),
             items=attention_items(query_start, positions, self.cache.kv_heads, self._threads),
         )
 
 
 def _hook_linears(
-    model: nn.Module, shape: BaseShape, slots: int, context: Context, device: torch.device
+    model: nn.Module, sites: Sequence[Site], slots: int, context: Context, device: torch.device
 ) -> list[LowRankTable]:
-    """Wrap the linear sites that stand in the model as they were (not those inside fused layers)."""
-    present = dict(model.named_modules())
+    """Wrap the modules of `sites` in their places."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
     tables = []
-    for site in shape.sites.values():
-        if site.name not in present:
-            continue
+    for site in sites:
         parent, _, leaf = site.name.rpartition(".")
+        inner = model.get_submodule(site.name)
         table = LowRankTable([site], slots, device)
-        setattr(present[parent], leaf, AdapterLinear(present[site.name], table, context))
+        setattr(model.get_submodule(parent), leaf, AdapterLinear(inner, table, context, head=inner is head))
         tables.append(table)
     return tables
