@@ -207,7 +207,7 @@ class AdapterStore:
     def discard(self, staged: StagedAdapter) -> None:
         """Drop a stage that will not be committed, with its files if nothing else uses them."""
         self._let_go(staged.digest)
-        self._remove_if_unused(staged.digest)
+        self.remove_unused(staged.digest)
 
     def list(self) -> list[AdapterRecord]:
         """All registered adapters, by name. Raises StorageError."""
@@ -225,15 +225,17 @@ class AdapterStore:
             raise AdapterNotFoundError(f"No adapter is named {name!r}.", field="name")
         return self._record(row)
 
-    def delete(self, name: str) -> AdapterRecord:
+    def delete(self, name: str, *, keep_files: bool = False) -> AdapterRecord:
         """Forget the name, and remove its files unless another name uses them.
 
-        Raises AdapterNotFoundError or StorageError.
+        `keep_files` leaves them until `remove_unused`, for requests that still run on them. Raises
+        AdapterNotFoundError or StorageError.
         """
         record = self.get(name)
         with self._writing() as db:
             db.execute("DELETE FROM versions WHERE name = ?", (name,))
-        self._remove_if_unused(record.digest)
+        if not keep_files:
+            self.remove_unused(record.digest)
         return record
 
     def in_use(self, digest: str) -> bool:
@@ -241,6 +243,20 @@ class AdapterStore:
         with self._lock, _registry_errors():
             found = self._db.execute("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", (digest,)).fetchone()
         return found is not None
+
+    def remove_unused(self, digest: str) -> None:
+        """Remove these files unless a name or a stage uses them. Raises StorageError."""
+        # In a write transaction, so that no other process can commit a name for it in between. Moved aside
+        # first: a kill in the middle of removing must not leave half an object in place.
+        with self._writing() as db:
+            used = db.execute("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", (digest,)).fetchone()
+            folder = self._objects / digest
+            if used or self._held[digest] > 0 or not folder.is_dir():
+                return
+            with disk_errors(str(self._staging)):
+                aside = Path(tempfile.mkdtemp(dir=self._staging))
+                folder.replace(aside / digest)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _record(self, row: tuple[Any, ...]) -> AdapterRecord:
         name, version, digest, base, source, created, info, metrics = row
@@ -296,19 +312,6 @@ class AdapterStore:
             self._held[digest] -= 1
             if self._held[digest] <= 0:
                 del self._held[digest]
-
-    def _remove_if_unused(self, digest: str) -> None:
-        # In a write transaction, so that no other process can commit a name for it in between. Moved aside
-        # first: a kill in the middle of removing must not leave half an object in place.
-        with self._writing() as db:
-            used = db.execute("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", (digest,)).fetchone()
-            folder = self._objects / digest
-            if used or self._held[digest] > 0 or not folder.is_dir():
-                return
-            with disk_errors(str(self._staging)):
-                aside = Path(tempfile.mkdtemp(dir=self._staging))
-                folder.replace(aside / digest)
-        shutil.rmtree(aside, ignore_errors=True)
 
     def _sweep_if_alone(self) -> None:
         """Remove what a kill left behind, unless another process has the store open: it may be staging."""

@@ -1,6 +1,104 @@
-"""`onebase serve`."""
+"""`onebase serve`: the command line, resolved to one ServerConfig. What is heavy is imported once it is needed."""
+
+import enum
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onebase_adapters.base import DEFAULT_BASE, BaseSpec
+from onebase_adapters.errors import ConfigError
+from onebase_adapters.paths import data_home
+from onebase_server.config import ServerConfig
+from onebase_server.engine.config import EngineConfig
 
 
-def serve() -> None:
-    """Serve one base model and its adapters."""
-    raise NotImplementedError
+class Quantization(enum.StrEnum):
+    """How the base's linear layers are held."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+    NONE = "none"
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")] = DEFAULT_BASE,
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free one.")] = 8000,
+    served_name: Annotated[
+        str | None, typer.Option(help="What requests call the base; default: the model's name.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder of the registered adapters; default: in your data directory.")
+    ] = None,
+    adapter_root: Annotated[
+        Path | None, typer.Option(help="Adapters may be registered by path from below this folder.")
+    ] = None,
+    admin_key: Annotated[
+        str | None, typer.Option(envvar="ONEBASE_ADMIN_KEY", help="Opens the administration of adapters.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="ONEBASE_API_KEY", help="Needed for inference; may be given several times."),
+    ] = None,
+    quantization: Annotated[
+        Quantization, typer.Option(help="4-bit format of the base; none keeps bfloat16.")
+    ] = Quantization.NF4,
+    double_quant: Annotated[bool, typer.Option(help="Quantise the 4-bit scales, too.")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a request; default: the model's context.")
+    ] = None,
+    cache_gib: Annotated[
+        float | None, typer.Option(min=0.001, help="Memory of the KV cache; default: a share of what is free.")
+    ] = None,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens computed in a step.")] = 512,
+    max_running: Annotated[int, typer.Option(min=1, help="Most sequences in a step.")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Most requests that wait; more get 429.")] = 1024,
+    max_adapters: Annotated[int, typer.Option(min=1, help="Most adapters resident at once.")] = 256,
+    prefix_cache: Annotated[bool, typer.Option(help="Reuse the cache of common beginnings.")] = True,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish in when told to stop.")] = 30.0,
+) -> None:
+    """Serve one base model and its adapters, OpenAI-compatible."""
+    engine = EngineConfig(
+        base=BaseSpec(model, quantization.value, double_quant, device),
+        max_model_len=max_model_len,
+        cache_gib=cache_gib,
+        max_batch_tokens=max_batch_tokens,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        max_adapters=max_adapters,
+        reuse_prefixes=prefix_cache,
+        threads=threads,
+    )
+    config = ServerConfig(
+        engine=engine,
+        store=store if store is not None else data_home() / "store",
+        base_name=served_name or _short_name(model),
+        host=host,
+        port=port,
+        adapter_root=_existing(adapter_root),
+        admin_key=admin_key or None,
+        api_keys=tuple(key for key in api_key or () if key),
+        grace=grace,
+    )
+    from onebase_server.serving import run
+
+    raise typer.Exit(run(config))
+
+
+def _short_name(model: str) -> str:
+    """A folder goes by its last part, everything else by what it was asked for."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def _existing(root: Path | None) -> Path | None:
+    if root is None:
+        return None
+    if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
+        raise ConfigError(f"--adapter-root {root} is not a folder that can be read.", field="adapter_root")
+    return root.resolve()

@@ -55,6 +55,8 @@ class AdapterDirectory:
         self._entries: dict[str, Entry] = {}
         self._targets: dict[str, Target] = {}
         self._changing = asyncio.Lock()
+        self._leaving: dict[str, asyncio.Task[None]] = {}
+        """Digests that no name has any more, while the engine finishes with them."""
 
     def resolve(self, model: str | None) -> Target:
         """What to run for a request's `model`. Raises AdapterNotFoundError or AdapterError."""
@@ -120,25 +122,34 @@ class AdapterDirectory:
                 )
             staged = await asyncio.to_thread(stage)
             try:
+                if staged.digest in self._leaving:
+                    await asyncio.wait([self._leaving[staged.digest]])
                 loaded = await self._engine.load_adapter(staged.digest, str(staged.folder))
                 info = msgspec.to_builtins(loaded)
                 fingerprint = self._engine.info.fingerprint
                 record = await asyncio.to_thread(self._store.commit, name, staged, info, base=fingerprint)
             except BaseException:
-                await self._undo(staged)
+                if not self._is_used(staged.digest):
+                    await self._unload(staged.digest)
+                await asyncio.to_thread(self._store.discard, staged)
                 raise
             entry = Entry(record)
             self._remember(entry)
             return entry
 
     async def delete(self, name: str) -> Entry:
-        """Take the name away; what runs under it finishes. Raises AdapterNotFoundError or StorageError."""
+        """Take the name away at once; what runs under it finishes, and then its files go.
+
+        Raises AdapterNotFoundError or StorageError.
+        """
         async with self._changing:
             entry = self.get(name)
-            await asyncio.to_thread(self._store.delete, name)
+            digest = entry.record.digest
+            await asyncio.to_thread(self._store.delete, name, keep_files=True)
             del self._entries[name]
             self._targets.pop(name, None)
-            await self._unload_if_unused(entry.record.digest)
+            if not self._is_used(digest):
+                self._leaving[digest] = asyncio.create_task(self._leave(digest))
             return entry
 
     def _remember(self, entry: Entry) -> None:
@@ -147,13 +158,20 @@ class AdapterDirectory:
         if entry.problem is None:
             self._targets[name] = Target(name, entry.record.digest, entry.virtual_tokens)
 
-    async def _undo(self, staged: StagedAdapter) -> None:
-        await asyncio.to_thread(self._store.discard, staged)
-        await self._unload_if_unused(staged.digest)
+    def _is_used(self, digest: str) -> bool:
+        return any(entry.record.digest == digest for entry in self._entries.values())
 
-    async def _unload_if_unused(self, digest: str) -> None:
-        if any(target.adapter == digest for target in self._targets.values()):
-            return
+    async def _leave(self, digest: str) -> None:
+        """Have the engine forget the adapter once nothing runs on it, then remove its files."""
+        try:
+            await self._unload(digest)
+            await asyncio.to_thread(self._store.remove_unused, digest)
+        except OneBaseError as error:
+            log.warning("the files of adapter %s stay until the next start: %s", digest[:12], error.message)
+        finally:
+            del self._leaving[digest]
+
+    async def _unload(self, digest: str) -> None:
         try:
             await self._engine.unload_adapter(digest)
         except OneBaseError as error:  # it never got there, or the engine is down and forgets it anyway

@@ -1,0 +1,28 @@
+"""The server's settings: frozen, resolved once from the command line and the environment."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from onebase_server.engine.config import EngineConfig
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """All that `onebase serve` needs."""
+
+    engine: EngineConfig
+    store: Path
+    """The adapter store's folder."""
+    base_name: str
+    """What requests call the base."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes any free one."""
+    adapter_root: Path | None = None
+    """Adapters may be registered by path from below this folder; None: by upload only."""
+    admin_key: str | None = None
+    """Opens the administration of adapters."""
+    api_keys: tuple[str, ...] = ()
+    """Any of them is needed for inference; without any, inference is open."""
+    grace: float = 30.0
+    """Seconds that requests in flight get to finish when the server is told to stop."""

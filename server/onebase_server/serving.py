@@ -1,0 +1,161 @@
+"""Running the server: the port is claimed, the engine started, the adapters loaded; a signal drains and ends it."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, TypeVar
+
+import uvicorn
+import uvloop
+from rich.console import Console
+
+from onebase_adapters.base import fetch_base
+from onebase_adapters.errors import ConfigError
+from onebase_adapters.store import AdapterStore
+from onebase_server.api.app import create_app
+from onebase_server.api.services import ApiSettings, Services
+from onebase_server.config import ServerConfig
+from onebase_server.engine.process import ProcessEngine
+from onebase_server.greeting import greet
+from onebase_server.text.tokenizer import load_codec
+
+T = TypeVar("T")
+
+_SLOW_CLIENT_SECONDS = 5
+"""After the engine has drained, what clients get to read the rest."""
+
+
+def run(config: ServerConfig) -> int:
+    """Serve until told to stop; returns the exit status. Raises ConfigError, BaseModelError or StorageError."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Before the model is loaded: a port in use should not cost the wait.
+    with (
+        claim_port(config.host, config.port) as listener,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        return runner.run(_serve(config, listener))
+
+
+def claim_port(host: str, port: int) -> socket.socket:
+    """A bound socket, not yet listening. Raises ConfigError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"--host {host} is no address of this machine: {error.strerror}.", field="host"
+        ) from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another with --port.", field="port"
+        ) from error
+    return listener
+
+
+async def _serve(config: ServerConfig, listener: socket.socket) -> int:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    engine = ProcessEngine(config.engine)
+    with _Signals() as signals, closing(AdapterStore(config.store)) as store:
+        try:
+            services = await signals.unless_stopped(_start(config, engine, store, console))
+            if services is None:
+                return 130
+            server = _Server(_uvicorn_config(services))
+            async with asyncio.TaskGroup() as group:
+                serving = group.create_task(server.serve(sockets=[listener]))
+                greet(console, config, services, listener)
+                await signals.unless_stopped(asyncio.wait([serving]))
+                console.print("finishing what is in flight; once more to stop at once")
+                drained = await signals.unless_stopped(_drain(engine, config.grace), second=True)
+                server.should_exit = True
+                server.force_exit = drained is None
+            return 130 if server.force_exit else 0
+        finally:
+            engine.kill()
+            await engine.stop(0)
+
+
+async def _start(config: ServerConfig, engine: ProcessEngine, store: AdapterStore, console: Console) -> Services:
+    say: Callable[[str], None] = console.print
+    folder = await asyncio.to_thread(fetch_base, config.engine.base.model, progress=say)
+    say(f"loading {config.engine.base.model}")
+    codec, _ = await asyncio.gather(asyncio.to_thread(load_codec, folder), engine.start())
+    settings = ApiSettings(
+        base_name=config.base_name,
+        adapter_root=config.adapter_root,
+        admin_key=config.admin_key,
+        api_keys=config.api_keys,
+    )
+    services = Services.over(engine, codec, store, settings)
+    await services.adapters.load_all()
+    return services
+
+
+async def _drain(engine: ProcessEngine, grace: float) -> bool:
+    # The socket stays open meanwhile: new requests get 503 with Retry-After, /health too.
+    await engine.stop(grace)
+    return True
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with the signals left to us: first the engine drains, then connections are closed."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _uvicorn_config(services: Services) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(services),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_SLOW_CLIENT_SECONDS,
+    )
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM as events: the first asks to finish, the second to stop at once."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    def __enter__(self) -> "_Signals":
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._arrived)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    def _arrived(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+    async def unless_stopped(self, work: Coroutine[Any, Any, T], *, second: bool = False) -> T | None:
+        """The result of `work`, or None if a signal (or only a second one) came before; work is then cancelled."""
+        working = asyncio.ensure_future(work)
+        waiting = asyncio.ensure_future((self.second if second else self.first).wait())
+        try:
+            await asyncio.wait((working, waiting), return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
+        finally:
+            for task in (working, waiting):
+                task.cancel()
+            await asyncio.gather(working, waiting, return_exceptions=True)
