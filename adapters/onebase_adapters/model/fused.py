@@ -97,19 +97,18 @@ class FusedLayer:
 
 
 class FusedModel:
-    """A causal language model's forward pass over a flat batch."""
+    """A decoder's forward pass over a flat batch, without the LM head."""
 
     def __init__(self, model: Any, layers: list[FusedLayer], scratch: Scratch) -> None:
         decoder = model.model
         self._embedding = decoder.embed_tokens.weight
         self._rotary = decoder.rotary_emb
         self._norm = decoder.norm
-        self._model = model
         self._layers = layers
         self._scratch = scratch
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Logits [n, vocab] of the batch's sample rows."""
+        """Last hidden states [n, hidden] of the batch's sample rows, ready for the LM head."""
         hidden = torch.nn.functional.embedding(batch.token_ids, self._embedding)
         cos, sin = self._rotary(hidden[None], torch.from_numpy(batch.positions)[None])
         buffers = [buffer.data_ptr() for buffer in self._scratch(len(hidden))]
@@ -123,8 +122,7 @@ class FusedModel:
             wanted.data_ptr(), change.data_ptr(), self._norm.weight.data_ptr(), normed.data_ptr(), len(wanted),
             wanted.shape[1], self._norm.variance_epsilon,
         )  # fmt: skip
-        logits: torch.Tensor = self._model.lm_head(normed)
-        return logits
+        return normed
 
 
 def fuse(model: Any, shape: BaseShape, cache: PagedKV, slots: int) -> tuple[FusedModel, list[LowRankTable]] | None:

@@ -85,6 +85,12 @@ class LowRankTable:
         self._ranks[:, slot] = 0
         self._weights.pop(slot, None)
 
+    def touches(self, owners: Owners) -> bool:
+        """Whether any of the rows has an adapter that changes these sites."""
+        if not len(owners.tiles):
+            return False
+        return bool(self._ranks[:, owners.slots].any()) or any(slot in self._weights for slot in owners.slots)
+
     def add(self, x: torch.Tensor, y: torch.Tensor, owners: Owners) -> None:
         """y [rows, sum of out_features] += the updates of each row's slot for its input x [rows, in]."""
         if self._fast and x.dtype == torch.bfloat16:

@@ -17,6 +17,7 @@ from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.cpu.attention import attention_items
 from onebase_adapters.kernels.cpu.lowrank import low_rank_tiles
 from onebase_adapters.model.fused import FusedModel, fuse
+from onebase_adapters.model.head import HeadKind, HiddenScores, LogitScores, Scores, Screen, nf4_copy
 from onebase_adapters.model.linear import AdapterLinear, Arena, LowRankTable
 from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, hook_attention, register_attention
 from onebase_adapters.primitives import LoweredAdapter, LowRank
@@ -44,8 +45,8 @@ class Chunk:
 class ServedModel:
     """A loaded base, hooked. Not thread-safe: one step at a time."""
 
-    def __init__(self, base: LoadedBase, *, slots: int, blocks: int) -> None:
-        """`slots`: most adapters resident at once; `blocks`: size of the cache."""
+    def __init__(self, base: LoadedBase, *, slots: int, blocks: int, head: HeadKind = "screened") -> None:
+        """`slots`: most adapters resident at once; `blocks`: size of the cache; `head`: see `HeadKind`."""
         self.base = base
         self.shape: BaseShape = base.shape
         self._model = base.model
@@ -54,6 +55,9 @@ class ServedModel:
         self._threads = torch.get_num_threads()
         self.cache = PagedKV(base.model.config, blocks, base.device)
         hook_attention(base.model, self.cache, self._context)
+        if head == "nf4":
+            base.model.set_output_embeddings(nf4_copy(base.model.get_output_embeddings()))
+        self._screen = self._make_screen() if head == "screened" else None
         self._tables: list[LowRankTable] = []
         self._fused: FusedModel | None = None
         if (made := fuse(base.model, base.shape, self.cache, slots + 1)) is not None:
@@ -61,6 +65,7 @@ class ServedModel:
         covered = {site.name for table in self._tables for site in table.sites}
         rest = [site for site in base.shape.sites.values() if site.name not in covered]
         self._tables += _hook_linears(base.model, rest, slots + 1, self._context, base.device)
+        self._head_table = next((table for table in self._tables if table.sites[0].name == "lm_head"), None)
         self._free_slots = list(range(slots, 0, -1))
         self._arenas: dict[int, Arena] = {}
 
@@ -69,6 +74,13 @@ class ServedModel:
         """Load `spec` and hook it. Raises BaseModelError."""
         register_attention()
         return cls(load_base(spec, attention=ATTENTION_NAME, progress=progress), slots=slots, blocks=blocks)
+
+    def _make_screen(self) -> Screen | None:
+        head = self._model.get_output_embeddings()
+        if self._device.type == "cpu" and Screen.fits(head):
+            return Screen(head)
+        log.info("greedy tokens come from all logits: the head cannot be screened here")
+        return None
 
     @property
     def free_slots(self) -> int:
@@ -100,20 +112,21 @@ class ServedModel:
             self.forward([Chunk([0] * length, 0, [0], slot=self._free_slots[-1])])
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Run the chunks as one batch, write their keys and values, and return the logits of the wanted rows
-        [n, vocab], in the order of the chunks, in the model's dtype."""
+    def forward(self, chunks: Sequence[Chunk]) -> Scores:
+        """Run the chunks as one batch, write their keys and values, and return the wanted rows' scores, in the
+        order of the chunks."""
         batch = self.batch(chunks)
         self._context.batch = batch
         if self._fused is not None:
-            return self._fused(batch)
+            changed = self._head_table is not None and self._head_table.touches(batch.head_owners)
+            return HiddenScores(self._fused(batch), self._model.lm_head, None if changed else self._screen)
         logits: torch.Tensor = self._model(
             input_ids=batch.token_ids[None],
             position_ids=torch.as_tensor(batch.positions, device=self._device)[None],
             use_cache=False,
             logits_to_keep=batch.sample_rows,
         ).logits[0]
-        return logits
+        return LogitScores(logits)
 
     def batch(self, chunks: Sequence[Chunk]) -> Batch:
         """Lay the chunks out as flat arrays."""

@@ -1,6 +1,7 @@
 """The engine's settings: frozen, resolved once, handed to the engine process as they are."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from onebase_adapters.base.spec import BaseSpec
 
@@ -25,5 +26,8 @@ class EngineConfig:
     """Adapters resident at once; others are loaded when a request names them, least recently used out."""
     reuse_prefixes: bool = True
     """Keep the cache of finished requests for later ones with the same beginning."""
+    head: Literal["screened", "bf16", "nf4"] = "screened"
+    """How greedy tokens are found: from all logits (`bf16`), the same tokens through a 4-bit screen that leaves
+    few for the full product (`screened`), or from a 4-bit head alone (`nf4`: quickest, costs quality)."""
     threads: int | None = None
     """CPU threads; None: all cores that the process may use."""

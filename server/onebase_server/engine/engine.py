@@ -17,6 +17,7 @@ from onebase_adapters.base.catalog import Progress
 from onebase_adapters.base.load import load_base, model_bytes
 from onebase_adapters.errors import AdapterError, ConfigError
 from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.model.head import Scores
 from onebase_adapters.model.paged import ATTENTION_NAME, cache_shape, register_attention
 from onebase_adapters.model.served import Chunk, ServedModel
 from onebase_adapters.primitives import LoweredAdapter
@@ -50,7 +51,7 @@ class Engine:
         register_attention()
         base = load_base(config.base, attention=ATTENTION_NAME, progress=progress)
         blocks = _cache_blocks(config, base.model.config, base.device)
-        self.model = ServedModel(base, slots=config.max_adapters, blocks=blocks)
+        self.model = ServedModel(base, slots=config.max_adapters, blocks=blocks, head=config.head)
         self.model.warm_up()
         self.pool = BlockPool(blocks, BLOCK, reuse=config.reuse_prefixes)
         self.scheduler = Scheduler(
@@ -131,12 +132,12 @@ class Engine:
             return outputs
         self._steps += 1
         try:
-            logits = self.model.forward([_chunk(work) for work in plan.work])
+            scores = self.model.forward([_chunk(work) for work in plan.work])
         except (MemoryError, RuntimeError) as error:
             return outputs + self._fail(plan, error)
-        rows = self._take_prompt_logprobs(plan, logits)
+        rows = self._take_prompt_logprobs(plan, scores)
         sampled = [work.sequence for work in plan.work if work.samples]
-        choices = sample(rows, sampled) if sampled else []
+        choices = sample(scores, rows, sampled)
         for work in plan.work:
             self.scheduler.advance(work)
             self._prompt_tokens += max(0, min(work.count, work.sequence.prompt_tokens - work.start))
@@ -198,32 +199,30 @@ class Engine:
                 self.scheduler.add(sequence)
         return outputs
 
-    def _take_prompt_logprobs(self, plan: Plan, logits: torch.Tensor) -> torch.Tensor:
-        """Describe the prompt tokens of those who asked; return the rows to sample from."""
-        if not any(_wants_prompt_logprobs(work) for work in plan.work):
-            return logits
+    def _take_prompt_logprobs(self, plan: Plan, scores: Scores) -> list[int]:
+        """Describe the prompt tokens of those who asked; return the rows of `scores` to sample from."""
         row = 0
         sampled = []
         for work in plan.work:
-            sequence = work.sequence
-            if not _wants_prompt_logprobs(work):
-                if work.samples:
-                    sampled.append(row)
-                    row += 1
-                continue
-            # Row i predicts token start + i + 1; only those not described before a preemption are new.
-            known = len(sequence.prompt_logprobs)
-            first = max(known - 1, work.start)
-            last = min(work.start + work.count, sequence.prompt_tokens - 1)
-            if last > first:
-                tokens = sequence.tokens[first + 1 : last + 1]
-                rows = logits[row + first - work.start : row + last - work.start]
-                top = sequence.request.sampling.prompt_logprobs or 0
-                sequence.prompt_logprobs += describe(rows, tokens, [top] * len(tokens))
-            row += work.count
+            if _wants_prompt_logprobs(work):
+                self._describe_prompt(work, scores, row)
+                row += work.count
+            elif work.samples:
+                row += 1
             if work.samples:
                 sampled.append(row - 1)
-        return logits[sampled]
+        return sampled
+
+    def _describe_prompt(self, work: Work, scores: Scores, row: int) -> None:
+        """Row `row + i` of `scores` predicts token start + i + 1. Those described before a preemption are known."""
+        sequence = work.sequence
+        first = max(len(sequence.prompt_logprobs) - 1, work.start)
+        last = min(work.start + work.count, sequence.prompt_tokens - 1)
+        if last > first:
+            tokens = sequence.tokens[first + 1 : last + 1]
+            logits = scores.logits(range(row + first - work.start, row + last - work.start))
+            top = sequence.request.sampling.prompt_logprobs or 0
+            sequence.prompt_logprobs += describe(logits, tokens, [top] * len(tokens))
 
     def _emit(self, sequence: Sequence, choice: Choice) -> Output:
         first = sequence.generated == 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from onebase_adapters.model.head import Scores
 from onebase_server.engine.request import SamplingParams, TokenLogprobs
 from onebase_server.engine.sequence import Sequence
 
@@ -23,21 +24,31 @@ class Choice:
     logprobs: TokenLogprobs | None = None
 
 
-def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Choice]:
-    """Choose a next token for each of `sequences` from its row of `logits` [n, vocab]."""
-    # The common case needs no float32 copy of a [n, vocab] matrix: argmax is exact in any dtype.
-    if all(_is_plain_greedy(s) for s in sequences):
-        values, indices = logits.max(-1)
-        return [Choice(token) for token in torch.where(values.isfinite(), indices, -1).tolist()]
-    scores = logits.float()
-    raw = scores
+def sample(scores: Scores, rows: Rows[int], sequences: Rows[Sequence]) -> list[Choice]:
+    """Choose a next token for each of `sequences`, whose scores are in the row of the same place."""
+    choices = [Choice(-1)] * len(sequences)
+    greedy = [place for place, sequence in enumerate(sequences) if _is_plain_greedy(sequence)]
+    if greedy:
+        for place, token in zip(greedy, scores.best([rows[p] for p in greedy]), strict=True):
+            choices[place] = Choice(token)
+    others = [place for place, sequence in enumerate(sequences) if not _is_plain_greedy(sequence)]
+    if others:
+        logits = scores.logits([rows[p] for p in others]).float()
+        for place, choice in zip(others, _draw(logits, [sequences[p] for p in others]), strict=True):
+            choices[place] = choice
+    return choices
+
+
+def _draw(raw: torch.Tensor, sequences: Rows[Sequence]) -> list[Choice]:
+    """Choose from raw logits [n, vocab], float32."""
+    scores = raw
     if any(_changes_scores(s) for s in sequences):
-        scores = scores.clone()
+        scores = raw.clone()
         for row, sequence in enumerate(sequences):
             _apply_penalties(scores[row], sequence)
     chosen = _choose(scores, [s.request.sampling for s in sequences], [_uniform(s) for s in sequences])
     # Not the penalised scores: those are -inf on purpose here and there.
-    tokens = torch.where(raw.max(-1).values.isfinite(), chosen, -1).tolist()
+    tokens: list[int] = torch.where(raw.max(-1).values.isfinite(), chosen, -1).tolist()
     wanted = [
         row for row, s in enumerate(sequences) if s.request.sampling.logprobs is not None and tokens[row] >= 0
     ]

@@ -52,6 +52,11 @@ class _Share:
     waiting: deque[Sequence] = field(default_factory=deque)
 
 
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    """Order within a share. Waiting raises all alike, so that two never change places."""
+    return sequence.request.priority * AGING_STEPS + sequence.entered, sequence.arrival
+
+
 class Scheduler:
     """Decides; holds no tensors. One call of `plan`, one step, one call of `advance` for each Work."""
 
@@ -65,15 +70,15 @@ class Scheduler:
         self._step = 0
         self._shares: dict[tuple[str, str], _Share] = {}
         self._tenants: dict[str, float] = {}
-        self._entered: dict[Sequence, int] = {}
+        self._waiting: set[Sequence] = set()
 
     @property
     def waiting(self) -> int:
-        return len(self._entered)
+        return len(self._waiting)
 
     @property
     def idle(self) -> bool:
-        return not self.running and not self._entered
+        return not self.running and not self._waiting
 
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens could run with the whole cache to itself."""
@@ -81,7 +86,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self._enqueue(sequence, front=False)
+        self._enqueue(sequence)
 
     def plan(self) -> Plan:
         """Choose the next step's work and take the blocks that it needs."""
@@ -97,16 +102,14 @@ class Scheduler:
                 continue  # preempted for an earlier one in this very loop
             if not self._grow(sequence, preempted, {item.sequence for item in work}):
                 continue
-            count = min(sequence.missing, budget)
-            work.append(Work(sequence, sequence.computed, count))
-            budget -= count
+            work.append(self._work(sequence, budget))
+            budget -= work[-1].count
         while budget and not preempted and len(self.running) < self.max_running:
             admitted = self._admit()
             if admitted is None:
                 break
-            count = min(admitted.missing, budget)
-            work.append(Work(admitted, admitted.computed, count))
-            budget -= count
+            work.append(self._work(admitted, budget))
+            budget -= work[-1].count
         return Plan(tuple(work), tuple(preempted))
 
     def advance(self, work: Work) -> None:
@@ -119,13 +122,10 @@ class Scheduler:
             self._hash(sequence)
             for index in range(before, after):
                 self.pool.publish(sequence.blocks[index], sequence.hashes[index])
-        key = self._key(sequence)
-        self._shares[key].served += work.count
-        self._tenants[key[0]] += work.count
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, running or waiting, and give its blocks back."""
-        if sequence in self._entered:
+        if sequence in self._waiting:
             self._dequeue(sequence)
         else:
             self.running.remove(sequence)
@@ -134,7 +134,16 @@ class Scheduler:
 
     def sequences(self) -> Iterable[Sequence]:
         """All of them, running and waiting."""
-        return [*self.running, *self._entered]
+        return [*self.running, *self._waiting]
+
+    def _work(self, sequence: Sequence, budget: int) -> Work:
+        """As much of a sequence as the budget allows, charged to its accounts at once: the next to be admitted
+        in the same step is then chosen with this one counted."""
+        work = Work(sequence, sequence.computed, min(sequence.missing, budget))
+        key = self._key(sequence)
+        self._shares[key].served += work.count
+        self._tenants[key[0]] += work.count
+        return work
 
     def _grow(self, sequence: Sequence, preempted: list[Sequence], planned: set[Sequence]) -> bool:
         """Get the blocks for all tokens of a running sequence; False if it was preempted itself."""
@@ -156,7 +165,7 @@ class Scheduler:
         self.preemptions += 1
         self.running.remove(sequence)
         self._release(sequence)
-        self._enqueue(sequence, front=True)
+        self._enqueue(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
@@ -196,7 +205,7 @@ class Scheduler:
             if not share.waiting:
                 continue
             sequence = share.waiting[0]
-            waited = (self._step - self._entered[sequence]) // AGING_STEPS
+            waited = (self._step - sequence.entered) // AGING_STEPS
             rank = (sequence.request.priority - waited, self._tenants[key[0]], share.served, sequence.arrival)
             if best is None or rank < best[0]:
                 best = (rank, sequence)
@@ -205,27 +214,26 @@ class Scheduler:
     def _key(self, sequence: Sequence) -> tuple[str, str]:
         return sequence.request.tenant, sequence.request.adapter or ""
 
-    def _enqueue(self, sequence: Sequence, *, front: bool) -> None:
+    def _enqueue(self, sequence: Sequence) -> None:
         key = self._key(sequence)
         if key not in self._shares:
             # A newcomer starts level with the least served: idle time earns no credit.
             self._tenants.setdefault(key[0], min(self._tenants.values(), default=0.0))
             others = [share.served for (tenant, _), share in self._shares.items() if tenant == key[0]]
             self._shares[key] = _Share(served=min(others, default=0.0))
+        if sequence.entered < 0:
+            sequence.entered = self._step
+        self._waiting.add(sequence)
+        # Almost always this appends; a preempted one goes back before those that came after it.
         queue = self._shares[key].waiting
-        self._entered[sequence] = self._step
-        if front:
-            queue.appendleft(sequence)
-            return
-        # Kept by priority; equal ones in order of arrival. Almost always this appends.
         place = len(queue)
-        while place and queue[place - 1].request.priority > sequence.request.priority:
+        while place and _turn(queue[place - 1]) > _turn(sequence):
             place -= 1
         queue.insert(place, sequence)
 
     def _dequeue(self, sequence: Sequence) -> None:
         self._shares[self._key(sequence)].waiting.remove(sequence)
-        del self._entered[sequence]
+        self._waiting.remove(sequence)
 
     def _forget_idle_share(self, key: tuple[str, str]) -> None:
         """Drop accounts that nobody uses any more, so that ten thousand adapters leave no trace."""

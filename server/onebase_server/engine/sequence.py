@@ -24,6 +24,8 @@ class Sequence:
     hashes: list[BlockHash] = field(default_factory=list)
     """Of the full blocks of `tokens`, as far as they have been needed."""
     salt: bytes = b""
+    entered: int = -1
+    """The scheduler's step at which it was first queued; -1 before."""
     cached_tokens: int = 0
     """Prompt tokens that were found in the cache when it first ran."""
     started: bool = False

@@ -1,0 +1,70 @@
+"""The exact best token from approximate logits: screen all with a 4-bit head, score the few left in full.
+
+Invariant: with approx(v) = exact(v) + error(v) and |error(v)| <= margin(v), the best token v* has
+approx(v*) + margin(v*) >= max over v of approx(v) - margin(v). So whoever fails that cannot be the best, and
+the full product of the others decides.
+"""
+
+import numpy as np
+from numba import carray, njit, prange
+
+from onebase_adapters.kernels.cpu.vector import f32_from_bf16, u16_pointer
+
+CHUNK = 128
+"""Tokens that are ruled out together."""
+
+
+# One compiled loop for every pair of rows: the order of the sum is always the same.
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})  # type: ignore[untyped-decorator]
+def _dot(x: np.ndarray, row: np.ndarray) -> np.float32:
+    total = np.float32(0.0)
+    for i in range(x.shape[0]):
+        total += x[i] * f32_from_bf16(row[i])
+    return total
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=True)  # type: ignore[untyped-decorator]
+def _highest(approx: np.ndarray, margins: np.ndarray, scale: np.float32) -> np.float32:
+    """The largest of approx + scale * margins (widened by approx's own rounding, towards the sign of scale)."""
+    highest = np.float32(-3.0e38)
+    slack = np.float32(1 / 256) if scale > 0 else np.float32(-1 / 256)
+    for v in range(approx.shape[0]):
+        value = f32_from_bf16(approx[v])
+        highest = max(highest, value + scale * margins[v] + slack * abs(value))
+    return highest
+
+
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+def best_tokens(
+    hidden: int, approx: int, weight: int, margins: np.ndarray, rows: int, width: int, tokens: np.ndarray
+) -> None:
+    """tokens[r] = argmax over v of hidden[r] . weight[v], the lowest v among equals, -1 where it is not finite.
+
+    Addresses of bfloat16: hidden [rows, width], approx [rows, vocab] (each within margins[v] * |hidden[r]| of the
+    full product before its own rounding), weight [vocab, width]. margins [vocab] float32, tokens [rows] int64.
+    """
+    vocab = margins.shape[0]
+    for r in prange(rows):
+        source = carray(u16_pointer(hidden + 2 * r * width), width, np.uint16)
+        x = np.empty(width, np.float32)
+        square = np.float32(0.0)
+        for i in range(width):
+            x[i] = f32_from_bf16(source[i])
+            square += x[i] * x[i]
+        norm = np.sqrt(square)
+        logits = carray(u16_pointer(approx + 2 * r * vocab), vocab, np.uint16)
+        floor = _highest(logits, margins, -norm)
+        best = np.int64(-1)
+        highest = np.float32(-np.inf)
+        for start in range(0, vocab, CHUNK):
+            part, slack = logits[start : start + CHUNK], margins[start : start + CHUNK]
+            # Nearly all chunks end here, by a vectorised maximum.
+            if _highest(part, slack, norm) >= floor:
+                for i in range(part.shape[0]):
+                    if _highest(part[i : i + 1], slack[i : i + 1], norm) >= floor:
+                        row = weight + 2 * (start + i) * width
+                        exact = _dot(x, carray(u16_pointer(row), width, np.uint16))
+                        if exact > highest:
+                            highest = exact
+                            best = np.int64(start + i)
+        tokens[r] = best if np.isfinite(highest) and np.isfinite(norm) else -1

@@ -1,0 +1,118 @@
+"""From a step's last hidden states to tokens: all logits for those who need them, just the best for the others."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+
+from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
+from onebase_adapters.kernels.cpu.screen import best_tokens
+
+log = logging.getLogger(__name__)
+
+HeadKind = Literal["screened", "bf16", "nf4"]
+"""How greedy tokens are found: `bf16` from all logits; `screened` the same tokens through a 4-bit copy of the
+head that leaves a few for the full product; `nf4` from the 4-bit head alone, which costs quality."""
+
+_DEVIATIONS = 6.0
+"""Margin of the screen, in standard deviations of the 4-bit head's error. To lose the best token, the
+difference of two errors would have to be 8.5 of its own standard deviations."""
+
+
+class Scores(Protocol):
+    """The wanted rows of one step."""
+
+    def logits(self, rows: Sequence[int]) -> torch.Tensor:
+        """[n, vocab] of these rows."""
+        ...
+
+    def best(self, rows: Sequence[int]) -> list[int]:
+        """The most likely token of each of these rows; -1 where the logits are not finite."""
+        ...
+
+
+class LogitScores:
+    """Logits that have been computed already, [n, vocab]."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self._logits = logits
+
+    def logits(self, rows: Sequence[int]) -> torch.Tensor:
+        return self._logits if len(rows) == len(self._logits) else self._logits[list(rows)]
+
+    def best(self, rows: Sequence[int]) -> list[int]:
+        values, tokens = self.logits(rows).max(-1)
+        best: list[int] = torch.where(values.isfinite(), tokens, -1).tolist()
+        return best
+
+
+class Screen:
+    """A 4-bit copy of a bfloat16 head, and how far each of its rows is off."""
+
+    def __init__(self, head: Any) -> None:
+        copy = nf4_copy(head)
+        error = head.weight.float() - dequantize_4bit(copy.weight.data, copy.weight.quant_state).float()
+        # The error of a logit is a sum of `in_features` products: its deviation is |x| |e| / sqrt(in_features).
+        deviation = error.norm(dim=1) / math.sqrt(head.in_features)
+        self._margins = (_DEVIATIONS * deviation).numpy().copy()
+        self._weight = head.weight
+        self._packed = PackedLinear([copy])
+
+    @staticmethod
+    def fits(head: Any) -> bool:
+        """Whether the head can be screened on this machine."""
+        return type(head) is torch.nn.Linear and head.bias is None and packable(nf4_copy(head))
+
+    def best(self, hidden: torch.Tensor) -> list[int]:
+        """Best token for each row of hidden [n, width], bfloat16."""
+        rows, width = hidden.shape
+        approx = torch.empty(rows, len(self._margins), dtype=torch.bfloat16)
+        self._packed(hidden.data_ptr(), approx.data_ptr(), rows)
+        tokens = np.empty(rows, np.int64)
+        best_tokens(
+            hidden.data_ptr(), approx.data_ptr(), self._weight.data_ptr(), self._margins, rows, width, tokens
+        )
+        best: list[int] = tokens.tolist()
+        return best
+
+
+class HiddenScores:
+    """Hidden states [n, width] whose logits are computed only for those who need them."""
+
+    def __init__(self, hidden: torch.Tensor, head: Any, screen: Screen | None) -> None:
+        self._hidden = hidden
+        self._head = head
+        self._screen = screen
+        self._computed: LogitScores | None = None
+
+    def logits(self, rows: Sequence[int]) -> torch.Tensor:
+        if self._computed is None and len(rows) == len(self._hidden):
+            self._computed = LogitScores(self._head(self._hidden))
+        if self._computed is not None:
+            return self._computed.logits(rows)
+        logits: torch.Tensor = self._head(self._hidden[list(rows)])
+        return logits
+
+    def best(self, rows: Sequence[int]) -> list[int]:
+        if self._screen is None:
+            return LogitScores(self.logits(rows)).best(range(len(rows)))
+        hidden = self._hidden if len(rows) == len(self._hidden) else self._hidden[list(rows)]
+        return self._screen.best(hidden)
+
+
+def nf4_copy(head: Any) -> Linear4bit:
+    """The head in NF4; a tied embedding stays as it is."""
+    copy = Linear4bit(
+        head.in_features, head.out_features, bias=head.bias is not None, compute_dtype=head.weight.dtype,
+        compress_statistics=False, quant_type="nf4",
+    )  # fmt: skip
+    copy.weight = Params4bit(
+        head.weight.detach().clone(), requires_grad=False, compress_statistics=False, quant_type="nf4"
+    )
+    copy.bias = head.bias
+    return copy.to(head.weight.device).eval()
