@@ -23,11 +23,15 @@ from onebase_server.engine.messages import AdapterInfo, EngineInfo, EngineStats
 from onebase_server.engine.request import EngineRequest, Output, TokenLogprobs
 from onebase_server.text.tokenizer import TextCodec, load_codec
 
+pytest_plugins = ["support.fixtures"]
+
 ADMIN_KEY = "admin-secret"
 CONTEXT = 512
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system must be first') }}"
-    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'system' and not loop.first %}{{ raise_exception('system must be first') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 

@@ -81,7 +81,6 @@ def check_base(files: AdapterFiles, base: BaseShape) -> None:
     if fingerprint and fingerprint != base.fingerprint:
         raise AdapterMismatchError(
             f"Trained on {trained_on.get('model', 'another base')} ({fingerprint}), but this server's base is "
-            f"{base.name} ({base.fingerprint}): other weights or another quantisation. Serve that base, or train "
-            "again on this one.",
+            f"{base.name} ({base.fingerprint}): other weights. Serve that base, or train again on this one.",
             field="path",
         )

@@ -55,7 +55,6 @@ def load_base(
     """
     folder = fetch_base(spec.model, progress=progress)
     device = resolve_device(spec.device)
-    quantization = {"quantization": spec.quantization, "double_quant": spec.double_quant}
     options: dict[str, Any] = {}
     if spec.quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -80,7 +79,7 @@ def load_base(
         raise BaseModelError(f"Cannot load {spec.model!r}: {error}", field="model") from error
     model.eval()
     model.requires_grad_(False)
-    shape = describe_base(model, spec.model, fingerprint_folder(folder, quantization))
+    shape = describe_base(model, spec.model, fingerprint_folder(folder))
     return LoadedBase(model, tokenizer, shape, device)
 
 

@@ -27,7 +27,7 @@ class BaseShape:
     name: str
     """What the user called it: catalog name, folder or hub id."""
     fingerprint: str
-    """Hex digest over weights' samples, configuration and quantisation; see `fingerprint_folder`."""
+    """Hex digest over weights' samples and configuration; see `fingerprint_folder`."""
     model_type: str
     layers: int
     hidden: int
@@ -67,13 +67,14 @@ def _linear_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
-def fingerprint_folder(folder: Path, quantization: Mapping[str, Any]) -> str:
-    """Identity of a base: its configuration, its weights and how they are quantised, as 16 hex digits.
+def fingerprint_folder(folder: Path) -> str:
+    """Identity of a base: its configuration and its weights, as 16 hex digits. Not how they are quantised: an
+    adapter trained on the bfloat16 weights (LoRA) is served on their 4-bit form.
 
     Weights are sampled (every file's header, then 64 KiB at 64 even offsets): a large model's full hash would
     cost minutes at each start, and no fine-tune leaves all samples unchanged.
     """
-    digest = hashlib.sha256(json.dumps(dict(quantization), sort_keys=True).encode())
+    digest = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text())
     volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
     digest.update(json.dumps({k: v for k, v in config.items() if k not in volatile}, sort_keys=True).encode())
