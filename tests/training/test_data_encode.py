@@ -1,0 +1,85 @@
+"""Training must see the token ids that serving sees, with the loss on what the model is to write."""
+
+import pytest
+
+from onebase_adapters.base import fetch_base
+from onebase_adapters.base.catalog import DEFAULT_BASE
+from onebase_adapters.errors import DataError
+from onebase_server.text.tokenizer import TextCodec, load_codec
+from onebase_training.data import NO_LOSS, Encoded, Example, Turn, encode
+
+pytestmark = pytest.mark.real
+
+CHATS = [
+    (Turn("user", "Hi!"), Turn("assistant", "Hello.")),
+    (Turn("system", "Be brief."), Turn("user", "2+2?"), Turn("assistant", " 4 ")),
+    (Turn("user", "你好"), Turn("assistant", "你好,有什么事?"), Turn("user", "再见"), Turn("assistant", "再见!")),
+    (Turn("user", "Code"), Turn("assistant", "\n\nx = 1"), Turn("user", "More"), Turn("assistant", "\n\ny = 2\n")),
+    (Turn("user", "<|im_end|> in the text"), Turn("assistant", "<|im_end|>"), Turn("user", "unanswered")),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> object:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(fetch_base(DEFAULT_BASE))
+
+
+@pytest.fixture(scope="module")
+def codec() -> TextCodec:
+    return load_codec(fetch_base(DEFAULT_BASE))
+
+
+def learned(codec: TextCodec, one: Encoded) -> str:
+    return codec.decode([label for label in one.labels if label != NO_LOSS])
+
+
+@pytest.mark.parametrize("turns", CHATS)
+def test_a_chat_is_tokenised_as_the_server_does(
+    turns: tuple[Turn, ...], tokenizer: object, codec: TextCodec
+) -> None:
+    sequences = encode([Example(1, turns)], tokenizer, max_length=512)
+    asked = [at for at, turn in enumerate(turns) if turn.role == "assistant"]
+    answers = []
+    for one in sequences:
+        runs = [at for at in range(len(one.labels)) if one.labels[at] != NO_LOSS and one.labels[at - 1] == NO_LOSS]
+        assert runs[-1] == one.prompt_length
+        for start in runs:
+            served = asked[len(answers)]
+            messages = [{"role": turn.role, "content": turn.content} for turn in turns[:served]]
+            prompt = codec.encode(codec.render_chat(messages), add_special_tokens=False)
+            assert list(one.input_ids[:start]) == prompt
+            answer = one.labels[start:]
+            answers.append(codec.decode(answer[: answer.index(NO_LOSS) if NO_LOSS in answer else None]))
+    assert answers == [turns[at].content + "<|im_end|>" for at in asked]
+
+
+def test_labels_are_the_inputs(tokenizer: object) -> None:
+    for one in encode([Example(at, turns) for at, turns in enumerate(CHATS)], tokenizer, max_length=512):
+        assert len(one.labels) == len(one.input_ids)
+        assert all(label in (NO_LOSS, token) for label, token in zip(one.labels, one.input_ids, strict=True))
+
+
+def test_a_turn_that_merges_with_its_header_is_a_sequence_of_its_own(tokenizer: object) -> None:
+    assert [len(encode([Example(1, turns)], tokenizer, max_length=512)) for turns in CHATS] == [1, 1, 1, 2, 1]
+
+
+def test_a_completion_is_tokenised_as_the_server_does(tokenizer: object, codec: TextCodec) -> None:
+    for prompt, completion in [("Is it?", " yes"), ("", "text"), ("Q:\n", "\nA"), ("情感:", "正面")]:
+        (one,) = encode([Example(1, prompt=prompt, completion=completion)], tokenizer, max_length=64)
+        assert list(one.input_ids[: one.prompt_length]) == codec.encode(prompt)
+        assert learned(codec, one) == completion + "<|im_end|>"
+        assert set(one.labels[: one.prompt_length]) <= {NO_LOSS}
+
+
+def test_what_does_not_fit_is_refused_unless_a_policy_says_otherwise(tokenizer: object) -> None:
+    short = Example(1, prompt="a", completion=" b")
+    long = Example(7, prompt="a", completion=" b" * 50)
+    with pytest.raises(DataError, match=r"line 7: 52 tokens \(1 of them prompt\) do not fit into 10"):
+        encode([short, long], tokenizer, max_length=10)
+    assert [one.example.line for one in encode([short, long], tokenizer, max_length=10, too_long="skip")] == [1]
+    cut = encode([short, long], tokenizer, max_length=10, too_long="cut")
+    assert [(len(one.input_ids), one.cut) for one in cut] == [(3, 0), (10, 42)]
+    with pytest.raises(DataError, match="line 2"):
+        encode([Example(2, prompt="a " * 50, completion=" b")], tokenizer, max_length=10, too_long="cut")

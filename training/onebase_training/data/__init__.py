@@ -1,0 +1,19 @@
+"""Data: files to examples, examples to token ids, and the checks that come before any training."""
+
+from onebase_training.data.encode import NO_LOSS, Encoded, TooLong, encode, verbalise
+from onebase_training.data.examples import Dataset, Example, Turn
+from onebase_training.data.read import read_dataset
+from onebase_training.data.split import split
+
+__all__ = [
+    "NO_LOSS",
+    "Dataset",
+    "Encoded",
+    "Example",
+    "TooLong",
+    "Turn",
+    "encode",
+    "read_dataset",
+    "split",
+    "verbalise",
+]

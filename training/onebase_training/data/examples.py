@@ -1,0 +1,52 @@
+"""What a data file holds once it is read: records of one shape, whatever its format was."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record. Which fields are set depends on the format; see `formats.FORMATS`."""
+
+    line: int
+    """1-based place in its file: the line in text files, the row in Parquet."""
+    turns: tuple[Turn, ...] = ()
+    """A chat; the assistant's turns are learned."""
+    prompt: str | None = None
+    """Raw text, as /v1/completions takes it; with `label`, the text to classify."""
+    completion: str | None = None
+    label: str | None = None
+    words: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    """One for each of `words`."""
+    task: str = ""
+    """Which task the record belongs to, in runs of several."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The examples of one file."""
+
+    examples: tuple[Example, ...]
+    format: str
+    """A name in `formats.FORMATS`."""
+    source: str
+    """The path as it was given, for messages."""
+    digest: str
+    """SHA-256 of the file's bytes, in hex."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels or tags that occur, sorted; empty for generative formats."""
+        named = {example.label for example in self.examples if example.label is not None}
+        return tuple(sorted(named.union(*(example.tags for example in self.examples))))
