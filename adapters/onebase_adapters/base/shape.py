@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,46 @@ class BaseShape:
     context: int
     """Largest position the model was made for, in tokens."""
     sites: Mapping[str, Site]
+    embedding: str = ""
+    """Module path of the input embedding."""
+    kv_heads: int = 0
+    head_dim: int = 0
+    sublayers: frozenset[str] = frozenset()
+    """Module paths of the attention and feed-forward blocks, behind which bottleneck adapters go."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a model keeps of each token: one key and one value for each layer and head."""
+
+    layers: int
+    kv_heads: int
+    dim: int
+
+    @property
+    def token_bytes(self) -> int:
+        """In bfloat16."""
+        return self.layers * self.kv_heads * self.dim * 2 * 2
+
+
+def cache_shape(config: Any) -> CacheShape:
+    """Read it off a transformers configuration."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return CacheShape(text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, dim)
+
+
+_SUBLAYER = re.compile(r"\.\d+\.(self_attn|attn|self_attention|mlp)$")
+"""What transformers calls a decoder layer's two blocks."""
 
 
 def describe_base(model: nn.Module, name: str, fingerprint: str) -> BaseShape:
     """Read the shape off a loaded transformers model (which may carry adapters or our wrappers: not yet)."""
     config: Any = model.config
     text = config.get_text_config()
+    cache = cache_shape(config)
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
     return BaseShape(
         name=name,
         fingerprint=fingerprint,
@@ -52,6 +87,10 @@ def describe_base(model: nn.Module, name: str, fingerprint: str) -> BaseShape:
         vocab=text.vocab_size,
         context=text.max_position_embeddings,
         sites={site.name: site for site in _linear_sites(model)},
+        embedding=next(name for name, module in model.named_modules() if module is embedding),
+        kv_heads=cache.kv_heads,
+        head_dim=cache.dim,
+        sublayers=frozenset(name for name, _ in model.named_modules() if _SUBLAYER.search(name)),
     )
 
 

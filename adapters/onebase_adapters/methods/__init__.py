@@ -2,31 +2,30 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
 
 from onebase_adapters.base.shape import BaseShape
 from onebase_adapters.errors import AdapterFormatError
 from onebase_adapters.files import check_base, read_adapter
-from onebase_adapters.methods import lora
-from onebase_adapters.primitives import LoweredAdapter, Primitive
+from onebase_adapters.methods import bottleneck, general, ia3, lora, prefix, prompt, template
+from onebase_adapters.methods.saved import split_saved
+from onebase_adapters.methods.source import BaseWeights, Lower, Source, canonical_names
+from onebase_adapters.primitives import LoweredAdapter
 
-
-class Lower(Protocol):
-    """A method's lowering. Raises AdapterFormatError (bad files) or AdapterMismatchError (wrong base)."""
-
-    def __call__(
-        self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], base: BaseShape
-    ) -> tuple[Primitive, ...]: ...
-
-
-METHODS: dict[str, Lower] = {
+METHODS: Mapping[str, Lower] = {
     "LORA": lora.lower,
+    "ADALORA": lora.lower,
+    "IA3": ia3.lower,
+    "PROMPT_TUNING": prompt.lower,
+    "P_TUNING": prompt.lower,
+    "PREFIX_TUNING": prefix.lower,
+    "BOTTLENECK": bottleneck.lower,
+    "TEMPLATE": template.lower,
+    **dict.fromkeys(("LOHA", "LOKR", "VERA", "OFT", "BOFT", "HRA", "FOURIERFT", "RANDLORA"), general.lower),
+    **dict.fromkeys(("VBLORA", "SHIRA", "MISS", "DELORA", "C3A", "WAVEFT", "GRALORA", "ROAD"), general.lower),
 }
 
 
-def load_adapter(folder: Path, digest: str, base: BaseShape) -> LoweredAdapter:
+def load_adapter(folder: Path, digest: str, base: BaseShape, weights: BaseWeights) -> LoweredAdapter:
     """Read, check and lower the adapter in `folder` for `base`. Raises AdapterError and its branches."""
     files = read_adapter(folder)
     check_base(files, base)
@@ -36,7 +35,10 @@ def load_adapter(folder: Path, digest: str, base: BaseShape) -> LoweredAdapter:
             f"peft_type {files.config.get('peft_type')!r} is not served. Known: {', '.join(sorted(METHODS))}.",
             field="peft_type",
         )
-    primitives = METHODS[kind](files.config, files.tensors, base)
+    source = Source(files.config, canonical_names(files.tensors), files.sidecar, base, weights)
+    saved, rest = split_saved(source)
+    lowered = METHODS[kind](rest)
+    primitives = saved + lowered.primitives
     if not primitives:
         raise AdapterFormatError("The adapter changes nothing: it has no weights for any site.", field="path")
-    return LoweredAdapter(digest, kind.lower(), primitives)
+    return LoweredAdapter(digest, kind.lower(), primitives, lowered.notes)

@@ -1,4 +1,5 @@
-"""LoRA (Hu et al. 2021) and what shares its form: QLoRA (Dettmers et al. 2023), rsLoRA (Kalajdzievski 2023)."""
+"""LoRA (Hu et al. 2021) and what shares its form: QLoRA (Dettmers et al. 2023), rsLoRA (Kalajdzievski 2023),
+PiSSA (Meng et al. 2024), DoRA (Liu et al. 2024) and AdaLoRA (Zhang et al. 2023)."""
 
 import math
 import re
@@ -7,55 +8,99 @@ from typing import Any
 
 import torch
 
-from onebase_adapters.base.shape import BaseShape
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
-from onebase_adapters.primitives import LowRank
+from onebase_adapters.methods.source import Lowered, Source
+from onebase_adapters.primitives import LowRank, Primitive, Rescale, Shift
 
-_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<site>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight$")
-_UNSERVED = {"use_dora": "DoRA", "use_qalora": "QALoRA", "alora_invocation_tokens": "activated LoRA"}
+_KEY = re.compile(
+    r"^(?P<site>.+)\.(?P<part>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?P<leaf>weight|bias))?$"
+)
+_UNSERVED = {"use_qalora": "QALoRA", "alora_invocation_tokens": "activated LoRA", "lora_ga_config": "LoRA-GA"}
 
 
-def lower(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], base: BaseShape) -> tuple[LowRank, ...]:
+def lower(source: Source) -> Lowered:
     """One LowRank for each adapted site; ranks are the tensors' own, scales follow PEFT's configuration."""
     for key, name in _UNSERVED.items():
-        if config.get(key):
+        if source.config.get(key):
             raise AdapterFormatError(f"{name} is not served.", field=key)
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in source.tensors.items():
         match = _KEY.match(name)
         if match is None:
-            raise AdapterFormatError(f"Tensor {name!r} is not a LoRA matrix of a linear site.", field="path")
-        halves.setdefault(match["site"], {})[match["half"]] = tensor
-    return tuple(_site(site, pair, config, base) for site, pair in sorted(halves.items()))
+            raise AdapterFormatError(f"Tensor {name!r} is not a LoRA matrix.", field="path")
+        part = match["part"].removeprefix("lora_") + (".bias" if match["leaf"] == "bias" else "")
+        parts.setdefault(match["site"], {})[part] = tensor.float()
+    primitives: list[Primitive] = []
+    for site, found in sorted(parts.items()):
+        if site == source.base.embedding:
+            primitives.append(_embedding(source, site, found))
+        else:
+            primitives += _linear(source, site, found)
+    return Lowered(tuple(primitives))
 
 
-def _site(name: str, pair: Mapping[str, torch.Tensor], config: Mapping[str, Any], base: BaseShape) -> LowRank:
-    site = base.sites.get(name)
-    if site is None:
-        raise AdapterMismatchError(f"Base {base.name} has no linear site {name!r}.", field="path")
-    if set(pair) != {"A", "B"}:
-        missing = "A" if "B" in pair else "B"
-        raise AdapterFormatError(f"Site {name!r} lacks lora_{missing}.", field="path")
-    a, b = pair["A"], pair["B"]
+def _linear(source: Source, name: str, parts: Mapping[str, torch.Tensor]) -> list[Primitive]:
+    site = source.site(name)
+    a, b = _pair(name, parts, "A", "B", (site.in_features, site.out_features))
+    rank = a.shape[0]
+    if "E" in parts:
+        a = a * parts["E"]
+    update = LowRank(name, a, b, _scale(source.config, name, rank))
+    primitives: list[Primitive] = [update]
+    shift = update.scale * parts["B.bias"] if "B.bias" in parts else None
+    if "magnitude_vector" in parts:
+        # DoRA: y = m / |W + sBA| (W x + sBA x) + bias; the norm is over each output's row.
+        weight = source.weights.weight(name)
+        norm = (weight + update.scale * (b @ a)).norm(dim=1)
+        ratio = parts["magnitude_vector"].flatten() / norm
+        primitives.append(Rescale(name, ratio, "output"))
+        bias = source.weights.bias(name)
+        if bias is not None:
+            shift = bias * (1 - ratio) + (0 if shift is None else shift)
+    if shift is not None:
+        primitives.append(Shift(name, shift))
+    return primitives
+
+
+def _embedding(source: Source, name: str, parts: Mapping[str, torch.Tensor]) -> LowRank:
+    a, b = _pair(name, parts, "embedding_A", "embedding_B", (source.base.vocab, source.base.hidden))
+    return LowRank(name, a, b, _scale(source.config, name, a.shape[0]))
+
+
+def _pair(
+    name: str, parts: Mapping[str, torch.Tensor], first: str, second: str, sizes: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, in] and B [out, rank], checked against (in, out)."""
+    for part in (first, second):
+        if part not in parts:
+            raise AdapterFormatError(f"Site {name!r} lacks lora_{part}.", field="path")
+    a, b = parts[first], parts[second]
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         raise AdapterFormatError(
-            f"Site {name!r}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not share a rank.",
+            f"Site {name!r}: lora_{first} {list(a.shape)} and lora_{second} {list(b.shape)} do not share a rank.",
             field="path",
         )
-    if (a.shape[1], b.shape[0]) != (site.in_features, site.out_features):
+    if (a.shape[1], b.shape[0]) != sizes:
         raise AdapterMismatchError(
             f"Site {name!r}: the adapter maps {a.shape[1]} -> {b.shape[0]}, the base's site "
-            f"{site.in_features} -> {site.out_features}.",
+            f"{sizes[0]} -> {sizes[1]}.",
             field="path",
         )
-    rank = a.shape[0]
-    stated = _pattern(config.get("rank_pattern"), name, config.get("r"))
+    return a, b
+
+
+def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
+    if str(config.get("peft_type")).upper() == "ADALORA":
+        # PEFT divides by the rank that training began with, whatever is left of it.
+        return float(config.get("lora_alpha", 8)) / (float(config.get("init_r", rank)) + 1e-5)
+    stated = _pattern(config.get("rank_pattern"), site, config.get("r"))
     if stated is not None and stated != rank:
         raise AdapterFormatError(
-            f"Site {name!r}: adapter_config.json says rank {stated}, tensors have {rank}.", field="r"
+            f"Site {site!r}: adapter_config.json says rank {stated}, tensors have {rank}.", field="r"
         )
-    alpha = float(_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank)))
-    return LowRank(name, a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    alpha = float(_pattern(config.get("alpha_pattern"), site, config.get("lora_alpha", rank)))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _pattern(patterns: Mapping[str, Any] | None, site: str, default: Any) -> Any:

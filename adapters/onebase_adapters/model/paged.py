@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from onebase_adapters.base.shape import cache_shape
 from onebase_adapters.batch import Context
 from onebase_adapters.kernels import reference
 from onebase_adapters.kernels.block import BLOCK
@@ -68,24 +69,6 @@ class PagedKV:
             window or cpu.NO_WINDOW, batch.items, batch.positions, batch.tables,
         )  # fmt: skip
         return out
-
-
-class CacheShape:
-    """Size of a model's cache: layers, heads and dim of keys and values, and bytes per token in bfloat16."""
-
-    def __init__(self, layers: int, kv_heads: int, dim: int) -> None:
-        self.layers = layers
-        self.kv_heads = kv_heads
-        self.dim = dim
-        self.token_bytes = layers * kv_heads * dim * 2 * 2
-
-
-def cache_shape(config: Any) -> CacheShape:
-    """Read it off a transformers configuration."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return CacheShape(text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, dim)
 
 
 def hook_attention(model: nn.Module, cache: PagedKV, context: Context) -> None:

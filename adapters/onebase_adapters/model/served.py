@@ -20,6 +20,7 @@ from onebase_adapters.model.fused import FusedModel, fuse
 from onebase_adapters.model.head import HeadKind, HiddenScores, LogitScores, Scores, Screen, nf4_copy
 from onebase_adapters.model.linear import AdapterLinear, Arena, LowRankTable
 from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, hook_attention, register_attention
+from onebase_adapters.model.weights import ModelWeights
 from onebase_adapters.primitives import LoweredAdapter, LowRank
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class ServedModel:
         self._device = base.device
         self._context = Context()
         self._threads = torch.get_num_threads()
+        self.weights = ModelWeights(base.model)
         self.cache = PagedKV(base.model.config, blocks, base.device)
         hook_attention(base.model, self.cache, self._context)
         if head == "nf4":

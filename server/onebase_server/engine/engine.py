@@ -15,10 +15,11 @@ import torch
 
 from onebase_adapters.base.catalog import Progress
 from onebase_adapters.base.load import load_base, model_bytes
+from onebase_adapters.base.shape import cache_shape
 from onebase_adapters.errors import AdapterError, ConfigError
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.model.head import Scores
-from onebase_adapters.model.paged import ATTENTION_NAME, cache_shape, register_attention
+from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
 from onebase_adapters.model.served import Chunk, ServedModel
 from onebase_adapters.primitives import LoweredAdapter
 from onebase_server.engine.config import EngineConfig

@@ -63,7 +63,8 @@ class Residency:
             parameters=adapter.parameters,
             bytes=self._model.slot_bytes(resident.slot) if resident else 2 * adapter.parameters,
             primitives=adapter.summary(),
-            sites=len({primitive.site for primitive in adapter.primitives}),
+            sites=adapter.sites,
+            virtual_tokens=adapter.layout.tokens,
         )
 
     def forget(self, digest: str) -> None:
@@ -102,7 +103,7 @@ class Residency:
     def _load(self, digest: str) -> Future[LoweredAdapter]:
         if digest not in self._loading:
             folder = self._folders[digest]
-            future = self._reader.submit(load_adapter, folder, digest, self._model.shape)
+            future = self._reader.submit(load_adapter, folder, digest, self._model.shape, self._model.weights)
             self._loading[digest] = future
             future.add_done_callback(lambda _: self._wake())
         return self._loading[digest]
