@@ -10,7 +10,7 @@ from torch import nn
 
 from onebase_adapters.base.catalog import Progress
 from onebase_adapters.base.load import LoadedBase, load_base
-from onebase_adapters.base.shape import BaseShape, Site
+from onebase_adapters.base.shape import BaseShape, Site, cache_shape
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.batch import Batch, Context, Owners
 from onebase_adapters.kernels import Kernels, choose_kernels
@@ -20,7 +20,7 @@ from onebase_adapters.kernels.tiles import low_rank_tiles
 from onebase_adapters.model.fused import FusedModel, fuse
 from onebase_adapters.model.head import HeadKind, HiddenScores, LogitScores, Scores, Screen, nf4_copy
 from onebase_adapters.model.linear import AdapterLinear
-from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, cache_shape, hook_attention, register_attention
+from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, hook_attention, register_attention
 from onebase_adapters.model.weights import ModelWeights
 from onebase_adapters.primitives import LoweredAdapter, LowRank
 
