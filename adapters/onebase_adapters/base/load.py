@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from onebase_adapters.base.catalog import Progress, fetch_base
 from onebase_adapters.base.shape import BaseShape, describe_base, fingerprint_folder
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.errors import BaseModelError
+from onebase_adapters.kernels.cpu.matmul4bit import packable
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +81,17 @@ def load_base(
         raise BaseModelError(f"Cannot load {spec.model!r}: {error}", field="model") from error
     model.eval()
     model.requires_grad_(False)
+    _leave_odd_sizes_unpacked(model)
     shape = describe_base(model, spec.model, fingerprint_folder(folder))
     return LoadedBase(model, tokenizer, shape, device)
+
+
+def _leave_odd_sizes_unpacked(model: torch.nn.Module) -> None:
+    """bitsandbytes packs 4-bit weights at their first use on a CPU, and fails on sizes that its layout cannot
+    hold; those keep its general product."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and not packable(module):
+            module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager
