@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from onebase_adapters import errors
 from onebase_adapters.store import AdapterStore
@@ -22,37 +21,19 @@ from onebase_server.engine.client import EngineUnavailableError
 from onebase_server.engine.messages import AdapterInfo, EngineInfo, EngineStats
 from onebase_server.engine.request import EngineRequest, Output, TokenLogprobs
 from onebase_server.text.tokenizer import TextCodec, load_codec
+from support.tokenizer import save_tokenizer
 
 pytest_plugins = ["support.fixtures"]
 
 ADMIN_KEY = "admin-secret"
 CONTEXT = 512
-TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m.role == 'system' and not loop.first %}{{ raise_exception('system must be first') }}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
 def codec(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
     """A byte-level tokenizer of some 400 tokens, with a chat template, read back from its folder."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([Path(__file__).read_text(), "the stop string of this text"] * 2, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "bos_token": null}')
+    save_tokenizer(folder)
     return load_codec(folder)
 
 

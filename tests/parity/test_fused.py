@@ -1,0 +1,33 @@
+"""The fused layers against transformers' own, behind the same served model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from onebase_adapters.base.spec import BaseSpec
+from onebase_adapters.model.served import ServedModel
+from support.peers import check_as_exact, logits
+from support.serving import Feeder, Stream, put
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_fused_layers_give_what_transformers_layers_give(
+    family: str,
+    served: Callable,
+    tiny_model: Callable[[str], Path],
+    prompt: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    it = served(family)
+    assert it.model._fused is not None
+    monkeypatch.setattr("onebase_adapters.model.served.fuse", lambda *_: None)
+    unfused = ServedModel.load(BaseSpec(str(tiny_model(family)), device="cpu"), slots=4, blocks=512)
+    assert unfused._fused is None
+    slots = {adapter: 0 if adapter is None else put(unfused, adapter) for adapter in it.slots}
+    prompts = [prompt(40 + 7 * index, index) for index in range(len(slots))]
+    ours = Feeder(it.model).logits([Stream(p, s) for p, s in zip(prompts, it.slots.values(), strict=True)])
+    plain = Feeder(unfused).logits([Stream(p, s) for p, s in zip(prompts, slots.values(), strict=True)])
+    exact = [logits(it.exact, tokens, adapter) for tokens, adapter in zip(prompts, slots, strict=True)]
+    check_as_exact(torch.cat(ours), torch.cat(plain).float(), torch.cat(exact))

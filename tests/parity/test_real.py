@@ -1,0 +1,64 @@
+"""The default base itself, with adapters, against transformers and PEFT on the same NF4 weights."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from onebase_adapters.base import DEFAULT_BASE, BaseSpec, fetch_base
+from onebase_adapters.model.served import ServedModel
+from support.models import save_lora
+from support.peers import check_as_exact, check_greedy, load_exact, load_plain, logits, with_adapters
+from support.serving import Feeder, Stream, put
+
+pytestmark = pytest.mark.real
+
+TEXTS = (
+    "The capital of France is",
+    "Water boils at a lower temperature on a mountain because the pressure of the air falls with height, and",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "<|im_start|>user\nName three primary colours.<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return fetch_base(DEFAULT_BASE)
+
+
+@pytest.fixture(scope="module")
+def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("real")
+    return [
+        save_lora(root / "all", folder, rank=8, modules="all-linear", strength=0.05),
+        save_lora(root / "attention", folder, rank=16, modules=["q_proj", "v_proj"], strength=0.1),
+        save_lora(root / "mlp", folder, rank=3, modules=["down_proj"], strength=0.1, use_rslora=True),
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(adapters: list[Path]) -> Iterator[tuple[ServedModel, list[int]]]:
+    served = ServedModel.load(BaseSpec(device="cpu"), slots=4, blocks=512)
+    yield served, [put(served, adapter) for adapter in adapters]
+
+
+def test_logits_and_greedy_tokens_of_a_mixed_batch(
+    folder: Path, adapters: list[Path], model: tuple[ServedModel, list[int]]
+) -> None:
+    served, slots = model
+    tokenizer = served.base.tokenizer
+    prompts = [tokenizer.encode(text) for text in TEXTS]
+    owners = [None, *adapters]
+    plain, exact = with_adapters(load_plain(folder), adapters), with_adapters(load_exact(folder), adapters)
+    streams = [Stream(list(p), slot) for p, slot in zip(prompts, [0, *slots], strict=True)]
+    found = Feeder(served).logits(streams, (7, 100, 3))
+    theirs = [logits(plain, p, owner) for p, owner in zip(prompts, owners, strict=True)]
+    truth = [logits(exact, p, owner) for p, owner in zip(prompts, owners, strict=True)]
+    for ours, peers, right in zip(found, theirs, truth, strict=True):
+        check_as_exact(ours, peers, right)
+
+    streams = [Stream(list(p), slot) for p, slot in zip(prompts, [0, *slots], strict=True)]
+    compared = 0
+    for p, ours, owner in zip(prompts, Feeder(served).greedy(streams, 16), owners, strict=True):
+        compared += check_greedy(plain, p, ours, owner)
+    assert compared >= 32

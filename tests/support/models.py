@@ -1,0 +1,140 @@
+"""Tiny random models of each family that is served, saved as transformers saves real ones, and LoRA adapters for
+them as PEFT saves them.
+
+Every number is random, biases and norms included, so that leaving any of them out shows. Numbers are large
+enough for clear winners among the logits: two right implementations then choose the same greedy tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GlmConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+from transformers.pytorch_utils import Conv1D
+
+from onebase_adapters.base.load import quiet_loading
+from support.tokenizer import EOS, save_tokenizer
+
+CONTEXT = 256
+# A multiple of 64 for a 4-bit block of inputs, heads of 16: what the fast kernels take.
+_FITS: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+# Four times less than the prompts of the tests, so that it matters.
+_WINDOW = 24
+
+FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
+    "llama": lambda vocab: LlamaConfig(vocab_size=vocab, **_FITS, tie_word_embeddings=True),
+    "llama-odd": lambda vocab: LlamaConfig(
+        vocab_size=vocab - 9, **_FITS | {"hidden_size": 72, "intermediate_size": 100, "num_attention_heads": 6},
+        head_dim=12,
+    ),
+    "mistral": lambda vocab: MistralConfig(vocab_size=vocab, **_FITS, head_dim=16, sliding_window=_WINDOW),
+    "qwen2": lambda vocab: Qwen2Config(vocab_size=vocab, **_FITS),
+    "gemma2": lambda vocab: Gemma2Config(
+        vocab_size=vocab, **_FITS, head_dim=16, sliding_window=_WINDOW, query_pre_attn_scalar=16,
+        attn_logit_softcapping=5.0, final_logit_softcapping=30.0,
+    ),
+    "gemma3": lambda vocab: Gemma3TextConfig(
+        vocab_size=vocab, **_FITS, head_dim=16, sliding_window=_WINDOW, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
+    "gpt2": lambda vocab: GPT2Config(
+        vocab_size=vocab, n_embd=64, n_layer=3, n_head=4, n_positions=CONTEXT, eos_token_id=EOS, bos_token_id=None
+    ),
+    "glm": lambda vocab: GlmConfig(vocab_size=vocab, **_FITS, head_dim=16),
+}  # fmt: skip
+"""By name, from the size of the vocabulary. `llama` and `mistral` run on the fused kernels; `llama-odd` on none."""
+
+TARGETS: dict[str, Sequence[str]] = {
+    "gpt2": ("c_attn", "c_proj", "c_fc"),
+    "glm": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
+}
+"""The linear modules of a family's layers, where they have names of their own."""
+_USUAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def targets(family: str) -> Sequence[str]:
+    """Names of the linear modules of a family's layers."""
+    return TARGETS.get(family, _USUAL_TARGETS)
+
+
+def save_model(folder: Path, family: str) -> Path:
+    """A model of `family` with a tokenizer, in bfloat16; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = -(-save_tokenizer(folder) // 32) * 32
+    config = FAMILIES[family](vocab)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            if parameter.dim() == 1:  # biases, and norms' weights, which are 1 (or stored as what exceeds it)
+                parameter += 0.2 * noise
+            elif any(part in name for part in ("embed", "wte", "wpe")):
+                # Small beside what the layers add: with a tied head, each token's best successor is else itself.
+                scaled = family.startswith("gemma")  # by the square root of the width, in the model
+                parameter.copy_(noise * 0.3 / (config.hidden_size**0.5 if scaled else 1))
+            else:
+                parameter.copy_(noise / _inputs(model, name) ** 0.5)
+    with quiet_loading():
+        model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _inputs(model: torch.nn.Module, weight: str) -> int:
+    module = model.get_submodule(weight.removesuffix(".weight"))
+    return module.nx if isinstance(module, Conv1D) else module.in_features
+
+
+def save_lora(
+    folder: Path,
+    model: Path,
+    *,
+    rank: int = 8,
+    modules: Sequence[str] | str = "all-linear",
+    seed: int = 0,
+    strength: float = 0.5,
+    **options: Any,
+) -> Path:
+    """A LoRA adapter for the model in `model`, made and saved by PEFT, then with every number random.
+
+    Its updates are about `strength` times what the base puts out. The numbers fit bfloat16, so that reading them
+    into a server rounds nothing. `options` are LoraConfig's. Returns `folder`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    with quiet_loading():
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    names = modules if isinstance(modules, str) else list(modules)
+    transposed = any(isinstance(module, Conv1D) for module in base.modules())
+    options = {"lora_alpha": 2 * rank, "fan_in_fan_out": transposed} | options
+    adapted = get_peft_model(base, LoraConfig(r=rank, target_modules=names, task_type="CAUSAL_LM", **options))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            inner = parameter.shape[1]  # A's inputs, or B's rank
+            size = 1.0 if "lora_A" in name else strength / 2
+            noise = torch.randn(parameter.shape, generator=generator) * size / inner**0.5
+            parameter.data = noise.bfloat16().float()
+    adapted.save_pretrained(folder)
+    return folder

@@ -1,0 +1,106 @@
+"""The oracles: transformers and PEFT on the same 4-bit base, and the same arithmetic in float32.
+
+`exact` uses the very weights that the 4-bit product uses, read back through it. Two bfloat16 computations of one
+thing differ from each other; how far each is from the exact result says whether one of them is worse.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from onebase_adapters.base.load import load_base, quiet_loading
+from onebase_adapters.base.spec import BaseSpec
+
+_ROUNDING = 0.06
+"""Of the logits' spread: what two bfloat16 computations may differ by."""
+
+
+def load_plain(folder: Path) -> Any:
+    """The model as transformers alone runs it, in NF4."""
+    return load_base(BaseSpec(str(folder), device="cpu"), attention="eager").model
+
+
+def load_exact(folder: Path) -> Any:
+    """The model in float32 on the weights of its NF4 form."""
+    with quiet_loading():
+        exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for name, module in load_plain(folder).named_modules():
+        if isinstance(module, Linear4bit):
+            module.bias = None
+            with torch.no_grad():
+                weight = module(torch.eye(module.in_features, dtype=torch.bfloat16)).float()  # [in, out]
+            target = exact.get_submodule(name)
+            target.weight = torch.nn.Parameter(weight if isinstance(target, Conv1D) else weight.t().contiguous())
+    return exact.eval()
+
+
+def with_adapters(model: Any, folders: Sequence[Path]) -> Any:
+    """`model` as PEFT wraps it, each adapter under its folder's whole path."""
+    with warnings.catch_warnings():
+        # PEFT sets fan_in_fan_out itself where a quantised Conv1D has become a linear module, and says so.
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")
+        peft = PeftModel.from_pretrained(model, folders[0], adapter_name=str(folders[0]))
+        for folder in folders[1:]:
+            peft.load_adapter(folder, adapter_name=str(folder))
+    return peft.eval()
+
+
+@torch.inference_mode()
+def logits(model: Any, tokens: Sequence[int], adapter: Path | None = None) -> torch.Tensor:
+    """[tokens, vocab] float32. `adapter`: of a model `with_adapters`; None there is the base."""
+    ids = torch.tensor([tokens])
+    if not isinstance(model, PeftModel):
+        found = model(ids).logits
+    elif adapter is None:
+        with model.disable_adapter():
+            found = model(ids).logits
+    else:
+        model.set_adapter(str(adapter))
+        found = model(ids).logits
+    return found[0].float()
+
+
+def check_as_exact(ours: torch.Tensor, peers: torch.Tensor, exact: torch.Tensor) -> None:
+    """Ours may be no further from the exact logits than the peer's, but for chance. All [tokens, vocab]."""
+    size = exact.norm(dim=-1)
+    errors = (ours.float() - exact).norm(dim=-1) / size
+    allowed = (peers - exact).norm(dim=-1) / size
+    assert errors.mean() <= 1.2 * allowed.mean(), f"{errors.mean():.4f} against {allowed.mean():.4f}"
+    assert errors.max() <= 1.5 * allowed.max(), f"{errors.max():.4f} against {allowed.max():.4f}"
+
+
+def check_greedy(model: Any, prompt: Sequence[int], ours: list[int], adapter: Path | None) -> int:
+    """Our greedy tokens may part from those of generate() only where two are within rounding of each other.
+    Returns how many are the same before that."""
+    scores = logits(model, [*prompt, *ours], adapter)[len(prompt) - 1 : -1]
+    short = scores.max(-1).values - scores.gather(1, torch.tensor(ours)[:, None])[:, 0]
+    assert (short <= _ROUNDING * scores.std(-1)).all(), "one of ours is not the best after those before it"
+    theirs = _generate(model, prompt, len(ours), adapter)
+    parted = next((place for place, pair in enumerate(zip(ours, theirs, strict=True)) if len(set(pair)) > 1), None)
+    if parted is None:
+        return len(ours)
+    best = scores[parted].topk(2).values
+    assert best[0] - best[1] <= _ROUNDING * scores[parted].std(), "they part where one is clearly the best"
+    return parted
+
+
+@torch.inference_mode()
+def _generate(model: Any, prompt: Sequence[int], new: int, adapter: Path | None) -> list[int]:
+    ids = torch.tensor([prompt])
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+    options |= {"max_new_tokens": new, "min_new_tokens": new}
+    if adapter is None:
+        with model.disable_adapter():
+            out = model.generate(input_ids=ids, **options)
+    else:
+        model.set_adapter(str(adapter))
+        out = model.generate(input_ids=ids, **options)
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
