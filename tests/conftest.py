@@ -145,6 +145,11 @@ def make_adapter(folder: Path, weights: bytes = b"weights", **config: object) ->
 
 
 @pytest.fixture
+def admin_key() -> str:
+    return ADMIN_KEY
+
+
+@pytest.fixture
 def new_adapter() -> Callable[..., Path]:
     return make_adapter
 

@@ -1,1 +1,81 @@
-"""Client for a OneBase server."""
+"""Client for a OneBase server: the administration of adapters, and completions by adapter name.
+
+with OneBase("http://127.0.0.1:8000", admin_key="...") as onebase:
+    onebase.adapters.register("support", upload="out/support")
+    print(onebase.complete("Hello", model="support", max_tokens=16).text)
+"""
+
+from onebase_client.client import Adapters, AsyncAdapters, AsyncOneBase, OneBase
+from onebase_client.errors import (
+    AdapterExistsError,
+    AdapterRefusedError,
+    ApiError,
+    AuthenticationError,
+    BodyTooLargeError,
+    ConnectionFailedError,
+    ContextLengthError,
+    ForbiddenError,
+    InvalidRequestError,
+    NotFoundError,
+    OneBaseError,
+    ProtocolError,
+    QueueFullError,
+    ServerError,
+    StorageError,
+    UnavailableError,
+)
+from onebase_client.models import (
+    Adapter,
+    AdapterInfo,
+    Chat,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatMessage,
+    ChatOptions,
+    Completion,
+    CompletionChoice,
+    CompletionOptions,
+    GenerationOptions,
+    Model,
+    Usage,
+)
+
+__all__ = [
+    "Adapter",
+    "AdapterExistsError",
+    "AdapterInfo",
+    "AdapterRefusedError",
+    "Adapters",
+    "ApiError",
+    "AsyncAdapters",
+    "AsyncOneBase",
+    "AuthenticationError",
+    "BodyTooLargeError",
+    "Chat",
+    "ChatChoice",
+    "ChatChunk",
+    "ChatChunkChoice",
+    "ChatDelta",
+    "ChatMessage",
+    "ChatOptions",
+    "Completion",
+    "CompletionChoice",
+    "CompletionOptions",
+    "ConnectionFailedError",
+    "ContextLengthError",
+    "ForbiddenError",
+    "GenerationOptions",
+    "InvalidRequestError",
+    "Model",
+    "NotFoundError",
+    "OneBase",
+    "OneBaseError",
+    "ProtocolError",
+    "QueueFullError",
+    "ServerError",
+    "StorageError",
+    "UnavailableError",
+    "Usage",
+]
