@@ -18,11 +18,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from onebase_adapters.base.catalog import Progress, fetch_base
+from onebase_adapters.base.catalog import fetch_base
 from onebase_adapters.base.shape import BaseShape, describe_base, fingerprint_folder
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.errors import BaseModelError
 from onebase_adapters.kernels.cpu.matmul4bit import packable
+from onebase_adapters.packages import Progress
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from onebase_adapters.base.catalog import Progress
 from onebase_adapters.base.load import LoadedBase, load_base
 from onebase_adapters.base.shape import BaseShape, Site
 from onebase_adapters.base.spec import BaseSpec
@@ -21,6 +20,7 @@ from onebase_adapters.model.head import HeadKind, HiddenScores, LogitScores, Sco
 from onebase_adapters.model.linear import AdapterLinear, Arena, LowRankTable
 from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, hook_attention, register_attention
 from onebase_adapters.model.weights import ModelWeights
+from onebase_adapters.packages import Progress
 from onebase_adapters.primitives import LoweredAdapter, LowRank
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from onebase_adapters.base.catalog import Progress
 from onebase_adapters.base.load import load_base, model_bytes
 from onebase_adapters.base.shape import cache_shape
 from onebase_adapters.errors import AdapterError, ConfigError
@@ -21,6 +20,7 @@ from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.model.head import Scores
 from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
 from onebase_adapters.model.served import Chunk, ServedModel
+from onebase_adapters.packages import Progress
 from onebase_adapters.primitives import LoweredAdapter
 from onebase_server.engine.config import EngineConfig
 from onebase_server.engine.kv_cache import BlockPool
