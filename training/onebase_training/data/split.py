@@ -1,40 +1,61 @@
 """Training and held-out parts, such that nothing held out was as good as seen."""
 
 import random
-import re
-import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from onebase_adapters.errors import DataError
+from onebase_training.data.duplicates import groups
 from onebase_training.data.examples import Dataset, Example
 
 
-def split(dataset: Dataset, *, eval_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Training part and held-out part, the same for the same seed. Raises DataError where one would be empty."""
-    groups: dict[str, list[Example]] = {}
-    for example in dataset.examples:
-        groups.setdefault(normalised(prompt_of(example)), []).append(example)
-    wanted = max(1, round(len(dataset.examples) * eval_fraction))
+def split(
+    dataset: Dataset, *, eval_fraction: float, seed: int, group: Callable[[Example], str] | None = None
+) -> tuple[Dataset, Dataset]:
+    """Training part and held-out part, the same for the same seed; each task is split by the same fraction.
+
+    Examples of one `group` stay on one side; without it, those whose prompts are near-duplicates. Raises DataError
+    where that leaves nothing to hold out.
+    """
     held_out: set[int] = set()
-    for key in random.Random(seed).sample(sorted(groups), len(groups)):
-        if len(held_out) + len(groups[key]) <= wanted:
-            held_out |= {example.line for example in groups[key]}
-    if not held_out or len(held_out) == len(dataset.examples):
-        raise DataError(f"{dataset.source} cannot be split: its prompts are too few, or too alike.")
-    return (
-        replace(dataset, examples=tuple(one for one in dataset.examples if one.line not in held_out)),
-        replace(dataset, examples=tuple(one for one in dataset.examples if one.line in held_out)),
-    )
+    random_order = random.Random(seed)
+    for task in sorted({example.task for example in dataset.examples}):
+        places = [at for at, example in enumerate(dataset.examples) if example.task == task]
+        members = [dataset.examples[at] for at in places]
+        keys = groups([prompt_of(one) for one in members]) if group is None else [group(one) for one in members]
+        chosen = _choose(keys, max(1, round(len(members) * eval_fraction)), random_order)
+        if not chosen:
+            raise DataError(
+                f"{dataset.source} cannot be split{f' for the task {task!r}' if task else ''}: its prompts are too "
+                "few, or near-duplicates of each other. Give held-out data of its own.",
+                field="eval_data",
+            )
+        held_out |= {places[at] for at in chosen}
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for place, example in enumerate(dataset.examples):
+        parts[place in held_out].append(example)
+    return replace(dataset, examples=tuple(parts[0])), replace(dataset, examples=tuple(parts[1]))
+
+
+def _choose(keys: Sequence[int | str], wanted: int, random_order: random.Random) -> list[int]:
+    """Places of whole groups, at random, `wanted` of them or a little less; never all."""
+    members: defaultdict[int | str, list[int]] = defaultdict(list)
+    for place, key in enumerate(keys):
+        members[key].append(place)
+    chosen: list[int] = []
+    for group in random_order.sample(list(members.values()), len(members)):
+        if len(chosen) + len(group) <= wanted < len(keys):
+            chosen += group
+    if not chosen and len(members) > 1:  # every group is larger than what is wanted
+        smallest = min(members.values(), key=len)
+        chosen = smallest if len(smallest) <= len(keys) // 2 else []
+    return chosen
 
 
 def prompt_of(example: Example) -> str:
-    """What the model is given: the text up to the (first) answer."""
+    """What the model is given: the text up to the first answer."""
     if example.turns:
         first = next((at for at, turn in enumerate(example.turns) if turn.role == "assistant"), None)
         return "\n".join(turn.content for turn in example.turns[:first])
     return " ".join(example.words) if example.words else example.prompt or ""
-
-
-def normalised(text: str) -> str:
-    """`text` without what tells near-duplicates apart: case, punctuation, width, spacing."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
