@@ -40,7 +40,7 @@ class Batch:
     sample_rows: torch.Tensor
     """[n] int64: the tokens whose next token is wanted."""
     items: np.ndarray
-    """As `attention_items` makes them."""
+    """As the kernels' `attention_items` makes them."""
 
 
 class Context:

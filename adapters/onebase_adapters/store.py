@@ -146,9 +146,13 @@ class AdapterStore:
         Raises AdapterPathError (no folder, symbolic links), AdapterFormatError (files missing, a pickle, too
         large) or StorageError.
         """
-        if not folder.is_dir():
-            raise AdapterPathError(f"{folder} is not a folder.", field="path")
-        _check_listing(sorted(entry.name for entry in folder.iterdir()))
+        try:
+            if not folder.is_dir():
+                raise AdapterPathError(f"{folder} is not a folder.", field="path")
+            names = sorted(entry.name for entry in folder.iterdir())
+        except OSError as error:  # no permission, a name too long
+            raise AdapterPathError(f"Cannot read {str(folder)[:160]}: {error.strerror}.", field="path") from error
+        _check_listing(names)
         files: dict[str, BinaryIO] = {}
         try:
             for name in _WANTED:

@@ -1,0 +1,70 @@
+"""The kernels' contract, and which implementation of it a served model runs on: chosen here, once.
+
+`reference` is the definition in plain torch and runs anywhere; `cpu` is numba, `cuda` is triton. Each is a module
+with the names of `Kernels`, so that nothing above this package asks which device it is on.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from onebase_adapters.batch import Batch, Owners
+from onebase_adapters.kernels import reference
+from onebase_adapters.kernels.table import LowRankTable
+
+log = logging.getLogger(__name__)
+
+
+class Kernels(Protocol):
+    """What a served model needs beside the base's own products. Arrays that describe a batch are on the host."""
+
+    @property
+    def TILE_ROWS(self) -> int:  # noqa: N802
+        """Rows of one slot in a tile of `low_rank_tiles`, at most."""
+        ...
+
+    @property
+    def TRANSPOSED_A(self) -> bool:  # noqa: N802
+        """Whether a table keeps A as [in, rank]."""
+        ...
+
+    def attention_items(self, query_start: np.ndarray, positions: np.ndarray, kv_heads: int) -> np.ndarray:
+        """Cut a batch into work items [n, ...] int32 as `attend` reads them; arguments as in `Batch`."""
+        ...
+
+    def add_low_rank(self, x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRankTable) -> None:
+        """See `reference.add_low_rank`. x and y contiguous."""
+        ...
+
+    def write_kv(
+        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Batch
+    ) -> None:
+        """See `reference.write_kv`. The last two dimensions of k and v contiguous."""
+        ...
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        batch: Batch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """See `reference.attend`. The last two dimensions of q contiguous."""
+        ...
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype, head_dim: int, widths: Iterable[int]) -> Kernels:
+    """The fastest kernels for a model on `device` whose activations and cache are `dtype`; `widths` are the inputs
+    of its linear sites."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and head_dim % 16 == 0 and not any(w % 4 for w in widths):
+        from onebase_adapters.kernels.cpu import backend
+
+        return backend
+    log.info("kernels are the plain torch ones (%s, %s, head dim %d)", device, dtype, head_dim)
+    return reference

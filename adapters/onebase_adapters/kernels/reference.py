@@ -1,35 +1,37 @@
 """The kernels' definitions in plain torch: what the fast ones are tested against, and what runs where none is."""
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 
 from onebase_adapters.batch import Batch, Owners
 from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.primitives import LowRank
+from onebase_adapters.kernels.table import LowRankTable
+from onebase_adapters.kernels.tiles import query_tiles
+
+TILE_ROWS = 16
+TRANSPOSED_A = False
 
 
-def add_low_rank(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    owners: Owners,
-    columns: Sequence[int],
-    weights: dict[int, Sequence[LowRank | None]],
-) -> None:
-    """y[t, columns[s]:columns[s+1]] += scale * B (A x[t]) with the weights of row t's slot and site s.
+def attention_items(query_start: np.ndarray, positions: np.ndarray, kv_heads: int) -> np.ndarray:
+    """As `query_tiles`."""
+    return query_tiles(query_start)
 
-    x [T, in], y [T, out]; `weights` by slot, then one entry for each site (None: untouched).
+
+def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRankTable) -> None:
+    """y[t, columns of site s] += scale * B (A x[t]) with the weights of row t's slot, for each site s of the table.
+
+    x [T, in], y [T, all columns].
     """
     slots = torch.as_tensor(owners.slots, device=x.device)
-    for slot, sites in weights.items():
+    for slot, updates in table.updates.items():
         rows = torch.nonzero(slots == slot).flatten()
         if not len(rows):
             continue
         inputs = x[rows].float()
-        for site, update in enumerate(sites):
+        for site, update in enumerate(updates):
             if update is not None:
                 delta = inputs @ update.a.float().t() @ update.b.float().t() * update.scale
-                first, last = columns[site], columns[site + 1]
+                first, last = int(table.columns[site]), int(table.columns[site + 1])
                 y[rows, first:last] = (y[rows, first:last].float() + delta).to(y.dtype)
 
 

@@ -13,10 +13,12 @@ from torch import nn
 
 from onebase_adapters.base.shape import BaseShape
 from onebase_adapters.batch import Batch, Owners
+from onebase_adapters.kernels import Kernels
+from onebase_adapters.kernels.cpu import backend as cpu
 from onebase_adapters.kernels.cpu.attention import NO_WINDOW
 from onebase_adapters.kernels.cpu.elementwise import add_rms_norm, rope_attend, silu_mul
 from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
-from onebase_adapters.model.linear import LowRankTable
+from onebase_adapters.kernels.table import LowRankTable
 from onebase_adapters.model.paged import PagedKV
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class Projection:
         """Addresses of contiguous bfloat16 [rows, in] and [rows, out]."""
         self._matmul(x, y, rows)
         if len(owners.tiles):
-            self._table.add_at(x, y, owners)
+            cpu.add_low_rank_at(x, y, owners, self._table)
 
 
 class FusedLayer:
@@ -125,9 +127,15 @@ class FusedModel:
         return normed
 
 
-def fuse(model: Any, shape: BaseShape, cache: PagedKV, slots: int) -> tuple[FusedModel, list[LowRankTable]] | None:
+def fuse(
+    model: Any, shape: BaseShape, kernels: Kernels, cache: PagedKV, slots: int
+) -> tuple[FusedModel, list[LowRankTable]] | None:
     """The fused forward of `model` and the tables of the sites in its layers; None where it cannot be fused."""
-    if type(model).__name__ not in _MODELS or not all(_fusable(layer, cache) for layer in model.model.layers):
+    if (
+        kernels is not cpu
+        or type(model).__name__ not in _MODELS
+        or not all(_fusable(layer) for layer in model.model.layers)
+    ):
         log.info("%s keeps transformers' own layers: they do not fit the fused kernels", type(model).__name__)
         return None
     config = model.config
@@ -141,7 +149,7 @@ def fuse(model: Any, shape: BaseShape, cache: PagedKV, slots: int) -> tuple[Fuse
         projections = []
         for owner, names in _PROJECTIONS:
             sites = [shape.sites[f"model.layers.{index}.{owner}.{name}"] for name in names]
-            table = LowRankTable(sites, slots, torch.device("cpu"))
+            table = LowRankTable(sites, slots, transposed_a=cpu.TRANSPOSED_A)
             modules = [layer.get_submodule(f"{owner}.{name}") for name in names]
             projections.append(Projection(modules, table))
             tables.append(table)
@@ -149,11 +157,10 @@ def fuse(model: Any, shape: BaseShape, cache: PagedKV, slots: int) -> tuple[Fuse
     return FusedModel(model, layers, scratch), tables
 
 
-def _fusable(layer: Any, cache: PagedKV) -> bool:
+def _fusable(layer: Any) -> bool:
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     return (
-        cache.fast
-        and type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and all(packable(linear) and linear.bias is None for linear in linears)
         and layer.input_layernorm.weight.dtype == torch.bfloat16
     )

@@ -1,7 +1,6 @@
 """Paged attention behind transformers' own seam: a function registered with its AttentionInterface, and the
 cache that it reads and writes. So every decoder of transformers is served without a model file of ours."""
 
-import logging
 from typing import Any
 
 import torch
@@ -10,11 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from onebase_adapters.base.shape import cache_shape
 from onebase_adapters.batch import Context
-from onebase_adapters.kernels import reference
+from onebase_adapters.kernels import Kernels
 from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.kernels.cpu import attention as cpu
-
-log = logging.getLogger(__name__)
 
 ATTENTION_NAME = "onebase_paged"
 
@@ -22,7 +18,10 @@ ATTENTION_NAME = "onebase_paged"
 class PagedKV:
     """Keys and values of all layers in blocks of 16 tokens; which block is whose is the engine's business."""
 
-    def __init__(self, config: Any, blocks: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, config: Any, blocks: int, kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self._kernels = kernels
         shape = cache_shape(config)
         self.dim = shape.dim
         self.kv_heads = shape.kv_heads
@@ -35,19 +34,10 @@ class PagedKV:
             torch.empty(blocks, shape.kv_heads, BLOCK, shape.dim, dtype=dtype, device=device)
             for _ in range(shape.layers)
         ]
-        self.fast = device.type == "cpu" and dtype == torch.bfloat16 and shape.dim % 16 == 0
-        if not self.fast:
-            log.info("paged attention runs on its plain torch kernel (device %s, head dim %d)", device, shape.dim)
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, context: Context) -> None:
         """k, v [T, kv_heads, dim], the last two dimensions contiguous."""
-        if not self.fast:
-            reference.write_kv(k, v, self.k[layer], self.v[layer], context.batch)
-            return
-        cpu.write_kv(
-            k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), self.k[layer].data_ptr(),
-            self.v[layer].data_ptr(), self.kv_heads, self.dim, context.batch.cache_slots,
-        )  # fmt: skip
+        self._kernels.write_kv(k, v, self.k[layer], self.v[layer], context.batch)
 
     def attend(
         self,
@@ -59,16 +49,7 @@ class PagedKV:
         softcap: float | None = None,
     ) -> torch.Tensor:
         """q [T, heads, dim] (last two dimensions contiguous) -> [T, heads, dim]; see `reference.attend`."""
-        batch = context.batch
-        if not self.fast or softcap is not None:
-            return reference.attend(q, self.k[layer], self.v[layer], batch, scale, window, softcap)
-        out = torch.empty(q.shape, dtype=q.dtype)
-        cpu.attend(
-            q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), self.k[layer].data_ptr(),
-            self.v[layer].data_ptr(), self.kv_heads, q.shape[1] // self.kv_heads, self.dim, scale,
-            window or cpu.NO_WINDOW, batch.items, batch.positions, batch.tables,
-        )  # fmt: skip
-        return out
+        return self._kernels.attend(q, self.k[layer], self.v[layer], context.batch, scale, window, softcap)
 
 
 def hook_attention(model: nn.Module, cache: PagedKV, context: Context) -> None:

@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from onebase_adapters.base.load import LoadedBase, load_base
-from onebase_adapters.base.shape import BaseShape, Site
+from onebase_adapters.base.shape import BaseShape, Site, cache_shape
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.batch import Batch, Context, Owners
+from onebase_adapters.kernels import Kernels, choose_kernels
 from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.kernels.cpu.attention import attention_items
-from onebase_adapters.kernels.cpu.lowrank import low_rank_tiles
+from onebase_adapters.kernels.table import Arena, LowRankTable
+from onebase_adapters.kernels.tiles import low_rank_tiles
 from onebase_adapters.model.fused import FusedModel, fuse
 from onebase_adapters.model.head import HeadKind, HiddenScores, LogitScores, Scores, Screen, nf4_copy
-from onebase_adapters.model.linear import AdapterLinear, Arena, LowRankTable
+from onebase_adapters.model.linear import AdapterLinear
 from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, hook_attention, register_attention
 from onebase_adapters.model.weights import ModelWeights
 from onebase_adapters.packages import Progress
@@ -53,20 +54,23 @@ class ServedModel:
         self._model = base.model
         self._device = base.device
         self._context = Context()
-        self._threads = torch.get_num_threads()
         self.weights = ModelWeights(base.model)
-        self.cache = PagedKV(base.model.config, blocks, base.device)
+        self._kernels = choose_kernels(
+            base.device, torch.bfloat16, cache_shape(base.model.config).dim,
+            [site.in_features for site in base.shape.sites.values()],
+        )  # fmt: skip
+        self.cache = PagedKV(base.model.config, blocks, self._kernels, base.device)
         hook_attention(base.model, self.cache, self._context)
         if head == "nf4":
             base.model.set_output_embeddings(nf4_copy(base.model.get_output_embeddings()))
         self._screen = self._make_screen() if head == "screened" else None
         self._tables: list[LowRankTable] = []
         self._fused: FusedModel | None = None
-        if (made := fuse(base.model, base.shape, self.cache, slots + 1)) is not None:
+        if (made := fuse(base.model, base.shape, self._kernels, self.cache, slots + 1)) is not None:
             self._fused, self._tables = made
         covered = {site.name for table in self._tables for site in table.sites}
         rest = [site for site in base.shape.sites.values() if site.name not in covered]
-        self._tables += _hook_linears(base.model, rest, slots + 1, self._context, base.device)
+        self._tables += _hook_linears(base.model, rest, slots + 1, self._kernels, self._context)
         self._head_table = next((table for table in self._tables if table.sites[0].name == "lm_head"), None)
         self._free_slots = list(range(slots, 0, -1))
         self._arenas: dict[int, Arena] = {}
@@ -92,7 +96,7 @@ class ServedModel:
         """Make an adapter resident and return its slot. Raises IndexError when no slot is free."""
         slot = self._free_slots.pop()
         updates = {p.site: p for p in adapter.primitives if isinstance(p, LowRank)}
-        arena = self._arenas[slot] = Arena(sum(table.size(updates) for table in self._tables))
+        arena = self._arenas[slot] = Arena(sum(table.size(updates) for table in self._tables), self._device)
         for table in self._tables:
             table.put(slot, updates, arena)
         return slot
@@ -120,7 +124,7 @@ class ServedModel:
         batch = self.batch(chunks)
         self._context.batch = batch
         if self._fused is not None:
-            changed = self._head_table is not None and self._head_table.touches(batch.head_owners)
+            changed = self._head_table is not None and self._head_table.touches(batch.head_owners.slots)
             return HiddenScores(self._fused(batch), self._model.lm_head, None if changed else self._screen)
         logits: torch.Tensor = self._model(
             input_ids=batch.token_ids[None],
@@ -154,18 +158,21 @@ class ServedModel:
         return Batch(
             token_ids=torch.from_numpy(token_ids).to(self._device),
             positions=positions,
-            owners=Owners(slots, low_rank_tiles(slots)),
-            head_owners=Owners(slots[wanted], low_rank_tiles(slots[wanted])),
+            owners=self._owners(slots),
+            head_owners=self._owners(slots[wanted]),
             query_start=query_start,
             tables=tables,
             cache_slots=tables[rows, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
             sample_rows=torch.tensor(wanted, dtype=torch.int64, device=self._device),
-            items=attention_items(query_start, positions, self.cache.kv_heads, self._threads),
+            items=self._kernels.attention_items(query_start, positions, self.cache.kv_heads),
         )
+
+    def _owners(self, slots: np.ndarray) -> Owners:
+        return Owners(slots, low_rank_tiles(slots, self._kernels.TILE_ROWS))
 
 
 def _hook_linears(
-    model: nn.Module, sites: Sequence[Site], slots: int, context: Context, device: torch.device
+    model: nn.Module, sites: Sequence[Site], slots: int, kernels: Kernels, context: Context
 ) -> list[LowRankTable]:
     """Wrap the modules of `sites` in their places."""
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -173,7 +180,8 @@ def _hook_linears(
     for site in sites:
         parent, _, leaf = site.name.rpartition(".")
         inner = model.get_submodule(site.name)
-        table = LowRankTable([site], slots, device)
-        setattr(model.get_submodule(parent), leaf, AdapterLinear(inner, table, context, head=inner is head))
+        table = LowRankTable([site], slots, transposed_a=kernels.TRANSPOSED_A)
+        wrapped = AdapterLinear(inner, table, kernels, context, head=inner is head)
+        setattr(model.get_submodule(parent), leaf, wrapped)
         tables.append(table)
     return tables

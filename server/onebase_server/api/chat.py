@@ -106,7 +106,7 @@ async def _prepare(services: Services, body: ChatRequest, tenant: str) -> _Chat:
         variables=body.chat_template_kwargs,
     )
     # The template has written the special tokens already.
-    tokens = await encode(services, prompt, add_special_tokens=bool(body.add_special_tokens))
+    tokens = await encode(services, prompt, add_special_tokens=bool(body.add_special_tokens), field="messages")
     check_prompt(services, tokens, field="messages")
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     max_tokens = fit(services, target, len(tokens), wanted, field="messages")

@@ -175,7 +175,7 @@ async def _prepare(services: Services, body: CompletionRequest, tenant: str) -> 
     echoed: list[str] = []
     for number, prompt in enumerate(body.prompt):
         field = "prompt" if len(body.prompt) == 1 else f"prompt[{number}]"
-        tokens = await _tokens(services, body, prompt)
+        tokens = await _tokens(services, body, prompt, field)
         check_prompt(services, tokens, field=field)
         fit(services, target, len(tokens), generated, field=field)
         request = EngineRequest(request_id, tuple(tokens), params, target.adapter, tenant, body.priority or 0)
@@ -205,9 +205,9 @@ def _sequences_per_prompt(body: CompletionRequest) -> int:
     return count
 
 
-async def _tokens(services: Services, body: CompletionRequest, prompt: str | list[int]) -> list[int]:
+async def _tokens(services: Services, body: CompletionRequest, prompt: str | list[int], field: str) -> list[int]:
     if isinstance(prompt, str):
-        return await encode(services, prompt, add_special_tokens=body.add_special_tokens is not False)
+        return await encode(services, prompt, add_special_tokens=body.add_special_tokens is not False, field=field)
     return prompt
 
 

@@ -39,10 +39,6 @@ class ForbiddenError(OneBaseError):
     """The server is not set up to allow this to anyone."""
 
 
-class BodyTooLargeError(OneBaseError):
-    """The body is larger than the server takes."""
-
-
 class GenerationError(OneBaseError):
     """The engine ended an accepted request without an answer. `kind` is the output's `error_kind`."""
 
@@ -84,6 +80,9 @@ _GENERATION: Mapping[str, tuple[int, str, int | None]] = {
 }
 
 
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
 def reply_to(error: Exception) -> ErrorReply:
     """Map an error of ours, of validation or of the framework to what the client is told."""
     match error:
@@ -94,8 +93,6 @@ def reply_to(error: Exception) -> ErrorReply:
             return ErrorReply(401, error.message, "authentication_error", code="invalid_api_key", headers=headers)
         case ForbiddenError():
             return ErrorReply(403, error.message, "permission_error", code="forbidden")
-        case BodyTooLargeError():
-            return ErrorReply(413, error.message, code="body_too_large", headers={"connection": "close"})
         case AdapterNotFoundError():
             return ErrorReply(404, error.message, param=error.field, code="model_not_found")
         case AdapterExistsError():
@@ -122,7 +119,7 @@ def reply_to(error: Exception) -> ErrorReply:
             return ErrorReply(
                 error.status_code,
                 str(error.detail),
-                code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code),
+                code=_HTTP_CODES.get(error.status_code),
                 headers=error.headers or {},
             )
     return INTERNAL

@@ -5,10 +5,11 @@ import re
 import uuid
 from collections.abc import Callable
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_server.api.disconnect import ClientGoneError
-from onebase_server.api.errors import INTERNAL, BodyTooLargeError, reply_to
+from onebase_server.api.errors import INTERNAL, reply_to
 
 log = logging.getLogger(__name__)
 
@@ -67,5 +68,6 @@ class RequestGuard:
             await reply.response()(scope, receive, send_with_id)
 
 
-def _too_large(limit: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"The body is larger than {limit} bytes.")
+def _too_large(limit: int) -> HTTPException:
+    # FastAPI turns any other exception met while it reads a body into a 400 of its own.
+    return HTTPException(413, f"The body is larger than {limit} bytes.", {"connection": "close"})

@@ -14,8 +14,13 @@ _LONG_TEXT = 20_000
 """Characters from which tokenising is worth a thread: the event loop serves everybody's streams."""
 
 
-async def encode(services: Services, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a prompt given as text."""
+async def encode(services: Services, text: str, *, add_special_tokens: bool, field: str) -> list[int]:
+    """Token ids of a prompt given as text. Raises InvalidRequestError for half a surrogate pair, which JSON can
+    write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"Character {error.start} is a lone surrogate.", field=field) from error
     if len(text) < _LONG_TEXT:
         return services.codec.encode(text, add_special_tokens=add_special_tokens)
     return await asyncio.to_thread(services.codec.encode, text, add_special_tokens=add_special_tokens)

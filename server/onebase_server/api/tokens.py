@@ -18,7 +18,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     services = services_of(request)
     services.adapters.resolve(body.model)
     if body.prompt is not None:
-        text, special = body.prompt, body.add_special_tokens is not False
+        text, special, field = body.prompt, body.add_special_tokens is not False, "prompt"
     else:
         text = render_chat(
             services,
@@ -26,8 +26,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
             add_generation_prompt=body.add_generation_prompt,
             variables=body.chat_template_kwargs,
         )
-        special = bool(body.add_special_tokens)
-    tokens = await encode(services, text, add_special_tokens=special)
+        special, field = bool(body.add_special_tokens), "messages"
+    tokens = await encode(services, text, add_special_tokens=special, field=field)
     names = [services.codec.token_text(token) for token in tokens] if body.return_token_strs else None
     return {
         "count": len(tokens),

@@ -19,9 +19,8 @@ from onebase_adapters.kernels.cpu.vector import (
     power_of_two,
     u16_pointer,
 )
+from onebase_adapters.kernels.tiles import query_tiles
 
-TILE_TOKENS = 16
-"""Query tokens in a work item, at most; they share each block's load."""
 NO_WINDOW = 1 << 30
 
 _scores_tile = matmul_tile(rows=4, groups=1, unroll=4)
@@ -201,24 +200,12 @@ def attention_items(query_start: np.ndarray, positions: np.ndarray, kv_heads: in
 
     `query_start` [S + 1]: sequence s has the tokens query_start[s]..query_start[s+1].
     """
-    counts = np.diff(query_start)
-    if counts.max(initial=0) == 1:
-        sequences = np.arange(len(counts), dtype=np.int32)
-        firsts = query_start[:-1].astype(np.int32)
-        lengths = np.ones(len(counts), np.int32)
-    else:
-        tiles = [
-            (s, first, min(TILE_TOKENS, query_start[s + 1] - first))
-            for s in range(len(counts))
-            for first in range(query_start[s], query_start[s + 1], TILE_TOKENS)
-        ]
-        sequences, firsts, lengths = np.array(tiles, np.int32).T
-    cost = (positions[firsts + lengths - 1] + 1) * lengths
-    order = np.argsort(-cost, kind="stable")
-    items = np.empty((len(order) * kv_heads, 4), np.int32)
-    for column, values in enumerate((sequences, firsts, lengths)):
-        items[:, column] = np.repeat(values[order], kv_heads)
-    items[:, 3] = np.tile(np.arange(kv_heads, dtype=np.int32), len(order))
+    tiles = query_tiles(query_start)
+    cost = (positions[tiles[:, 1] + tiles[:, 2] - 1] + 1) * tiles[:, 2]
+    tiles = tiles[np.argsort(-cost, kind="stable")]
+    items = np.empty((len(tiles) * kv_heads, 4), np.int32)
+    items[:, :3] = np.repeat(tiles, kv_heads, axis=0)
+    items[:, 3] = np.tile(np.arange(kv_heads, dtype=np.int32), len(tiles))
     if threads == 1:
         return items
     return np.concatenate([items[start::threads] for start in range(threads)])

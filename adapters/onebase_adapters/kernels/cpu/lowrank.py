@@ -13,8 +13,6 @@ from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, ma
 
 TILE = 4
 """Tokens in a tile, at most."""
-TAIL = 64
-"""Elements that a kernel may read past a matrix' end: weights are allocated with so many to spare."""
 
 # Same unroll for one row and for four, so that both give the same bits.
 _shrink_four = matmul_tile(rows=4, groups=1, unroll=4, prefetch=True)
@@ -106,25 +104,3 @@ def add_low_rank(
                         for o in range(out_features):
                             sums[o] = bf16_from_f32(f32_from_bf16(sums[o]) + scale * change[o])
                 first += rank
-
-
-def low_rank_tiles(slots: np.ndarray) -> np.ndarray:
-    """Group a batch's tokens by slot: [n, 1 + TILE] int32 as `add_low_rank` reads them. Slot 0 has no tiles.
-
-    `slots` [T] int32, the slot of each token.
-    """
-    tokens = np.flatnonzero(slots)
-    if not len(tokens):
-        return np.empty((0, 1 + TILE), np.int32)
-    tokens = tokens[np.argsort(slots[tokens], kind="stable")]
-    kinds = slots[tokens]
-    starts = np.flatnonzero(np.diff(kinds, prepend=-1))
-    lengths = np.diff(starts, append=len(tokens))
-    tiles_each = (lengths + TILE - 1) // TILE
-    tiles = np.full((int(tiles_each.sum()), 1 + TILE), -1, np.int32)
-    tile_starts = np.cumsum(tiles_each) - tiles_each
-    within = np.arange(len(tokens)) - np.repeat(starts, lengths)
-    rows = np.repeat(tile_starts, lengths) + within // TILE
-    tiles[rows, 0] = kinds
-    tiles[rows, 1 + within % TILE] = tokens
-    return tiles

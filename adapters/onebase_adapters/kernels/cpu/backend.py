@@ -1,0 +1,63 @@
+"""The CPU kernels under the names of the contract: tensors in, addresses to numba. bfloat16 only."""
+
+import numpy as np
+import torch
+
+from onebase_adapters.batch import Batch, Owners
+from onebase_adapters.kernels import reference
+from onebase_adapters.kernels.cpu import attention, lowrank
+from onebase_adapters.kernels.table import LowRankTable
+
+TILE_ROWS = lowrank.TILE
+TRANSPOSED_A = True
+
+
+def attention_items(query_start: np.ndarray, positions: np.ndarray, kv_heads: int) -> np.ndarray:
+    """[n, 4] int32: sequence, first token, tokens, kv head; an even share for each of torch's threads."""
+    return attention.attention_items(query_start, positions, kv_heads, torch.get_num_threads())
+
+
+def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRankTable) -> None:
+    """As `reference.add_low_rank`."""
+    if x.dtype != torch.bfloat16 or y.dtype != torch.bfloat16:
+        reference.add_low_rank(x, y, owners, table)
+        return
+    add_low_rank_at(x.data_ptr(), y.data_ptr(), owners, table)
+
+
+def add_low_rank_at(x: int, y: int, owners: Owners, table: LowRankTable) -> None:
+    """The same by address."""
+    lowrank.add_low_rank(
+        x, table.in_features, y, int(table.columns[-1]), table.in_features, table.columns, owners.tiles,
+        table.a, table.b, table.ranks, table.scales,
+    )  # fmt: skip
+
+
+def write_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Batch) -> None:
+    """As `reference.write_kv`."""
+    attention.write_kv(
+        k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(), v_cache.data_ptr(),
+        k_cache.shape[1], k_cache.shape[2], batch.cache_slots,
+    )  # fmt: skip
+
+
+def attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """As `reference.attend`."""
+    if softcap is not None:
+        return reference.attend(q, k_cache, v_cache, batch, scale, window, softcap)
+    kv_heads, dim = k_cache.shape[1], k_cache.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype)
+    attention.attend(
+        q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), k_cache.data_ptr(), v_cache.data_ptr(),
+        kv_heads, q.shape[1] // kv_heads, dim, scale, window or attention.NO_WINDOW, batch.items, batch.positions,
+        batch.tables,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,108 @@
+"""Resident low-rank weights as the kernels read them: each adapter in memory of its own, and where a matrix lies.
+
+Each slot has its own ranks: nothing is padded to the largest.
+"""
+
+import mmap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from onebase_adapters.base.shape import Site
+from onebase_adapters.primitives import LowRank
+
+_HUGE_PAGE = 2**21
+_ALIGN = 64
+"""Elements: matrices begin on cache lines (and on what a GPU loads at once)."""
+_TAIL = 64
+"""Elements that a kernel may read past a matrix' end."""
+
+
+class Arena:
+    """One adapter's weights in the order in which a step reads them. On a CPU on huge pages where the system has
+    them: a batch of many adapters is bound by how fast their weights stream from memory."""
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self.bytes = max(2 * elements, mmap.PAGESIZE)
+        self._used = 0
+        if device.type != "cpu":
+            self._memory = torch.empty(self.bytes // 2, dtype=torch.bfloat16, device=device)
+            return
+        # Rounded up so that the last page can be a huge one too.
+        pages = mmap.mmap(-1, -(-self.bytes // _HUGE_PAGE) * _HUGE_PAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = torch.frombuffer(pages, dtype=torch.bfloat16)
+
+    @staticmethod
+    def size(elements: int) -> int:
+        """What a matrix of so many elements takes."""
+        return -(-(elements + _TAIL) // _ALIGN) * _ALIGN
+
+    def hold(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Keep a matrix in bfloat16, contiguous, followed by the tail that a kernel may read past its end."""
+        target = self._memory[self._used : self._used + matrix.numel()].view(matrix.shape)
+        target.copy_(matrix)
+        self._used += self.size(matrix.numel())
+        return target
+
+
+class LowRankTable:
+    """Resident low-rank weights of a group of sites that read the same input, by slot.
+
+    B is kept transposed, [rank, out]; the sites' A side by side, [sum of ranks, in], or transposed.
+    """
+
+    def __init__(self, sites: Sequence[Site], slots: int, *, transposed_a: bool) -> None:
+        self.sites = tuple(sites)
+        self.in_features = sites[0].in_features
+        self.columns = np.cumsum([0] + [site.out_features for site in sites]).astype(np.int64)
+        """[sites + 1]: the sites' column ranges in the group's output."""
+        self.updates: dict[int, Sequence[LowRank | None]] = {}
+        """By slot: each site's update, views of the arena (None: untouched)."""
+        self.a = np.zeros(slots, np.int64)
+        """By slot: address of A."""
+        self.b = np.zeros((len(sites), slots), np.int64)
+        """Address of each B."""
+        self.ranks = np.zeros((len(sites), slots), np.int64)
+        """0: untouched."""
+        self.scales = np.zeros((len(sites), slots), np.float32)
+        self._transposed_a = transposed_a
+
+    def size(self, updates: Mapping[str, LowRank]) -> int:
+        """Elements that `put` takes from an arena for these updates."""
+        mine = [updates[site.name] for site in self.sites if site.name in updates]
+        joined = Arena.size(sum(update.a.numel() for update in mine)) if mine else 0
+        return joined + sum(Arena.size(update.b.numel()) for update in mine)
+
+    def put(self, slot: int, updates: Mapping[str, LowRank], arena: Arena) -> None:
+        """Make `updates` (by site name) the slot's weights; sites without one stay untouched."""
+        chosen = [updates.get(site.name) for site in self.sites]
+        if not any(chosen):
+            return
+        joined = torch.cat([update.a for update in chosen if update is not None])
+        a = arena.hold(joined.t()).t() if self._transposed_a else arena.hold(joined)
+        self.a[slot] = a.data_ptr()
+        held: list[LowRank | None] = []
+        first = 0
+        for index, update in enumerate(chosen):
+            if update is None:
+                held.append(None)
+                continue
+            b = arena.hold(update.b.t())
+            held.append(LowRank(update.site, a[first : first + update.rank], b.t(), update.scale))
+            first += update.rank
+            self.b[index, slot] = b.data_ptr()
+            self.ranks[index, slot] = update.rank
+            self.scales[index, slot] = update.scale
+        self.updates[slot] = held
+
+    def clear(self, slot: int) -> None:
+        """Forget the slot's weights."""
+        self.ranks[:, slot] = 0
+        self.updates.pop(slot, None)
+
+    def touches(self, slots: np.ndarray) -> bool:
+        """Whether any of these slots has an adapter that changes these sites."""
+        return bool(self.ranks[:, slots].any())
