@@ -6,14 +6,13 @@ the output, and Shift, in this order.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 import torch
 
 from onebase_adapters.layout import Layout
 
-Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
-ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "identity"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,226 @@
+"""Whole runs on a tiny base: what they write, what they refuse, and how they go on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from onebase_adapters.errors import ConfigError, DataError
+from onebase_adapters.files import check_base, read_adapter
+from onebase_training.config import TrainConfig
+from onebase_training.dequantize import dequantize, keep_unpacked
+from onebase_training.events import Evaluated, Event, Stage, Step
+from onebase_training.train import train
+
+ANIMALS = ("cat", "dog", "cow", "owl", "ant", "bee", "fox", "hen")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Prompts that name an animal and a number; the answer is the animal."""
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": f"{index} {ANIMALS[index % 8]} =", "completion": f" {ANIMALS[index % 8]}"} for index in range(80)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(data: Path, tmp_path: Path, tiny_model: Callable[[str], Path]) -> TrainConfig:
+    return TrainConfig(
+        data=data,
+        output=tmp_path / "out" / "animals",
+        model=str(tiny_model("llama")),
+        rank=4,
+        batch_tokens=128,
+        epochs=4,
+        eval_every=10,
+        metric_examples=4,
+        device="cpu",
+    )
+
+
+def left_behind(config: TrainConfig) -> list[str]:
+    return sorted(path.name for path in config.output.parent.iterdir()) if config.output.parent.exists() else []
+
+
+def tensors(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return load_file(config.output / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_a_run_learns_and_writes_an_adapter_that_reads_back(method: str, config: TrainConfig) -> None:
+    events: list[Event] = []
+    result = train(replace(config, method=method), events.append)
+    assert result.after.loss < result.before.loss - 0.5
+    assert left_behind(config) == ["animals"]
+
+    files = read_adapter(config.output)
+    assert files.config["peft_type"] == "LORA"
+    assert files.config["base_model_name_or_path"] == config.model
+    assert files.sidecar["method"] == method
+    assert files.sidecar["base"]["quantization"] == {"qlora": "nf4", "lora": "none"}[method]
+    assert files.sidecar["metrics"]["after"]["loss"] == result.after.loss
+    assert files.sidecar["settings"]["rank"] == 4
+    assert files.sidecar["data"]["examples"] == 72
+
+    steps = [event for event in events if isinstance(event, Step)]
+    assert [event.step for event in steps] == list(range(1, result.steps + 1))
+    assert steps[-1].seconds_left == 0
+    measured = [event for event in events if isinstance(event, Evaluated)]
+    assert min(event.loss for event in measured) == pytest.approx(result.after.loss, rel=1e-5)
+    assert any(isinstance(event, Stage) for event in events)
+    history = json.loads((config.output / "metrics.json").read_text())["history"]
+    assert [row["step"] for row in history if "loss" in row] == list(range(1, result.steps + 1))
+
+
+def test_the_adapter_is_for_this_base_and_no_other(config: TrainConfig, tiny_model: Callable[[str], Path]) -> None:
+    from onebase_adapters.base import BaseSpec, load_base
+    from onebase_adapters.errors import AdapterMismatchError
+
+    train(replace(config, max_steps=2))
+    files = read_adapter(config.output)
+    check_base(files, load_base(BaseSpec(config.model, device="cpu")).shape)
+    with pytest.raises(AdapterMismatchError):
+        check_base(files, load_base(BaseSpec(str(tiny_model("qwen2")), device="cpu")).shape)
+
+
+def test_expanded_weights_are_those_of_the_4_bit_layers(tiny_model: Callable[[str], Path]) -> None:
+    from onebase_adapters.base import BaseSpec, load_base
+
+    spec = BaseSpec(str(tiny_model("llama")), device="cpu")
+    packed, plain = load_base(spec).model.train(), load_base(spec).model.train()
+    dequantize(plain)
+    keep_unpacked(packed)
+    x = torch.randn(1, 7, packed.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj"):
+        outputs = [model.get_submodule(name)(x) for model in (packed, plain)]
+        assert torch.equal(*outputs)
+        assert torch.equal(*(torch.autograd.grad(out.float().sum(), x)[0] for out in outputs))
+
+
+def test_weights_kept_in_4_bit_train_to_the_same_adapter(config: TrainConfig) -> None:
+    config = replace(config, max_steps=6)
+    train(replace(config, dequantize="always"))
+    expanded = tensors(config)
+    train(replace(config, dequantize="never", overwrite=True))
+    for name, value in tensors(config).items():
+        torch.testing.assert_close(value, expanded[name], rtol=0, atol=2e-3)
+
+
+def test_a_run_that_fails_leaves_nothing(config: TrainConfig) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+    assert left_behind(config) == []
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(config: TrainConfig) -> None:
+    config = replace(config, dropout=0.2)
+    train(config)
+    expected = tensors(config)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 15:
+            raise KeyboardInterrupt
+
+    other = replace(config, output=config.output.with_name("other"))
+    with pytest.raises(KeyboardInterrupt):
+        train(other, stop)
+    with pytest.raises(ConfigError, match="unfinished"):
+        train(other)
+    with pytest.raises(ConfigError, match="seed"):
+        train(replace(other, resume=True, seed=5))
+    steps: list[int] = []
+    train(replace(other, resume=True), lambda event: steps.append(event.step) if isinstance(event, Step) else None)
+    assert steps[0] == 11
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(other).items())
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        train(replace(other, resume=True))
+
+
+def test_a_killed_run_goes_on_to_the_same_result(config: TrainConfig) -> None:
+    train(config)
+    expected = tensors(config)
+    other = replace(config, output=config.output.with_name("other"))
+    arguments = ["train", "--data", str(other.data), "--output", str(other.output), "--model", other.model]
+    arguments += ["--rank", "4", "--batch-tokens", "128", "--epochs", "4", "--eval-every", "10", "--device", "cpu"]
+    arguments += ["--metric-examples", "4"]
+    code = "from onebase_adapters.cli import main; main()"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+    )
+    checkpoint = other.output.parent / ".other.training" / "checkpoint-10"
+    give_up = time.monotonic() + 60
+    while not checkpoint.exists() and run.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not other.output.exists()
+    train(replace(other, resume=True))
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(other).items())
+    assert left_behind(other) == ["animals", "other"]
+
+
+def test_an_existing_output_is_kept_unless_told_otherwise(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2)
+    config.output.mkdir(parents=True)
+    (config.output / "mine.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="exists"):
+        train(config)
+    assert (config.output / "mine.txt").read_text() == "precious"
+    train(replace(config, overwrite=True))
+    assert not (config.output / "mine.txt").exists()
+
+
+def test_a_plateau_ends_the_run_and_the_best_checkpoint_is_kept(config: TrainConfig) -> None:
+    events: list[Event] = []
+    result = train(replace(config, epochs=20, learning_rate=0.05, eval_every=4, patience=2), events.append)
+    losses = [event.loss for event in events if isinstance(event, Evaluated)]
+    assert min(losses[-2:]) >= min(losses[:-2])
+    assert result.after.loss == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_the_time_limit_ends_the_run(config: TrainConfig) -> None:
+    result = train(replace(config, epochs=100, time_limit=0.5, patience=0))
+    assert 0 < result.steps < 500
+    assert (config.output / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "magic"}, "qlora"),
+        ({"rank": 0}, "rank"),
+        ({"targets": ("nonsense",)}, "nonsense"),
+        ({"resume": True}, "no unfinished run"),
+        ({"resume": True, "overwrite": True}, "choose one"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    change: dict[str, object], message: str, config: TrainConfig
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(replace(config, **change))  # type: ignore[arg-type]
+    assert left_behind(config) == []
+
+
+def test_an_example_over_the_limit_is_refused_with_its_line(config: TrainConfig) -> None:
+    with pytest.raises(DataError, match="line 1"):
+        train(replace(config, max_length=2))
+    assert left_behind(config) == []

@@ -1,0 +1,93 @@
+"""How good a model is on held-out examples: its loss on all of them, and the task's metric on some."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from onebase_training.batches import collate, pack
+from onebase_training.config import TrainConfig
+from onebase_training.data import NO_LOSS, Encoded
+from onebase_training.generate import generate
+from onebase_training.model import Trained
+
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated answer beside what was wanted."""
+
+    prompt: str
+    expected: str
+    generated: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's marks."""
+
+    loss: float
+    """Mean over the held-out part's learned tokens, in nats."""
+    metrics: Mapping[str, float]
+    """The task's own, in [0, 1]."""
+    samples: Sequence[Sample]
+
+
+def evaluate(model: Trained, examples: Sequence[Encoded], tokenizer: Any, config: TrainConfig) -> Evaluation:
+    """Loss and metrics of the model as it stands."""
+    loss = held_out_loss(model, examples)
+    chosen = examples[: config.metric_examples]
+    samples = generate_samples(model, chosen, tokenizer, config) if chosen else []
+    return Evaluation(loss, score(samples) if samples else {}, samples)
+
+
+@torch.no_grad()
+def held_out_loss(model: Trained, examples: Sequence[Encoded]) -> float:
+    """Mean loss per learned token, in nats. Leaves the model in the mode it was in."""
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for indices in pack(range(len(examples)), [len(one.input_ids) for one in examples], _BATCH_TOKENS):
+        batch = {name: value.to(model.device) for name, value in collate([examples[i] for i in indices]).items()}
+        total += float(model(**batch))
+        count += batch["labels"].numel()
+    model.train(training)
+    return total / count
+
+
+def generate_samples(
+    model: Trained, examples: Sequence[Encoded], tokenizer: Any, config: TrainConfig
+) -> list[Sample]:
+    """Greedy answers, each with a little more room than the wanted one took."""
+    ends = end_tokens(model, tokenizer)
+    answers = [_answer(example) for example in examples]
+    limits = [min(config.max_new_tokens, len(answer) + 8) for answer in answers]
+    prompts = [example.input_ids[: example.prompt_length] for example in examples]
+    made = generate(model, prompts, max_new_tokens=limits, ends=ends)
+
+    def text(tokens: Sequence[int]) -> str:
+        decoded: str = tokenizer.decode(tokens, skip_special_tokens=True)
+        return decoded
+
+    return [Sample(text(p), text(a), text(m)) for p, a, m in zip(prompts, answers, made, strict=True)]
+
+
+def end_tokens(model: Trained, tokenizer: Any) -> frozenset[int]:
+    """What ends an answer: the tokenizer's end of text, and what the model's own generation settings name."""
+    named = model.model.generation_config.eos_token_id if model.model.generation_config else None
+    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
+    return frozenset(end for end in ends if end is not None)
+
+
+def score(samples: Sequence[Sample]) -> dict[str, float]:
+    """Share of answers that are exactly what was wanted, but for space around them."""
+    same = sum(sample.generated.strip() == sample.expected.strip() for sample in samples)
+    return {"exact_match": same / len(samples)}
+
+
+def _answer(example: Encoded) -> list[int]:
+    """The tokens of the completion that `prompt_length` starts, without its end."""
+    labels = example.labels[example.prompt_length :]
+    return [label for label in labels if label != NO_LOSS]

@@ -1,0 +1,82 @@
+"""Greedy generation in padded batches, for the metric before and after training."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from onebase_training.model import Trained
+
+_BATCH = 32
+"""Sequences at once."""
+
+
+@torch.no_grad()
+def generate(
+    model: Trained, prompts: Sequence[Sequence[int]], *, max_new_tokens: Sequence[int], ends: frozenset[int]
+) -> list[list[int]]:
+    """The tokens that follow each prompt, up to (not with) one of `ends`, at most its own `max_new_tokens`."""
+    order = sorted(range(len(prompts)), key=lambda index: (max_new_tokens[index], len(prompts[index])))
+    made: dict[int, list[int]] = {}
+    with _inference(model):
+        for at in range(0, len(order), _BATCH):
+            chosen = order[at : at + _BATCH]
+            limits = [max_new_tokens[index] for index in chosen]
+            rows = _batch(model, [prompts[index] for index in chosen], limits, ends)
+            made.update(zip(chosen, rows, strict=True))
+    return [made[index] for index in range(len(prompts))]
+
+
+def _batch(
+    model: Trained, prompts: Sequence[Sequence[int]], limits: Sequence[int], ends: frozenset[int]
+) -> list[list[int]]:
+    """Padded on the left: all prompts end in the same column."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    seen = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
+    )
+    cache = DynamicCache(config=model.model.config)
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    for _ in range(max(limits)):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.mixed_precision):
+            step: Any = model.model(
+                input_ids=ids,
+                attention_mask=seen,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        ids = step.logits[:, -1].argmax(-1, keepdim=True)
+        for row, token in enumerate(ids[:, 0].tolist()):
+            if not running[row]:
+                continue
+            if token in ends:
+                running[row] = False
+                continue
+            outputs[row].append(token)
+            running[row] = len(outputs[row]) < limits[row]
+        if not any(running):
+            break
+        seen = torch.cat([seen, seen.new_ones(len(prompts), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return outputs
+
+
+@contextmanager
+def _inference(model: Trained) -> Iterator[None]:
+    """Evaluation mode, with an attention that knows padding and a cache."""
+    base: PreTrainedModel = model.model
+    packed, training = base.config._attn_implementation, model.training
+    base.set_attn_implementation("sdpa")
+    model.eval()
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(packed)
+        model.train(training)

@@ -1,0 +1,249 @@
+"""The loop: transformers' Trainer over packed rows, with checkpoints that are whole or not there.
+
+What the Trainer keeps: optimiser, schedule, accumulation, clipping, best checkpoint, resuming, and accelerate's
+devices and processes. What is ours: batches from a plan, a loss that is summed and divided by the step's number of
+labels, checkpoints of the trained parameters alone.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from onebase_adapters.paths import staged_directory
+from onebase_training.batches import collate
+from onebase_training.config import TrainConfig
+from onebase_training.data import Encoded
+from onebase_training.evaluate import held_out_loss
+from onebase_training.events import Evaluated, Progress, Step
+from onebase_training.model import Trained, trainable_state
+
+TRAINED_FILE = "trained.safetensors"
+_STATE_FILE = "trainer_state.json"
+
+Plan = list[list[int]]
+
+
+class Loop(Trainer):  # type: ignore[misc]
+    """One run over `plan`, whose batches are indices of `examples`."""
+
+    def __init__(
+        self,
+        model: Trained,
+        config: TrainConfig,
+        *,
+        work: Path,
+        examples: Sequence[Encoded],
+        held_out: Sequence[Encoded],
+        plan: Plan,
+        progress: Progress,
+    ) -> None:
+        self._plan = plan
+        self._progress = progress
+        steps = count_steps(plan, config)
+        self.watch = Watch(config, progress, [sum(len(examples[i].input_ids) for i in batch) for batch in plan])
+        super().__init__(
+            model=model,
+            args=training_arguments(config, work, steps, model.device),
+            data_collator=collate,
+            train_dataset=examples,
+            eval_dataset=held_out,
+            callbacks=[self.watch],
+        )
+        self.loss_is_scaled_for_ga = True
+        for needless in (PrinterCallback, ProgressCallback):
+            self.remove_callback(needless)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._plan,
+            collate_fn=collate,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare_data_loader(loader)
+        return prepared
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        return torch.tensor(sum(batch["labels"].numel() for batch in batch_samples), device=device)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return model(**inputs) / num_items_in_batch
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Called by the Trainer at its evaluation steps."""
+        loss = held_out_loss(self.model, self.eval_dataset)
+        metrics = {"eval_loss": loss}
+        self.log(metrics)
+        best = self.state.best_metric is None or loss < self.state.best_metric
+        self._progress(Evaluated(self.state.global_step, loss, best))
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A folder that appears whole; then the older ones that are not the best go."""
+        work = Path(str(self.args.output_dir))
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(work / f"checkpoint-{self.state.best_global_step}")
+        name = f"checkpoint-{self.state.global_step}"
+        with staged_directory(work / name) as scratch:
+            save_file(_detached(self.model), scratch / TRAINED_FILE)
+            self._save_optimizer_and_scheduler(str(scratch))
+            self._save_rng_state(str(scratch))
+            self.state.save_to_json(str(scratch / _STATE_FILE))
+        kept = {name, Path(self.state.best_model_checkpoint or name).name}
+        for old in work.glob("checkpoint-*"):
+            if old.name not in kept:
+                shutil.rmtree(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint:
+            restore(self.model, Path(self.state.best_model_checkpoint))
+
+
+def count_steps(plan: Plan, config: TrainConfig) -> int:
+    """Optimiser steps of a whole run."""
+    steps = -(-len(plan) // config.accumulate)
+    return min(steps, config.max_steps or steps)
+
+
+def evaluation_interval(steps: int, config: TrainConfig) -> int:
+    """Steps between evaluations."""
+    return config.eval_every or max(1, -(-steps // 8))
+
+
+def training_arguments(config: TrainConfig, work: Path, steps: int, device: torch.device) -> TrainingArguments:
+    """Ours, in transformers' words."""
+    interval = evaluation_interval(steps, config)
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate or 0.0,
+        lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[
+            config.schedule
+        ],
+        warmup_steps=round(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        optim="adamw_torch_fused",
+        seed=config.seed,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=interval,
+        save_strategy="steps",
+        save_steps=interval,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Tells of progress, and ends a run at a plateau or at its time limit."""
+
+    def __init__(self, config: TrainConfig, progress: Progress, batch_tokens: Sequence[int]) -> None:
+        self._config = config
+        self._progress = progress
+        self._batch_tokens = batch_tokens
+        self._tokens = 0
+        self._since = 0.0
+        self.busy = 0.0
+        """Seconds spent in steps, evaluations left out."""
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second since training began or was resumed."""
+        return self._tokens / self.busy if self.busy else 0.0
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._since = time.monotonic()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.busy += time.monotonic() - self._since
+        first = (state.global_step - 1) * self._config.accumulate
+        self._tokens += sum(self._batch_tokens[first : first + self._config.accumulate])
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+        if self._config.time_limit is not None and self.busy >= self._config.time_limit:
+            control.should_evaluate = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **values: Any) -> None:
+        logs = values.get("logs") or {}
+        if "loss" not in logs:
+            return
+        done, whole = state.global_step * self._config.accumulate, state.max_steps * self._config.accumulate
+        left = sum(self._batch_tokens[done:whole]) / self.speed
+        self._progress(
+            Step(state.global_step, state.max_steps, logs["loss"], logs["learning_rate"], self.speed, left)
+        )
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._config.patience and plateau(held_out_losses(state), self._config.patience):
+            control.should_save = control.should_training_stop = True
+
+
+def held_out_losses(state: TrainerState) -> list[float]:
+    """In order; kept in checkpoints, so that a resumed run knows of all of them."""
+    return [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+
+
+def plateau(losses: Sequence[float], patience: int) -> bool:
+    """Whether the last `patience` losses are all no better than the best before them."""
+    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest whole checkpoint."""
+    found = {int(path.name.rpartition("-")[2]): path for path in work.glob("checkpoint-*")}
+    return found[max(found)] if found else None
+
+
+def restore(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Copy a checkpoint's parameters into `model`."""
+    stored = load_file(checkpoint / TRAINED_FILE)
+    with torch.no_grad():
+        for name, value in trainable_state(model).items():
+            value.copy_(stored[name])
+
+
+def history(work: Path) -> list[dict[str, float]]:
+    """The log of the newest checkpoint."""
+    newest = last_checkpoint(work)
+    if newest is None:
+        return []
+    entries: list[dict[str, float]] = json.loads((newest / _STATE_FILE).read_text())["log_history"]
+    return entries
+
+
+def _detached(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().contiguous() for name, value in trainable_state(model).items()}
