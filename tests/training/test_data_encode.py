@@ -6,7 +6,7 @@ from onebase_adapters.base import fetch_base
 from onebase_adapters.base.catalog import DEFAULT_BASE
 from onebase_adapters.errors import DataError
 from onebase_server.text.tokenizer import TextCodec, load_codec
-from onebase_training.data import NO_LOSS, Encoded, Example, Turn, encode
+from onebase_training.data import NO_LOSS, Encoded, Example, Turn, encode, encode_for_head
 
 pytestmark = pytest.mark.real
 
@@ -83,3 +83,50 @@ def test_what_does_not_fit_is_refused_unless_a_policy_says_otherwise(tokenizer: 
     assert [(len(one.input_ids), one.cut) for one in cut] == [(3, 0), (10, 42)]
     with pytest.raises(DataError, match="line 2"):
         encode([Example(2, prompt="a " * 50, completion=" b")], tokenizer, max_length=10, too_long="cut")
+
+
+def test_labels_and_tags_are_written_out(tokenizer: object, codec: TextCodec) -> None:
+    labelled = Example(1, prompt="Fine.", label="pos")
+    tagged = Example(2, words=("in", "Rome"), tags=("O", "LOC"))
+    one, two = encode([labelled, tagged], tokenizer, max_length=64)
+    assert codec.decode(one.input_ids) == "Fine.\nLabel: pos<|im_end|>"
+    assert learned(codec, one) == " pos<|im_end|>"
+    assert codec.decode(two.input_ids) == "in Rome\nTags: O LOC<|im_end|>"
+    assert learned(codec, two) == " O LOC<|im_end|>"
+
+
+def test_a_head_sees_the_class_at_the_last_token(tokenizer: object, codec: TextCodec) -> None:
+    (one,) = encode_for_head(
+        [Example(1, prompt="Very fine.", label="pos")], tokenizer, ["neg", "pos"], max_length=9
+    )
+    assert list(one.input_ids) == codec.encode("Very fine.")
+    assert one.labels == (NO_LOSS,) * (len(one.input_ids) - 1) + (1,)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("3600", "Constantinople", "Ave,", "Rome"), "3600 Constantinople Ave, Rome"),
+        (("我", "爱", "北京", "。", "New", "York"), "我爱北京。New York"),
+        (("🙂", "x"), "🙂 x"),
+    ],
+)
+def test_a_head_sees_each_tag_at_its_words_last_token(
+    words: tuple[str, ...], text: str, tokenizer: object, codec: TextCodec
+) -> None:
+    classes = [f"tag{place}" for place in range(len(words))]
+    (one,) = encode_for_head([Example(1, words=words, tags=tuple(classes))], tokenizer, classes, max_length=64)
+    assert list(one.input_ids) == codec.encode(text)
+    assert [label for label in one.labels if label != NO_LOSS] == list(range(len(words)))
+    for place, word in enumerate(words):
+        seen = codec.decode(one.input_ids[: one.labels.index(place) + 1])
+        assert seen == text[: text.index(word) + len(word)]
+
+
+def test_a_head_refuses_what_is_no_class(tokenizer: object) -> None:
+    with pytest.raises(DataError, match="line 3: 'b' is none of the classes a"):
+        encode_for_head([Example(3, prompt="x", label="b")], tokenizer, ["a"], max_length=9)
+    with pytest.raises(DataError, match="line 3: a head needs text and label"):
+        encode_for_head([Example(3, prompt="x", completion="b")], tokenizer, ["a"], max_length=9)
+    with pytest.raises(DataError, match="line 3 of the task 't': the text has no tokens"):
+        encode_for_head([Example(3, prompt="", label="a", task="t")], tokenizer, ["a"], max_length=9)

@@ -1,8 +1,9 @@
 """Data: files to examples, examples to token ids, and the checks that come before any training."""
 
 from onebase_training.data.encode import NO_LOSS, Encoded, TooLong, encode, verbalise
+from onebase_training.data.encode_head import encode_for_head
 from onebase_training.data.examples import Dataset, Example, Turn
-from onebase_training.data.read import read_dataset
+from onebase_training.data.read import read_dataset, read_datasets
 from onebase_training.data.split import split
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "TooLong",
     "Turn",
     "encode",
+    "encode_for_head",
     "read_dataset",
+    "read_datasets",
     "split",
     "verbalise",
 ]

@@ -14,13 +14,14 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from onebase_training.data.words import UNSPACED
+
 NEAR = 0.8
 
 _ROUNDING = 1e-9
 """The filters may let a little more through than they must; the similarity itself decides."""
 
-_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"([{_UNSPACED}]+)|([^\W{_UNSPACED}]+)")
+_WORD = re.compile(rf"([{UNSPACED}]+)|([^\W{UNSPACED}]+)")
 
 
 def groups(texts: Sequence[str]) -> list[int]:

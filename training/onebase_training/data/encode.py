@@ -5,7 +5,7 @@ without special tokens of the tokenizer's own; a completion's prompt with them).
 tokenised apart, because that is how it will be written: after the prompt's last token, whatever might merge.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,26 +39,40 @@ def encode(
     An example of more than `max_length` tokens raises DataError with its line, is left out ("skip"), or loses its
     end ("cut"; one whose prompt alone is too long still raises). `tokenizer` is a PreTrainedTokenizerBase.
     """
-    encoded: list[Encoded] = []
-    for one in _encode(examples, tokenizer):
+    return fit(_encode(examples, tokenizer), max_length, too_long)
+
+
+def fit(sequences: Iterable[Encoded], max_length: int, too_long: TooLong) -> list[Encoded]:
+    """`sequences` with the policy `too_long` applied to those of more than `max_length` tokens."""
+    fitting: list[Encoded] = []
+    for one in sequences:
         excess = len(one.input_ids) - max_length
         if excess <= 0:
-            encoded.append(one)
+            fitting.append(one)
         elif too_long == "cut" and one.prompt_length < max_length:
             ids, labels = one.input_ids[:max_length], one.labels[:max_length]
-            encoded.append(Encoded(ids, labels, one.example, one.prompt_length, excess))
+            fitting.append(Encoded(ids, labels, one.example, one.prompt_length, excess))
         elif too_long != "skip":
             raise DataError(
-                f"line {one.example.line}: {len(one.input_ids)} tokens ({one.prompt_length} of them prompt) do not "
-                f"fit into {max_length}. Shorten it, raise the maximum length, or choose to skip or cut."
+                f"{one.example.place}: {len(one.input_ids)} tokens ({one.prompt_length} of them prompt) do not fit "
+                f"into {max_length}. Shorten it, raise the maximum length, or choose to skip or cut.",
+                field="max_length",
             )
-    return encoded
+    return fitting
 
 
 def verbalise(example: Example) -> tuple[str, str]:
-    """An example that is no chat as the raw prompt and the raw completion that is learned."""
+    """An example that is no chat as raw text: the prompt that /v1/completions takes, and what is to follow it.
+
+    A text is followed by its label as a word, tokens by their tags in order: classification and tagging with the
+    language model's own head.
+    """
+    if example.words:
+        return f"{' '.join(example.words)}\nTags:", f" {' '.join(example.tags)}"
+    if example.prompt is not None and example.label is not None:
+        return f"{example.prompt}\nLabel:", f" {example.label}"
     if example.prompt is None or example.completion is None:
-        raise DataError(f"line {example.line}: neither a chat nor a prompt with a completion.")
+        raise DataError(f"{example.place}: it is a chat, and no single prompt with its completion.")
     return example.prompt, example.completion
 
 
@@ -101,7 +115,7 @@ def _answer(example: Example, place: int, tokenizer: Any) -> tuple[list[int], li
     whole = _render(example, example.turns[: place + 1], tokenizer, generate=False)
     if not whole.startswith(prompt):
         raise DataError(
-            f"line {example.line}: the base's chat template does not write the assistant's turn after its own "
+            f"{example.place}: the base's chat template does not write the assistant's turn after its own "
             "generation prompt, so it cannot be learned as it would be served. Use prompt and completion."
         )
     prompt_ids, answer = _ids(tokenizer, [prompt, whole[len(prompt) :]])
@@ -120,7 +134,7 @@ def _render(example: Example, turns: Sequence[Turn], tokenizer: Any, *, generate
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
     except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise DataError(f"line {example.line}: the base's chat template refuses this: {error}") from error
+        raise DataError(f"{example.place}: the base's chat template refuses this: {error}") from error
     return text
 
 

@@ -29,6 +29,11 @@ class Example:
     task: str = ""
     """Which task the record belongs to, in runs of several."""
 
+    @property
+    def place(self) -> str:
+        """Where it stands, for messages."""
+        return f"line {self.line} of the task {self.task!r}" if self.task else f"line {self.line}"
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from onebase_adapters.errors import DataError
-from onebase_training.data.examples import Example, Turn
+from onebase_training.data import chats
+from onebase_training.data.cells import only_key, task, text
+from onebase_training.data.examples import Example
 from onebase_training.data.files import Record
-
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""As the server has them: `developer` is OpenAI's later name for `system`; templates know the earlier one."""
 
 
 @dataclass(frozen=True)
@@ -31,64 +30,69 @@ def recognise(record: Record, name: str | None = None) -> str:
     for candidate, layout in FORMATS.items():
         if layout.fits(record.columns):
             return candidate
-    known = "; ".join(f"{key}: {layout.columns}" for key, layout in FORMATS.items())
+    known = "; ".join(f"{key} ({layout.columns})" for key, layout in FORMATS.items())
     found = ", ".join(map(repr, record.columns)) or "none"
-    raise record.error(f"no known format has these columns: {found}. The formats are {known}.")
+    raise record.error(f"no format has these columns: {found}. The formats are {known}.")
 
 
-def _chat(record: Record) -> Example:
-    messages = record.columns.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise record.error("'messages' must be a list of messages.", field="messages")
-    turns = tuple(_turn(record, message, f"messages[{at}]") for at, message in enumerate(messages))
-    if not any(turn.role == "assistant" for turn in turns):
-        raise record.error("no message is the assistant's: there is nothing to learn.", field="messages")
-    return Example(record.line, turns, task=_task(record))
-
-
-def _turn(record: Record, message: Any, field: str) -> Turn:
-    if not isinstance(message, dict):
-        raise record.error(f"{field} must be an object with 'role' and 'content'.", field=field)
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise record.error(f"{field} has the role {role!r}; the roles are {', '.join(ROLES)}.", field=field)
-    if message.get("tool_calls"):
-        raise record.error(f"{field} has tool_calls, which cannot be learned yet.", field=field)
-    if message.get("weight", 1) != 1:
-        raise record.error(f"{field} has a weight; every assistant turn is learned.", field=field)
-    return Turn(ROLES[role], _text(record, message.get("content"), f"{field}.content"))
+_PROMPTS, _COMPLETIONS = ("prompt", "question"), ("completion", "response", "answer")
+_TEXTS, _LABELS = ("text", "sentence"), ("label",)
+_WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags")
 
 
 def _prompt_completion(record: Record) -> Example:
-    completion = _text(record, record.columns.get("completion"), "completion")
+    prompt = text(record, only_key(record, _PROMPTS))
+    key = only_key(record, _COMPLETIONS)
+    completion = text(record, key)
     if not completion:
-        raise record.error("the completion is empty: there is nothing to learn.", field="completion")
-    prompt = _text(record, record.columns.get("prompt"), "prompt")
-    return Example(record.line, prompt=prompt, completion=completion, task=_task(record))
+        raise record.error(f"{key} is empty: there is nothing to learn.", field=key)
+    return Example(record.line, prompt=prompt, completion=completion, task=task(record))
 
 
-def _text(record: Record, value: Any, field: str) -> str:
-    if value is None:
-        raise record.error(f"{field} is missing or null.", field=field)
-    if not isinstance(value, str):
-        raise record.error(f"{field} must be text, found {type(value).__name__}.", field=field)
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise record.error(
-            f"{field} holds half of a surrogate pair (an escape such as \\ud83d alone).", field=field
-        )
-    return value
+def _text_label(record: Record) -> Example:
+    key = only_key(record, _LABELS)
+    label = _class_name(record, record.columns.get(key), key)
+    return Example(record.line, prompt=text(record, only_key(record, _TEXTS)), label=label, task=task(record))
 
 
-def _task(record: Record) -> str:
-    value = record.columns.get("task")
-    return "" if value is None else _text(record, value, "task")
+def _tokens_tags(record: Record) -> Example:
+    words_key, tags_key = only_key(record, _WORDS), only_key(record, _TAGS)
+    words = tuple(_class_name(record, word, words_key) for word in _items(record, words_key))
+    tags = tuple(_class_name(record, tag, tags_key) for tag in _items(record, tags_key))
+    if len(words) != len(tags):
+        raise record.error(f"{len(words)} {words_key}, but {len(tags)} {tags_key}.", field=tags_key)
+    return Example(record.line, words=words, tags=tags, task=task(record))
+
+
+def _class_name(record: Record, value: Any, key: str) -> str:
+    named = str(value) if isinstance(value, bool | int) else text(record, key, value)
+    if not named.strip():
+        raise record.error(f"{key} holds an empty one.", field=key)
+    return named
+
+
+def _items(record: Record, key: str) -> list[Any]:
+    value = record.columns.get(key)
+    items = value.split() if isinstance(value, str) else value  # in CSV: separated by spaces
+    if not isinstance(items, list) or not items:
+        raise record.error(f"{key} must be a list with something in it.", field=key)
+    return items
+
+
+def _has(*columns: tuple[str, ...]) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda found: all(any(name in found for name in names) for names in columns)
 
 
 FORMATS: dict[str, Format] = {
-    "chat": Format("messages (a list of role, content)", lambda columns: "messages" in columns, _chat),
-    "prompt-completion": Format(
-        "prompt, completion",
-        lambda columns: "prompt" in columns and "completion" in columns,
-        _prompt_completion,
+    "chat": Format("messages: a list of role, content", _has(("messages",)), chats.messages),
+    "sharegpt": Format("conversations: a list of from, value", _has(("conversations",)), chats.sharegpt),
+    "instruction": Format(
+        "instruction, input if any, output",
+        _has(("instruction",), chats.OUTPUTS),
+        chats.instruction,
     ),
+    "tokens-tags": Format("tokens, tags", _has(_WORDS, _TAGS), _tokens_tags),
+    "prompt-completion": Format("prompt, completion", _has(_PROMPTS, _COMPLETIONS), _prompt_completion),
+    "text-label": Format("text, label", _has(_TEXTS, _LABELS), _text_label),
 }
+"""In the order in which they are tried."""

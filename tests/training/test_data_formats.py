@@ -1,0 +1,167 @@
+"""Each format by its columns, and each way to get one wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onebase_adapters.errors import DataError
+from onebase_training.data import Example, Turn, read_dataset
+from onebase_training.data.files import Record
+from onebase_training.data.formats import FORMATS, recognise
+
+
+def read(tmp_path: Path, *rows: Any, format: str | None = None) -> tuple[str, Example]:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = read_dataset(path, format=format)
+    return data.format, data.examples[0]
+
+
+ASKED, ANSWERED = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+CHAT = (Turn("user", "Q"), Turn("assistant", "A"))
+SYSTEM = Turn("system", "S")
+TAGGED = Example(1, words=("x", "y"), tags=("O", "B"))
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "expected"),
+    [
+        ({"messages": [ASKED, ANSWERED]}, "chat", Example(1, CHAT)),
+        (
+            {"messages": [{"role": "developer", "content": "S"}, ASKED, ANSWERED], "id": 7, "task": "t"},
+            "chat",
+            Example(1, (SYSTEM, *CHAT), task="t"),
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {**ANSWERED, "weight": 1}]},
+            "chat",
+            Example(1, CHAT),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+            "sharegpt",
+            Example(1, CHAT),
+        ),
+        ({"conversations": [ASKED, ANSWERED], "system": "S"}, "sharegpt", Example(1, (SYSTEM, *CHAT))),
+        ({"instruction": "Q", "output": "A"}, "instruction", Example(1, CHAT)),
+        ({"instruction": "Q", "input": "", "output": "A", "history": []}, "instruction", Example(1, CHAT)),
+        (
+            {"instruction": "Q", "input": "I", "output": "A", "system": "S", "history": [["q", "A"]]},
+            "instruction",
+            Example(
+                1,
+                (SYSTEM, Turn("user", "q"), CHAT[1], Turn("user", "Q\n\nI"), CHAT[1]),
+            ),
+        ),
+        ({"prompt": "", "completion": "A"}, "prompt-completion", Example(1, prompt="", completion="A")),
+        ({"question": "Q", "answer": "A"}, "prompt-completion", Example(1, prompt="Q", completion="A")),
+        (
+            {"tokens": ["x", "y"], "ner_tags": ["O", "B"]},
+            "tokens-tags",
+            Example(1, words=("x", "y"), tags=("O", "B")),
+        ),
+        ({"words": "x y", "tags": "O B"}, "tokens-tags", TAGGED),
+    ],
+)
+def test_formats_are_recognised(tmp_path: Path, row: Any, format: str, expected: Example) -> None:
+    assert read(tmp_path, row) == (format, expected)
+
+
+@pytest.mark.parametrize("label", ["pos", 1, True])
+def test_labels_are_names(tmp_path: Path, label: Any) -> None:
+    other = {"sentence": "b", "label": "other"}
+    assert read(tmp_path, {"text": "a", "label": label}, {"text": "b", "label": "other"}) == (
+        "text-label",
+        Example(1, prompt="a", label=str(label)),
+    )
+    assert read(tmp_path, {**other, "sentence": "a"}, {**other, "label": 0})[1].prompt == "a"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "no format has these columns: none. The formats are chat"),
+        ({"chosen": "a", "rejected": "b"}, "no format has these columns: 'chosen', 'rejected'"),
+        ({"prompt": "a", "answer": "b", "response": "c"}, "response, answer mean the same"),
+        ({"messages": []}, "messages must be a list with something in it"),
+        ({"messages": ["hi"]}, r"messages\[0\] must be an object, found str"),
+        ({"messages": [ASKED]}, "no turn is the assistant's"),
+        ({"messages": [ASKED, {"role": "assistant", "content": ""}]}, "a turn of the assistant is empty"),
+        ({"messages": [{"role": "tool", "content": "x"}, ANSWERED]}, r"messages\[0\] has the role 'tool'"),
+        ({"messages": [{"role": ["user"], "content": "x"}, ANSWERED]}, r"messages\[0\] has the role \['user'\]"),
+        ({"messages": [ASKED, {"role": "assistant", "content": None}]}, r"messages\[1\].content is null"),
+        ({"messages": [ASKED, {**ANSWERED, "tool_calls": [{}]}]}, "tool_calls"),
+        ({"messages": [ASKED, {**ANSWERED, "weight": 0}]}, r"messages\[1\] has the weight 0"),
+        ({"messages": [{**ASKED, "content": [{"type": "image_url"}]}, ANSWERED]}, "not a part of the type 'text'"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "from 'observation', which is none of"),
+        ({"conversations": [{"from": "gpt"}]}, r"conversations\[0\].value is null"),
+        ({"instruction": "Q", "output": ""}, "a turn of the assistant is empty"),
+        ({"instruction": "Q", "output": "A", "history": [["q"]]}, "history must be a list of pairs"),
+        ({"prompt": "a", "completion": None}, "completion is null"),
+        ({"prompt": "a", "completion": ""}, "completion is empty"),
+        ({"prompt": ["a"], "completion": "b"}, "prompt must be text, found list"),
+        ({"prompt": "\ud83d", "completion": "b"}, "half of a surrogate pair"),
+        ({"prompt": "a", "completion": "b", "task": 3}, "task must be text, found int"),
+        ({"text": "a", "label": None}, "label is null"),
+        ({"text": "a", "label": 0.5}, "label must be text, found float"),
+        ({"text": "a", "label": " "}, "label holds an empty one"),
+        ({"tokens": ["a"], "tags": ["O", "O"]}, "1 tokens, but 2 tags"),
+        ({"tokens": [], "tags": []}, "tokens must be a list with something in it"),
+        ({"tokens": ["a", ""], "tags": ["O", "B"]}, "tokens holds an empty one"),
+    ],
+)
+def test_a_wrong_record_says_what_is_wrong(tmp_path: Path, row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"data.jsonl, line 1: .*{message}"):
+        read(tmp_path, row)
+
+
+def test_a_record_of_another_format_has_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"line 2: the column 'prompt' is missing \(found: 'text', 'label'\)"):
+        read(tmp_path, {"prompt": "a", "completion": "b"}, {"text": "a", "label": "b"})
+
+
+def test_a_format_can_be_named(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b", "text": "t", "label": "x"}
+    assert read(tmp_path, row)[0] == "prompt-completion"
+    assert read(tmp_path, row, {**row, "label": "y"}, format="text-label")[1] == Example(1, prompt="t", label="x")
+    with pytest.raises(DataError, match="No format 'alpaca'; there are chat, "):
+        read(tmp_path, row, format="alpaca")
+
+
+def test_labels_that_are_all_the_same_teach_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="all labels are 'x': there is nothing to learn"):
+        read(tmp_path, {"text": "a", "label": "x"}, {"text": "b", "label": "x"})
+    with pytest.raises(DataError, match="all labels are 'O'"):
+        read(tmp_path, {"tokens": ["a", "b"], "tags": ["O", "O"]})
+    with pytest.raises(DataError, match="task 'two': all labels are 'x'"):
+        rows = [{"text": name, "label": name, "task": "one"} for name in "ab"]
+        read(tmp_path, *rows, {"text": "b", "label": "x", "task": "two"})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+COLUMNS = """messages conversations instruction input output prompt completion text label tokens tags
+    system history task role content from value weight"""
+names = st.sampled_from(COLUMNS.split())
+messages = st.lists(st.dictionaries(names, json_values | st.sampled_from(["user", "assistant", "gpt"]), max_size=4))
+
+
+@given(st.dictionaries(names, json_values | messages, max_size=6), st.sampled_from([None, *FORMATS]))
+def test_any_record_is_an_example_or_a_data_error(columns: dict[str, Any], format: str | None) -> None:
+    record = Record("file", 3, columns)
+    try:
+        example = FORMATS[recognise(record, format)].convert(record)
+    except DataError as error:
+        assert error.message.startswith("file, line 3: ")
+    else:
+        assert example.line == 3
+        answers = [turn.content for turn in example.turns if turn.role == "assistant"]
+        assert any([answers, example.completion, example.label, example.tags])
+        assert len(example.words) == len(example.tags)
