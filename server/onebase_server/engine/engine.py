@@ -33,6 +33,9 @@ from onebase_server.engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
+_PATIENCE_STEPS = 64
+"""So long the oldest request aside waits for a slot; then no younger one may keep a slot in use before it."""
+
 
 def _nothing() -> None:
     pass
@@ -61,6 +64,9 @@ class Engine:
         self.residency = Residency(self.model, wake)
         self._sequences: dict[str, Sequence] = {}
         self._aside: list[Sequence] = []
+        self._oldest: Sequence | None = None
+        """Of those aside, and the step at which it became that."""
+        self._oldest_since = 0
         self._arrivals = 0
         self._steps = 0
         self._prompt_tokens = 0
@@ -185,8 +191,12 @@ class Engine:
         """Queue the sequences whose adapter has become resident."""
         outputs = []
         waiting, self._aside = self._aside, []
+        impatient = self._impatient(waiting)
         for sequence in waiting:
             digest = sequence.request.adapter
+            if impatient is not None and digest not in (None, impatient):
+                self._aside.append(sequence)
+                continue
             try:
                 slot = self.residency.acquire(digest) if digest is not None else 0
             except AdapterError as error:
@@ -198,7 +208,17 @@ class Engine:
             else:
                 sequence.slot = slot
                 self.scheduler.add(sequence)
+        self.residency.drop_read({sequence.request.adapter or "" for sequence in self._aside})
         return outputs
+
+    def _impatient(self, waiting: Items[Sequence]) -> str | None:
+        """The adapter of the oldest one aside, if it has waited too long for a slot."""
+        oldest = waiting[0] if waiting else None
+        if oldest is not self._oldest:
+            self._oldest, self._oldest_since = oldest, self._steps
+        digest = oldest.request.adapter if oldest else None
+        waited = self._steps - self._oldest_since
+        return digest if digest and waited >= _PATIENCE_STEPS and self.residency.lacks_slot(digest) else None
 
     def _take_prompt_logprobs(self, plan: Plan, scores: Scores) -> list[int]:
         """Describe the prompt tokens of those who asked; return the rows of `scores` to sample from."""

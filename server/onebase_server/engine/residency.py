@@ -3,7 +3,7 @@ cold adapter waits aside while all others keep running."""
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,9 @@ from onebase_adapters.primitives import LoweredAdapter
 from onebase_server.engine.messages import AdapterInfo
 
 log = logging.getLogger(__name__)
+
+_READ_AHEAD = 8
+"""Adapters that requests have had read and that have no slot yet, at most: each takes memory of its own."""
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Residency:
     def admit(self, digest: str, adapter: LoweredAdapter) -> AdapterInfo:
         """Make a read adapter resident if a slot can be had; it is known in any case."""
         self._loading.pop(digest, None)
-        if digest not in self._resident:
+        if digest not in self._resident and self._make_room():
             self._place(adapter)
         resident = self._resident.get(digest)
         return AdapterInfo(
@@ -85,13 +88,13 @@ class Residency:
         Raises AdapterError if it could not be read (the files are gone or were changed)."""
         resident = self._resident.get(digest)
         if resident is None:
+            if digest not in self._loading and len(self._loading) >= _READ_AHEAD:
+                return None
             future = self._load(digest)
-            if not future.done():
+            if not future.done() or (future.exception() is None and not self._make_room()):
                 return None
             del self._loading[digest]
-            if not self._place(future.result()):
-                return None
-            resident = self._resident[digest]
+            resident = self._place(future.result())
         self._resident.move_to_end(digest)
         resident.users += 1
         return resident.slot
@@ -99,6 +102,16 @@ class Residency:
     def release(self, digest: str) -> None:
         """Give back what `acquire` gave."""
         self._resident[digest].users -= 1
+
+    def lacks_slot(self, digest: str) -> bool:
+        """Whether an adapter has been read, and all that it waits for is that one in use leaves."""
+        future = self._loading.get(digest)
+        return future is not None and future.done() and future.exception() is None
+
+    def drop_read(self, wanted: Set[str]) -> None:
+        """Let go of adapters that were read for requests that are no more."""
+        for digest in [d for d, future in self._loading.items() if future.done() and d not in wanted]:
+            del self._loading[digest]
 
     def _load(self, digest: str) -> Future[LoweredAdapter]:
         if digest not in self._loading:
@@ -108,14 +121,18 @@ class Residency:
             future.add_done_callback(lambda _: self._wake())
         return self._loading[digest]
 
-    def _place(self, adapter: LoweredAdapter) -> bool:
+    def _make_room(self) -> bool:
+        """See that a slot is free, if one can be."""
         if not self._model.free_slots:
             idle = next((digest for digest, entry in self._resident.items() if not entry.users), None)
             if idle is None:
                 return False
             self._model.remove(self._resident.pop(idle).slot)
-        self._resident[adapter.digest] = _Resident(self._model.put(adapter))
         return True
+
+    def _place(self, adapter: LoweredAdapter) -> _Resident:
+        resident = self._resident[adapter.digest] = _Resident(self._model.put(adapter))
+        return resident
 
     def close(self) -> None:
         """Stop the reader."""

@@ -38,7 +38,7 @@ class Sequence:
         owner = f"{self.request.tenant}\0{self.request.adapter or ''}"
         if self.request.sampling.prompt_logprobs is not None:
             # It needs the logits of all its prompt, so it must find none of it computed.
-            owner += f"\0{self.request.id}"
+            owner += f"\0{self.arrival}"
             self.prompt_logprobs = [None]
         self.salt = hashlib.blake2b(owner.encode(), digest_size=16).digest()
 
