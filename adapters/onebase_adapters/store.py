@@ -1,35 +1,28 @@
-"""Where registered adapters live: objects named by their digest, and a SQLite registry that names them.
+"""Where registered adapters live: objects named by their digest, and a registry that names them.
 
 An object is placed (one rename) before a row speaks of it, and a row goes before its object does. So a kill at
 any moment leaves the old state or the new, and at worst an object that no row names, swept at the next opening.
 """
 
+import builtins
 import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
-import sqlite3
 import stat
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from onebase_adapters.errors import (
-    AdapterExistsError,
-    AdapterFormatError,
-    AdapterNotFoundError,
-    AdapterPathError,
-    StorageError,
-)
+from onebase_adapters.errors import AdapterFormatError, AdapterPathError, StorageError
 from onebase_adapters.paths import disk_errors
+from onebase_adapters.registry import AdapterRecord, Registry, check_name
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -39,26 +32,6 @@ _WANTED = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE)
 _REQUIRED = (CONFIG_FILE, WEIGHTS_FILE)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MAX_JSON_BYTES = 4 << 20
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
-
-# A name's rows are its versions; `@` cannot be in a name, so `name@version` stays free to mean one of them.
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS versions (
-    name TEXT NOT NULL,
-    version INTEGER NOT NULL,
-    digest TEXT NOT NULL,
-    base TEXT NOT NULL,
-    source TEXT NOT NULL,
-    created REAL NOT NULL,
-    info TEXT NOT NULL,
-    metrics TEXT,
-    PRIMARY KEY (name, version)
-) STRICT;
-CREATE INDEX IF NOT EXISTS versions_by_digest ON versions (digest);
-PRAGMA user_version = 1;
-"""
-_SCHEMA_VERSION = 1
-_COLUMNS = "name, version, digest, base, source, created, info, metrics"
 
 
 @dataclass(frozen=True)
@@ -74,37 +47,6 @@ class StagedAdapter:
     """Our trainer's notes (`onebase.json`); empty for a foreign adapter."""
 
 
-@dataclass(frozen=True)
-class AdapterRecord:
-    """One registered adapter."""
-
-    name: str
-    version: int
-    digest: str
-    base: str
-    """Fingerprint of the base it was registered for."""
-    source: str
-    """Where it came from: a path, or `upload`."""
-    created: float
-    """Seconds since the epoch."""
-    info: Mapping[str, Any]
-    """What lowering found (method, rank, sizes)."""
-    metrics: Mapping[str, Any] | None
-    """Of the training run, where our trainer made it."""
-    folder: Path
-
-
-def check_name(name: str) -> str:
-    """Return `name` if an adapter may have it. Raises AdapterFormatError."""
-    if not _NAME.fullmatch(name) or ".." in name or "//" in name or name.endswith("/"):
-        raise AdapterFormatError(
-            f"{name[:160]!r} cannot be an adapter's name: use 1 to 128 letters, digits and . _ : / -, starting "
-            "with a letter or digit, without '..' or '//'.",
-            field="name",
-        )
-    return name
-
-
 class AdapterStore:
     """The adapters under one root. Any thread may call it; several processes may have it open."""
 
@@ -117,7 +59,7 @@ class AdapterStore:
         self._objects = root / "objects"
         self._staging = root / "staging"
         self._max_bytes = max_bytes
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._held: Counter[str] = Counter()
         """Digests that are staged and neither committed nor discarded: their objects must stay."""
         with disk_errors(str(root)):
@@ -128,7 +70,7 @@ class AdapterStore:
                 raise StorageError(f"{root} cannot be an adapter store: {error}.") from error
             self._lock_file = (root / "lock").open("a")
         try:
-            self._db = _open_registry(root / "registry.sqlite3")
+            self._registry = Registry(root / "registry.sqlite3", self._objects)
         except StorageError:
             self._lock_file.close()
             raise
@@ -136,9 +78,8 @@ class AdapterStore:
 
     def close(self) -> None:
         """Let go of the registry and the lock."""
-        with self._lock:
-            self._db.close()
-            self._lock_file.close()
+        self._registry.close()
+        self._lock_file.close()
 
     def stage(self, folder: Path) -> StagedAdapter:
         """Copy an adapter's files from `folder` into the store.
@@ -180,33 +121,42 @@ class AdapterStore:
             shutil.rmtree(scratch, ignore_errors=True)
         return StagedAdapter(digest, folder, source, sidecar[SIDECAR_FILE])
 
-    def commit(self, name: str, staged: StagedAdapter, info: Mapping[str, Any], *, base: str) -> AdapterRecord:
+    def commit(
+        self,
+        name: str,
+        staged: StagedAdapter,
+        info: Mapping[str, Any],
+        *,
+        base: str,
+        replace: bool = False,
+        promote: bool = True,
+    ) -> AdapterRecord:
         """Give the staged adapter a name; afterwards it is registered, whatever happens.
 
-        Raises AdapterFormatError (bad name), AdapterExistsError or StorageError; the stage is then still held.
+        With `replace` a name that is taken gets a new version, which is the current one from then on if it is to be
+        promoted. Raises AdapterFormatError (bad name), AdapterExistsError or StorageError; the stage is then still
+        held.
         """
         check_name(name)
         metrics = staged.sidecar.get("metrics")
-        row = (
-            name,
-            1,
-            staged.digest,
-            base,
-            staged.source,
-            time.time(),
-            json.dumps(dict(info)),
-            json.dumps(metrics) if isinstance(metrics, dict) else None,
+        record = AdapterRecord(
+            name=name,
+            version=0,
+            current=False,
+            digest=staged.digest,
+            base=base,
+            source=staged.source,
+            created=time.time(),
+            info=info,
+            metrics=metrics if isinstance(metrics, dict) else None,
+            folder=staged.folder,
         )
-        with self._writing() as db:
-            if db.execute("SELECT 1 FROM versions WHERE name = ?", (name,)).fetchone():
-                raise AdapterExistsError(
-                    f"The name {name!r} is taken; delete it first, or choose another.", field="name"
-                )
+        with self._registry.writing():
             if not staged.folder.is_dir():
                 raise StorageError(f"{staged.folder} has vanished; register the adapter again.")
-            db.execute(f"INSERT INTO versions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            record = self._registry.add(record, replace=replace, promote=promote)
         self._let_go(staged.digest)
-        return self._record(row)
+        return record
 
     def discard(self, staged: StagedAdapter) -> None:
         """Drop a stage that will not be committed, with its files if nothing else uses them."""
@@ -214,67 +164,52 @@ class AdapterStore:
         self.remove_unused(staged.digest)
 
     def list(self) -> list[AdapterRecord]:
-        """All registered adapters, by name. Raises StorageError."""
-        with self._lock, _registry_errors():
-            rows = self._db.execute(f"SELECT {_COLUMNS} FROM versions ORDER BY name, version").fetchall()
-        return [self._record(row) for row in rows]
+        """All versions of all registered adapters, by name and version. Raises StorageError."""
+        return self._registry.all()
 
-    def get(self, name: str) -> AdapterRecord:
-        """The adapter of this name. Raises AdapterNotFoundError or StorageError."""
-        with self._lock, _registry_errors():
-            row = self._db.execute(
-                f"SELECT {_COLUMNS} FROM versions WHERE name = ? ORDER BY version DESC LIMIT 1", (name,)
-            ).fetchone()
-        if row is None:
-            raise AdapterNotFoundError(f"No adapter is named {name!r}.", field="name")
-        return self._record(row)
+    def get(self, name: str, version: int | None = None) -> AdapterRecord:
+        """A version of an adapter, or its current one. Raises AdapterNotFoundError or StorageError."""
+        return self._registry.get(name, version)
 
-    def delete(self, name: str, *, keep_files: bool = False) -> AdapterRecord:
-        """Forget the name, and remove its files unless another name uses them.
+    def promote(self, name: str, version: int | None) -> AdapterRecord:
+        """Make a version the current one; None is the one that was current before the last change.
+
+        Raises AdapterNotFoundError, AdapterError (there was none before) or StorageError.
+        """
+        with self._registry.writing():
+            return self._registry.promote(name, version)
+
+    def delete(
+        self, name: str, version: int | None = None, *, keep_files: bool = False
+    ) -> builtins.list[AdapterRecord]:
+        """Forget the name, or one version of it, and remove its files unless something else uses them.
 
         `keep_files` leaves them until `remove_unused`, for requests that still run on them. Raises
-        AdapterNotFoundError or StorageError.
+        AdapterNotFoundError, AdapterError (the version is the current one) or StorageError.
         """
-        record = self.get(name)
-        with self._writing() as db:
-            db.execute("DELETE FROM versions WHERE name = ?", (name,))
+        with self._registry.writing():
+            records = self._registry.delete(name, version)
         if not keep_files:
-            self.remove_unused(record.digest)
-        return record
+            for digest in {record.digest for record in records}:
+                self.remove_unused(digest)
+        return records
 
     def in_use(self, digest: str) -> bool:
         """Whether any name points to these files. Raises StorageError."""
-        with self._lock, _registry_errors():
-            found = self._db.execute("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", (digest,)).fetchone()
-        return found is not None
+        return self._registry.uses(digest)
 
     def remove_unused(self, digest: str) -> None:
         """Remove these files unless a name or a stage uses them. Raises StorageError."""
         # In a write transaction, so that no other process can commit a name for it in between. Moved aside
         # first: a kill in the middle of removing must not leave half an object in place.
-        with self._writing() as db:
-            used = db.execute("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", (digest,)).fetchone()
+        with self._registry.writing(), self._lock:
             folder = self._objects / digest
-            if used or self._held[digest] > 0 or not folder.is_dir():
+            if self._registry.uses(digest) or self._held[digest] > 0 or not folder.is_dir():
                 return
             with disk_errors(str(self._staging)):
                 aside = Path(tempfile.mkdtemp(dir=self._staging))
                 folder.replace(aside / digest)
         shutil.rmtree(aside, ignore_errors=True)
-
-    def _record(self, row: tuple[Any, ...]) -> AdapterRecord:
-        name, version, digest, base, source, created, info, metrics = row
-        return AdapterRecord(
-            name=name,
-            version=version,
-            digest=digest,
-            base=base,
-            source=source,
-            created=created,
-            info=json.loads(info),
-            metrics=json.loads(metrics) if metrics is not None else None,
-            folder=self._objects / digest,
-        )
 
     def _copy(self, files: Mapping[str, BinaryIO], scratch: Path) -> str:
         """Copy the wanted files and flush them to the disk; returns the digest of what was copied."""
@@ -303,7 +238,7 @@ class AdapterStore:
     def _place(self, scratch: Path, digest: str) -> Path:
         """Move a whole copy to its object's place, unless the same content is there already."""
         folder = self._objects / digest
-        with self._writing(), disk_errors(str(folder)):
+        with self._registry.writing(), self._lock, disk_errors(str(folder)):
             if not folder.is_dir():
                 scratch.replace(folder)
                 folder.chmod(0o755)
@@ -331,45 +266,6 @@ class AdapterStore:
             if folder.name not in named:
                 shutil.rmtree(folder, ignore_errors=True)
         fcntl.flock(self._lock_file, fcntl.LOCK_SH)
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction that excludes every other writer, in this process or another."""
-        with self._lock, _registry_errors():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-
-def _open_registry(path: Path) -> sqlite3.Connection:
-    with _registry_errors():
-        # Autocommit: transactions are begun and ended by hand, in `_writing`.
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            (found,) = db.execute("PRAGMA user_version").fetchone()
-            if found > _SCHEMA_VERSION:
-                raise StorageError(f"{path} was written by a newer OneBase (schema {found}); upgrade this one.")
-            if found < _SCHEMA_VERSION:
-                db.executescript(_SCHEMA)
-        except (sqlite3.Error, StorageError):
-            db.close()
-            raise
-    return db
-
-
-@contextmanager
-def _registry_errors() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise StorageError(f"The adapter registry failed: {error}.") from error
 
 
 def _check_listing(names: list[str]) -> None:

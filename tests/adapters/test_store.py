@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sqlite3
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,15 +14,18 @@ from typing import Any
 
 import pytest
 
+from onebase_adapters import registry as registry_module
 from onebase_adapters import store as store_module
 from onebase_adapters.errors import (
+    AdapterError,
     AdapterExistsError,
     AdapterFormatError,
     AdapterNotFoundError,
     AdapterPathError,
     StorageError,
 )
-from onebase_adapters.store import AdapterStore, check_name
+from onebase_adapters.registry import check_name
+from onebase_adapters.store import AdapterStore
 
 
 @pytest.fixture
@@ -90,6 +94,57 @@ def test_name_is_taken_until_deleted(store: AdapterStore, tmp_path: Path) -> Non
     store.delete("a")
     register(store, "a", tmp_path / "b")
     assert (store.get("a").folder / "adapter_model.safetensors").read_bytes() == b"other"
+
+
+def replace(store: AdapterStore, name: str, folder: Path, *, promote: bool = True) -> int:
+    return store.commit(name, store.stage(folder), {}, base="f00d", replace=True, promote=promote).version
+
+
+def versions(store: AdapterStore) -> dict[str, bool]:
+    return {f"{record.name}@{record.version}": record.current for record in store.list()}
+
+
+def test_versions_of_a_name(tmp_path: Path) -> None:
+    folders = [make_adapter(tmp_path / str(i), bytes([i])) for i in range(4)]
+    with closing(AdapterStore(tmp_path / "store")) as store:
+        assert replace(store, "a", folders[0]) == 1
+        assert replace(store, "a", folders[1]) == 2
+        assert replace(store, "a", folders[2], promote=False) == 3
+        assert versions(store) == {"a@1": False, "a@2": True, "a@3": False}
+        assert store.get("a") == store.get("a", 2)
+        assert store.promote("a", 3).current
+        assert store.promote("a", None).version == 2
+        assert store.promote("a", None).version == 3
+        assert store.promote("a", 3).version == 3
+        assert store.promote("a", None).version == 2
+    with closing(AdapterStore(tmp_path / "store")) as store:
+        assert versions(store) == {"a@1": False, "a@2": True, "a@3": False}
+        assert len(objects(tmp_path / "store")) == 3
+        with pytest.raises(AdapterError, match="promote another first"):
+            store.delete("a", 2)
+        (gone,) = store.delete("a", 3)
+        assert gone.version == 3
+        assert len(objects(tmp_path / "store")) == 2
+        with pytest.raises(AdapterError, match="no earlier version"):
+            store.promote("a", None)
+        assert replace(store, "a", folders[3]) == 4, "a number was given twice"
+        with pytest.raises(AdapterNotFoundError, match="It has: 1, 2, 4"):
+            store.get("a", 3)
+        with pytest.raises(AdapterNotFoundError):
+            store.promote("b", 1)
+        assert [record.version for record in store.delete("a")] == [1, 2, 4]
+        assert objects(tmp_path / "store") == []
+        assert replace(store, "a", folders[0]) == 1
+
+
+def test_a_registry_of_the_first_schema_is_taken_over(tmp_path: Path) -> None:
+    with closing(AdapterStore(tmp_path / "store")) as store:
+        register(store, "a", make_adapter(tmp_path / "a"))
+        record = store.get("a")
+    with closing(sqlite3.connect(tmp_path / "store" / "registry.sqlite3")) as db:
+        db.executescript("DROP TABLE names; PRAGMA user_version = 1;")
+    with closing(AdapterStore(tmp_path / "store")) as store:
+        assert store.list() == [record]
 
 
 def test_unknown_name(store: AdapterStore) -> None:
@@ -193,9 +248,9 @@ def test_a_newer_or_broken_registry_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken" / "registry.sqlite3").write_bytes(b"not a database" * 100)
     with pytest.raises(StorageError, match="registry failed"):
         AdapterStore(tmp_path / "broken")
-    store = AdapterStore(tmp_path / "newer")
-    store._db.execute("PRAGMA user_version = 99")
-    store.close()
+    AdapterStore(tmp_path / "newer").close()
+    with closing(sqlite3.connect(tmp_path / "newer" / "registry.sqlite3")) as db:
+        db.execute("PRAGMA user_version = 99")
     with pytest.raises(StorageError, match="newer OneBase"):
         AdapterStore(tmp_path / "newer")
 
@@ -231,14 +286,15 @@ def test_threads_may_share_it(store: AdapterStore, tmp_path: Path) -> None:
 
 
 def killed_at(point: int, work: Callable[[], None]) -> bool:
-    """Run `work` in a child that dies at the `point`-th call out of store.py; False once it ends before that."""
+    """Run `work` in a child that dies at the `point`-th call out of our files; False once it ends before that."""
+    ours = (store_module.__file__, registry_module.__file__)
     child = os.fork()
     if child == 0:
         left = point
 
         def count(frame: FrameType, event: str, _: object) -> None:
             nonlocal left
-            if event == "c_call" and frame.f_code.co_filename == store_module.__file__:
+            if event == "c_call" and frame.f_code.co_filename in ours:
                 left -= 1
                 if left == 0:
                     os._exit(9)

@@ -13,7 +13,8 @@ from onebase_adapters.errors import (
     AdapterNotFoundError,
     OneBaseError,
 )
-from onebase_adapters.store import AdapterRecord, AdapterStore, StagedAdapter, check_name
+from onebase_adapters.registry import AdapterRecord, check_name
+from onebase_adapters.store import AdapterStore, StagedAdapter
 from onebase_server.engine.client import EngineClient
 
 log = logging.getLogger(__name__)
