@@ -120,6 +120,10 @@ class Registry:
         """Every version, by name and version."""
         return self._read("ORDER BY name, version")
 
+    def versions(self, name: str) -> list[AdapterRecord]:
+        """The versions of a name, oldest first."""
+        return self._read("WHERE name = ? ORDER BY version", name)
+
     def get(self, name: str, version: int | None = None) -> AdapterRecord:
         """A version, or the current one. Raises AdapterNotFoundError."""
         if version is None:
@@ -128,7 +132,7 @@ class Registry:
             found = self._read("WHERE name = ? AND version = ?", name, version)
         if found:
             return found[0]
-        versions = [str(record.version) for record in self._read("WHERE name = ? ORDER BY version", name)]
+        versions = [str(record.version) for record in self.versions(name)]
         if not versions:
             raise AdapterNotFoundError(f"No adapter is named {name[:160]!r}.", field="name")
         raise AdapterNotFoundError(
@@ -192,7 +196,7 @@ class Registry:
 
         Raises AdapterNotFoundError, or AdapterError."""
         if version is None:
-            gone = self._read("WHERE name = ?", name)
+            gone = self.versions(name)
             if not gone:
                 raise AdapterNotFoundError(f"No adapter is named {name[:160]!r}.", field="name")
             self._db.execute("DELETE FROM versions WHERE name = ?", (name,))

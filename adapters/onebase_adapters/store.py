@@ -167,6 +167,10 @@ class AdapterStore:
         """All versions of all registered adapters, by name and version. Raises StorageError."""
         return self._registry.all()
 
+    def versions(self, name: str) -> builtins.list[AdapterRecord]:
+        """The versions of a name, oldest first; none if it does not exist. Raises StorageError."""
+        return self._registry.versions(name)
+
     def get(self, name: str, version: int | None = None) -> AdapterRecord:
         """A version of an adapter, or its current one. Raises AdapterNotFoundError or StorageError."""
         return self._registry.get(name, version)

@@ -69,6 +69,8 @@ async def test_the_adapter_object(
         "id": "team/a",
         "object": "adapter",
         "version": 1,
+        "current": True,
+        "versions": [1],
         "digest": digest,
         "base": "f00d",
         "source": str(folder),

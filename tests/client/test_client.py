@@ -71,6 +71,25 @@ def test_upload(client: OneBase, tmp_path: Path, new_adapter: Make, services: An
     assert client.adapters.register("b", upload=str(packed)).digest == made.digest
 
 
+def test_versions(client: OneBase, adapter_root: Path, tmp_path: Path, new_adapter: Make, engine: Any) -> None:
+    for number in range(1, 4):
+        new_adapter(adapter_root / str(number), bytes([number]))
+    one = client.adapters.register("a", path="1")
+    two = client.adapters.register("a", path="2", replace=True)
+    three = client.adapters.add_version("a", upload=adapter_root / "3", promote=False)
+    assert (two.version, two.current, three.version, three.current) == (2, True, 3, False)
+    assert client.adapters.get("a@1").digest == one.digest
+    client.complete("x", model="a@3")
+    assert engine.requests[-1].adapter == three.digest
+    assert client.adapters.promote("a", 3).version == 3
+    assert client.adapters.rollback("a").version == 2
+    client.adapters.delete("a@3")
+    assert client.adapters.get("a").versions == [1, 2]
+    assert client.adapters.register("a", upload=adapter_root / "3", replace=True).version == 4
+    with pytest.raises(NotFoundError):
+        client.adapters.promote("a", 3)
+
+
 def test_what_is_wrong_before_anything_is_sent(client: OneBase, tmp_path: Path) -> None:
     with pytest.raises(AdapterRefusedError, match=r"no adapter_config\.json"):
         client.adapters.register("a", upload=tmp_path)
@@ -145,6 +164,10 @@ async def test_the_async_client(
         assert all(answer.choices[0].finish_reason == "stop" for answer in answers)
         pieces = [piece async for piece in client.chat_stream(USER)]
         assert pieces[-1].usage is not None
+        assert (await client.adapters.register("a", upload=tmp_path / "b", replace=True)).version == 2
+        assert (await client.adapters.add_version("a", path="a")).version == 3
+        assert (await client.adapters.promote("a", 1)).version == 1
+        assert (await client.adapters.rollback("a")).version == 3
         await client.adapters.delete("b")
         with pytest.raises(NotFoundError):
             await client.adapters.get("b")

@@ -3,7 +3,7 @@ and the asynchronous client differ in nothing but the waiting."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 from urllib.parse import quote
@@ -35,7 +35,6 @@ class Call(Generic[T]):
     """Whether it takes the admin key."""
     repeatable: bool = True
     """Whether it may be sent again after a connection broke, when nobody knows what became of it."""
-    headers: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def files(self) -> Iterator[Files | None]:
@@ -43,6 +42,22 @@ class Call(Generic[T]):
         with ExitStack() as stack:
             opened: Files = [("files", (path.name, stack.enter_context(path.open("rb")))) for path in self.uploads]
             yield opened or None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter's files are: a path on the server, or a folder or zip here."""
+
+    path: str | None
+    upload: Path | None
+
+    @classmethod
+    def of(cls, path: str | None, upload: Path | str | None) -> "Source":
+        if (path is None) == (upload is None):
+            raise InvalidRequestError(
+                "Give either path (a folder on the server) or upload (one here).", param="path"
+            )
+        return cls(path, None if upload is None else Path(upload))
 
 
 def _model(kind: type[M]) -> Callable[[Any], M]:
@@ -71,22 +86,26 @@ def _nothing(_: Any) -> None:
     return None
 
 
-def register(name: str, path: str | None, upload: Path | str | None) -> Call[models.Adapter]:
-    if (path is None) == (upload is None):
-        raise InvalidRequestError("Give either path (a folder on the server) or upload (one here).", param="path")
+def register(name: str, source: Source, replace: bool) -> Call[models.Adapter]:
+    return _registration("/v1/adapters", {"name": name, "replace": replace or None}, source)
+
+
+def add_version(name: str, source: Source, promote: bool) -> Call[models.Adapter]:
+    return _registration(f"{_adapter_path(name)}/versions", {"promote": promote}, source)
+
+
+def _registration(path: str, fields: Mapping[str, Any], source: Source) -> Call[models.Adapter]:
     read = _model(models.Adapter)
-    if upload is None:
-        body = {"name": name, "path": path}
-        return Call("POST", "/v1/adapters", read, json=body, admin=True, repeatable=False)
-    return Call(
-        "POST",
-        "/v1/adapters",
-        read,
-        form={"name": name},
-        uploads=_files_of(Path(upload)),
-        admin=True,
-        repeatable=False,
-    )
+    if source.upload is None:
+        body = {**fields, "path": source.path}
+        return Call("POST", path, read, json=body, admin=True, repeatable=False)
+    form = {name: _text(value) for name, value in fields.items() if value is not None}
+    files = _files_of(source.upload)
+    return Call("POST", path, read, form=form, uploads=files, admin=True, repeatable=False)
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -108,6 +127,17 @@ def list_adapters() -> Call[list[models.Adapter]]:
 
 def get_adapter(name: str) -> Call[models.Adapter]:
     return Call("GET", _adapter_path(name), _model(models.Adapter), admin=True)
+
+
+def promote(name: str, version: int) -> Call[models.Adapter]:
+    return Call(
+        "POST", f"{_adapter_path(name)}/promote", _model(models.Adapter), json={"version": version}, admin=True
+    )
+
+
+def rollback(name: str) -> Call[models.Adapter]:
+    path = f"{_adapter_path(name)}/rollback"
+    return Call("POST", path, _model(models.Adapter), admin=True, repeatable=False)
 
 
 def delete_adapter(name: str) -> Call[None]:

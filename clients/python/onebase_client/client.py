@@ -134,21 +134,49 @@ class Adapters:
     def __init__(self, client: OneBase) -> None:
         self._client = client
 
-    def register(self, name: str, *, path: str | None = None, upload: Path | str | None = None) -> models.Adapter:
+    def register(
+        self,
+        name: str,
+        *,
+        path: str | None = None,
+        upload: Path | str | None = None,
+        replace: bool = False,
+    ) -> models.Adapter:
         """Make an adapter servable as `model=name`: from `path`, a folder below the server's adapter root, or by
-        uploading a folder (or zip) of this machine. Raises AdapterRefusedError, AdapterExistsError."""
-        return self._client._call(calls.register(name, path, upload))
+        uploading a folder (or zip) of this machine. `replace` makes a new version of a name that is taken. Raises
+        AdapterRefusedError, AdapterExistsError."""
+        return self._client._call(calls.register(name, calls.Source.of(path, upload), replace))
+
+    def add_version(
+        self,
+        name: str,
+        *,
+        path: str | None = None,
+        upload: Path | str | None = None,
+        promote: bool = True,
+    ) -> models.Adapter:
+        """A new version of an adapter. Without `promote` the name goes on to mean the current one; try the new
+        one as `model="name@version"`. Raises AdapterRefusedError, NotFoundError."""
+        return self._client._call(calls.add_version(name, calls.Source.of(path, upload), promote))
+
+    def promote(self, name: str, version: int) -> models.Adapter:
+        """Make a version the one that the name means. Raises NotFoundError."""
+        return self._client._call(calls.promote(name, version))
+
+    def rollback(self, name: str) -> models.Adapter:
+        """Go back to the version that was current before the last change. Raises NotFoundError."""
+        return self._client._call(calls.rollback(name))
 
     def list(self) -> list[models.Adapter]:
-        """All that are registered."""
+        """The current version of all that are registered."""
         return self._client._call(calls.list_adapters())
 
     def get(self, name: str) -> models.Adapter:
-        """One. Raises NotFoundError."""
+        """A name's current version, or a `name@version`. Raises NotFoundError."""
         return self._client._call(calls.get_adapter(name))
 
     def delete(self, name: str) -> None:
-        """Take the name away; what runs under it finishes. Raises NotFoundError."""
+        """Take a name, or a `name@version`, away; what runs under it finishes. Raises NotFoundError."""
         self._client._call(calls.delete_adapter(name))
 
 
@@ -263,10 +291,34 @@ class AsyncAdapters:
         self._client = client
 
     async def register(
-        self, name: str, *, path: str | None = None, upload: Path | str | None = None
+        self,
+        name: str,
+        *,
+        path: str | None = None,
+        upload: Path | str | None = None,
+        replace: bool = False,
     ) -> models.Adapter:
         """See `Adapters.register`."""
-        return await self._client._call(calls.register(name, path, upload))
+        return await self._client._call(calls.register(name, calls.Source.of(path, upload), replace))
+
+    async def add_version(
+        self,
+        name: str,
+        *,
+        path: str | None = None,
+        upload: Path | str | None = None,
+        promote: bool = True,
+    ) -> models.Adapter:
+        """See `Adapters.add_version`."""
+        return await self._client._call(calls.add_version(name, calls.Source.of(path, upload), promote))
+
+    async def promote(self, name: str, version: int) -> models.Adapter:
+        """See `Adapters.promote`."""
+        return await self._client._call(calls.promote(name, version))
+
+    async def rollback(self, name: str) -> models.Adapter:
+        """See `Adapters.rollback`."""
+        return await self._client._call(calls.rollback(name))
 
     async def list(self) -> list[models.Adapter]:
         """See `Adapters.list`."""

@@ -32,6 +32,10 @@ class Adapter(_Answer):
     id: str
     """Its name: what requests give as `model`."""
     version: int
+    current: bool = True
+    """Whether the name alone means this version."""
+    versions: list[int] = []
+    """All that there are; requests can give `name@version`."""
     digest: str
     """Of its files' contents."""
     base: str

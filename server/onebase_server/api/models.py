@@ -22,14 +22,14 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/models/{name:path}", summary="One model")
 async def get_model(name: str, request: Request) -> dict[str, Any]:
-    """404 if it does not exist or is not served."""
+    """404 if it does not exist or is not served; `name@version` is one version of an adapter."""
     services = services_of(request)
     if name == services.settings.base_name:
         return _base(services)
     entry = services.adapters.get(name)
     if entry.problem is not None:
         raise AdapterNotFoundError(f"The adapter {name!r} is not served: {entry.problem}", field="model")
-    return _adapter(services, entry)
+    return {**_adapter(services, entry), "id": name}
 
 
 def _base(services: Services) -> dict[str, Any]:

@@ -1,0 +1,37 @@
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them, for the gateways made for it."""
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import PlainTextResponse
+
+from onebase_adapters.errors import AdapterExistsError
+from onebase_server.api.adapter_sources import from_path
+from onebase_server.api.auth import require_admin
+from onebase_server.api.errors import InvalidRequestError
+from onebase_server.api.schemas import LoadLoraRequest, UnloadLoraRequest
+from onebase_server.api.services import services_of
+
+router = APIRouter(prefix="/v1", tags=["adapters"], dependencies=[Depends(require_admin)])
+
+
+@router.post("/load_lora_adapter", summary="Register an adapter (vLLM's call)", response_class=PlainTextResponse)
+async def load_lora_adapter(body: LoadLoraRequest, request: Request) -> str:
+    """As POST /v1/adapters with a path; `load_inplace` makes a new version of a name that is taken."""
+    services = services_of(request)
+    stage = from_path(services.store, services.settings.adapter_root, body.lora_path)
+    try:
+        await services.adapters.register(body.lora_name, stage, replace=bool(body.load_inplace))
+    except AdapterExistsError as error:
+        # vLLM's status and words: gateways look for them.
+        raise InvalidRequestError(
+            f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter in "
+            "place, set 'load_inplace' to True.",
+            field="lora_name",
+        ) from error
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+@router.post("/unload_lora_adapter", summary="Delete an adapter (vLLM's call)", response_class=PlainTextResponse)
+async def unload_lora_adapter(body: UnloadLoraRequest, request: Request) -> str:
+    """As DELETE /v1/adapters/{name}."""
+    await services_of(request).adapters.delete(body.lora_name)
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
