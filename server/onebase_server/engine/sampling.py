@@ -15,6 +15,11 @@ from onebase_server.engine.request import SamplingParams, TokenLogprobs
 from onebase_server.engine.sequence import Sequence
 
 
+_LEAST_TEMPERATURE = 1e-5
+_SORTED = (256, 4096)
+"""How many of the most likely tokens are sorted, before all of them are."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A row's chosen token, with logprobs if they were asked for."""
@@ -26,21 +31,33 @@ class Choice:
 
 def sample(scores: Scores, rows: Rows[int], sequences: Rows[Sequence]) -> list[Choice]:
     """Choose a next token for each of `sequences`, whose scores are in the row of the same place."""
-    choices = [Choice(-1)] * len(sequences)
-    greedy = [place for place, sequence in enumerate(sequences) if _is_plain_greedy(sequence)]
-    if greedy:
-        for place, token in zip(greedy, scores.best([rows[p] for p in greedy]), strict=True):
-            choices[place] = Choice(token)
-    others = [place for place, sequence in enumerate(sequences) if not _is_plain_greedy(sequence)]
-    if others:
-        logits = scores.logits([rows[p] for p in others]).float()
-        for place, choice in zip(others, _draw(logits, [sequences[p] for p in others]), strict=True):
-            choices[place] = choice
-    return choices
+    tokens = [-1] * len(sequences)
+    best = [place for place, sequence in enumerate(sequences) if _takes_best(sequence)]
+    if best:
+        for place, token in zip(best, scores.best([rows[p] for p in best]), strict=True):
+            tokens[place] = token
+    watched = [p for p, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
+    drawn = [place for place, sequence in enumerate(sequences) if not _takes_best(sequence)]
+    needed = sorted({*watched, *drawn})
+    if not needed:
+        return [Choice(token) for token in tokens]
+    logits = scores.logits([rows[p] for p in needed]).float()
+    row_of = {place: row for row, place in enumerate(needed)}
+    if drawn:
+        raw = logits[[row_of[p] for p in drawn]]
+        for place, token in zip(drawn, _draw(raw, [sequences[p] for p in drawn]), strict=True):
+            tokens[place] = token
+    found: dict[int, TokenLogprobs] = {}
+    watched = [p for p in watched if tokens[p] >= 0]
+    if watched:
+        tops = [sequences[p].request.sampling.logprobs or 0 for p in watched]
+        described = describe(logits[[row_of[p] for p in watched]], [tokens[p] for p in watched], tops)
+        found = dict(zip(watched, described, strict=True))
+    return [Choice(token, found.get(place)) for place, token in enumerate(tokens)]
 
 
-def _draw(raw: torch.Tensor, sequences: Rows[Sequence]) -> list[Choice]:
-    """Choose from raw logits [n, vocab], float32."""
+def _draw(raw: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """Choose from raw logits [n, vocab], float32; -1 where they are not finite."""
     scores = raw
     if any(_changes_scores(s) for s in sequences):
         scores = raw.clone()
@@ -49,15 +66,7 @@ def _draw(raw: torch.Tensor, sequences: Rows[Sequence]) -> list[Choice]:
     chosen = _choose(scores, [s.request.sampling for s in sequences], [_uniform(s) for s in sequences])
     # Not the penalised scores: those are -inf on purpose here and there.
     tokens: list[int] = torch.where(raw.max(-1).values.isfinite(), chosen, -1).tolist()
-    wanted = [
-        row for row, s in enumerate(sequences) if s.request.sampling.logprobs is not None and tokens[row] >= 0
-    ]
-    found: dict[int, TokenLogprobs] = {}
-    if wanted:
-        tops = [sequences[row].request.sampling.logprobs or 0 for row in wanted]
-        described = describe(raw[wanted], [tokens[row] for row in wanted], tops)
-        found = dict(zip(wanted, described, strict=True))
-    return [Choice(token, found.get(row)) for row, token in enumerate(tokens)]
+    return tokens
 
 
 def describe(logits: torch.Tensor, tokens: Rows[int], tops: Rows[int]) -> list[TokenLogprobs]:
@@ -74,9 +83,8 @@ def describe(logits: torch.Tensor, tokens: Rows[int], tops: Rows[int]) -> list[T
     ]
 
 
-def _is_plain_greedy(sequence: Sequence) -> bool:
-    sampling = sequence.request.sampling
-    return sampling.temperature == 0 and sampling.logprobs is None and not _changes_scores(sequence)
+def _takes_best(sequence: Sequence) -> bool:
+    return sequence.request.sampling.temperature == 0 and not _changes_scores(sequence)
 
 
 def _changes_scores(sequence: Sequence) -> bool:
@@ -127,11 +135,9 @@ def _choose(scores: torch.Tensor, settings: Rows[SamplingParams], uniforms: Rows
         probabilities = _tempered(scores, open_rows, settings).softmax(-1)
         tokens[open_rows] = _invert(probabilities, [uniforms[r] for r in open_rows])
     if filtered:
-        chosen = [settings[r] for r in filtered]
         probabilities = _tempered(scores, filtered, settings).softmax(-1)
-        kept, order = _filter(probabilities, chosen)
-        places = _invert(kept, [uniforms[r] for r in filtered])
-        tokens[filtered] = order.gather(1, places[:, None])[:, 0]
+        chosen = _filtered(probabilities, [settings[r] for r in filtered], [uniforms[r] for r in filtered])
+        tokens[filtered] = torch.tensor(chosen, device=scores.device)
     return tokens
 
 
@@ -140,31 +146,55 @@ def _filters(sampling: SamplingParams) -> bool:
 
 
 def _tempered(scores: torch.Tensor, rows: Rows[int], settings: Rows[SamplingParams]) -> torch.Tensor:
-    temperatures = torch.tensor([[settings[r].temperature] for r in rows], device=scores.device)
-    return scores[list(rows)] / temperatures
+    # Below that, dividing overflows, and the best has all the probability long before.
+    temperatures = [[max(settings[r].temperature, _LEAST_TEMPERATURE)] for r in rows]
+    return scores[list(rows)] / torch.tensor(temperatures, device=scores.device)
 
 
-def _filter(probabilities: torch.Tensor, settings: Rows[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities with the filtered ones set to 0, most likely first, and their token ids; [n, k] each.
+def _filtered(probabilities: torch.Tensor, settings: Rows[SamplingParams], uniforms: Rows[float]) -> list[int]:
+    """Draw from [n, vocab] what min_p, then top_k, then top_p of the rest leave, as vLLM applies them.
 
-    Only the k most likely are sorted as long as the filters are sure to end among them: sorting a whole
-    vocabulary costs more than the rest of a small model's step.
+    Only the most likely are sorted as long as a row's filters are sure to end among them: sorting a whole
+    vocabulary costs more than the rest of a small model's step. How many is a row's own matter, because the
+    order of equals may depend on it.
     """
-    device = probabilities.device
     vocab = probabilities.shape[-1]
+    tokens = [-1] * len(settings)
+    left = list(range(len(settings)))
+    for size in (*(s for s in _SORTED if s < vocab), vocab):
+        rows = [r for r in left if min(settings[r].top_k, vocab) <= size]
+        if not rows:
+            continue
+        kept, order = _filter(probabilities[rows], [settings[r] for r in rows], size)
+        places = _invert(kept, [uniforms[r] for r in rows])
+        ended: list[bool] = (kept[:, -1] == 0).tolist()
+        chosen: list[int] = order.gather(1, places[:, None])[:, 0].tolist()
+        for row, token, over in zip(rows, chosen, ended, strict=True):
+            if over or size == vocab:
+                tokens[row] = token
+                left.remove(row)
+    return tokens
+
+
+def _filter(
+    probabilities: torch.Tensor, settings: Rows[SamplingParams], size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `size` largest probabilities, filtered ones set to 0, most likely first, and their token ids; [n, size]
+    each. No top_k is above `size`."""
+    device = probabilities.device
     top_p = torch.tensor([[s.top_p] for s in settings], device=device)
-    top_k = torch.tensor([[s.top_k or vocab] for s in settings], device=device)
+    top_k = torch.tensor([[s.top_k or probabilities.shape[-1]] for s in settings], device=device)
     min_p = torch.tensor([[s.min_p] for s in settings], device=device)
-    size = min(vocab, 256)
-    while True:
-        ordered, order = probabilities.topk(size, dim=-1)
-        before = ordered.cumsum(-1) - ordered
-        ranks = torch.arange(size, device=device)[None]
-        keep = (before < top_p) & (ranks < top_k) & (ordered >= min_p * ordered[:, :1])
-        keep[:, 0] = True
-        if size == vocab or not bool(keep[:, -1].any()):
-            return ordered * keep, order
-        size = min(vocab, size * 16)
+    ordered, order = probabilities.topk(size, dim=-1)
+    floor = min_p * ordered[:, :1]
+    ranks = torch.arange(size, device=device)[None]
+    kept = ordered * ((ranks < top_k) & (ordered >= floor))
+    # Of a nucleus that top_k does not bound, some may lie beyond the largest.
+    everything = (probabilities * (probabilities >= floor)).sum(-1, keepdim=True)
+    mass = torch.where(top_k > size, everything, kept.sum(-1, keepdim=True))
+    inside = (kept.cumsum(-1) - kept < top_p * mass) | (top_p >= 1)
+    inside[:, 0] = True
+    return kept * inside, order
 
 
 def _invert(probabilities: torch.Tensor, uniforms: Rows[float]) -> torch.Tensor:
