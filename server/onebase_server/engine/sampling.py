@@ -14,7 +14,6 @@ from onebase_adapters.model.head import Scores
 from onebase_server.engine.request import SamplingParams, TokenLogprobs
 from onebase_server.engine.sequence import Sequence
 
-
 _LEAST_TEMPERATURE = 1e-5
 _SORTED = (256, 4096)
 """How many of the most likely tokens are sorted, before all of them are."""
