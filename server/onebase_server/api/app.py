@@ -30,5 +30,5 @@ def create_app(services: Services) -> FastAPI:
     def body_limit(path: str) -> int:
         return settings.max_upload_bytes if path.startswith("/v1/adapters") else settings.max_body_bytes
 
-    app.add_middleware(RequestGuard, body_limit=body_limit)
+    app.add_middleware(RequestGuard, body_limit=body_limit, answered=services.metrics.answered)
     return app

@@ -124,4 +124,4 @@ async def _prepare(services: Services, body: ChatRequest, tenant: str) -> _Chat:
         "model": target.name,
         "system_fingerprint": services.engine.info.fingerprint,
     }
-    return _Chat(services, body, envelope, make_choices(services, body, request, body.n or 1, 0))
+    return _Chat(services, body, envelope, make_choices(services, body, target, request, body.n or 1, 0))

@@ -7,7 +7,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from onebase_server.api.directory import Target
 from onebase_server.api.errors import GenerationError, generation_error
+from onebase_server.api.metrics import SequenceTimer
 from onebase_server.api.schemas import Generation
 from onebase_server.api.services import Services
 from onebase_server.engine.client import EngineClient
@@ -28,12 +30,14 @@ class Choice:
         "request",
         "stop_reason",
         "text",
+        "timer",
     )
 
-    def __init__(self, index: int, request: EngineRequest, text: OutputText) -> None:
+    def __init__(self, index: int, request: EngineRequest, text: OutputText, timer: SequenceTimer) -> None:
         self.index = index
         self.request = request
         self.text = text
+        self.timer = timer
         self.completion_tokens = 0
         """All that were generated for it: those that a stop string cut off, and the end-of-sequence token, too."""
         self.cached_tokens = 0
@@ -78,9 +82,10 @@ Show = Callable[[Choice, str], Awaitable[None]]
 
 
 def make_choices(
-    services: Services, body: Generation, request: EngineRequest, count: int, first_index: int
+    services: Services, body: Generation, target: Target, request: EngineRequest, count: int, first_index: int
 ) -> list[Choice]:
-    """`count` sequences of one prompt. Of a seed each has its own, so that they differ and can be had again."""
+    """`count` sequences of one prompt, under `target`. Of a seed each has its own, so that they differ and can be
+    had again."""
     choices = []
     for index in range(first_index, first_index + count):
         sampling = request.sampling
@@ -93,7 +98,8 @@ def make_choices(
             min_tokens=sampling.min_tokens,
         )
         own = replace(request, id=f"{request.id}-{index}", sampling=sampling)
-        choices.append(Choice(index, own, text))
+        timer = services.metrics.sequence(target.name, len(request.prompt))
+        choices.append(Choice(index, own, text, timer))
     return choices
 
 
@@ -118,13 +124,17 @@ async def run_all(engine: EngineClient, choices: Sequence[Choice], show: Show) -
 
 async def _run(engine: EngineClient, choice: Choice, show: Show) -> None:
     # Leaving the block early closes the generator, and so aborts what the engine still does for it.
-    async with aclosing(engine.generate(choice.request)) as outputs:
-        async for output in outputs:
-            text = choice.take(output)
-            await show(choice, text)
-            if choice.finish_reason is not None:
-                return
-    raise GenerationError("The engine ended the request without saying why.", kind="internal")
+    with choice.timer as timer:
+        async with aclosing(engine.generate(choice.request)) as outputs:
+            async for output in outputs:
+                if output.tokens:
+                    timer.got(len(output.tokens))
+                text = choice.take(output)
+                await show(choice, text)
+                if choice.finish_reason is not None:
+                    timer.end(choice.finish_reason)
+                    return
+        raise GenerationError("The engine ended the request without saying why.", kind="internal")
 
 
 def usage_of(groups: Sequence[Sequence[Choice]]) -> dict[str, Any]:

@@ -179,7 +179,7 @@ async def _prepare(services: Services, body: CompletionRequest, tenant: str) -> 
         check_prompt(services, tokens, field=field)
         fit(services, target, len(tokens), generated, field=field)
         request = EngineRequest(request_id, tuple(tokens), params, target.adapter, tenant, body.priority or 0)
-        groups.append(make_choices(services, body, request, count, number * count))
+        groups.append(make_choices(services, body, target, request, count, number * count))
         echoed.append(_echo(services, body, prompt))
     envelope = {
         "id": request_id,

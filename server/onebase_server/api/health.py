@@ -1,11 +1,12 @@
-"""GET /health, /ping and /version: for load balancers and for people."""
+"""GET /health, /ping, /version and /metrics: for load balancers, for people and for Prometheus."""
 
 from importlib.metadata import version
 from typing import Any
 
 import msgspec
+import prometheus_client
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from onebase_server.api.services import services_of
 
@@ -27,6 +28,14 @@ async def health(request: Request) -> Response:
         "engine": msgspec.to_builtins(stats),
     }
     return JSONResponse(details)
+
+
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+async def get_metrics(request: Request) -> Response:
+    """In its text format."""
+    services = services_of(request)
+    encode, content_type = prometheus_client.exposition.choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(services.metrics.registry), headers={"content-type": content_type})
 
 
 @router.get("/version", summary="Version of the server")

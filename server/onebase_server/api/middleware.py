@@ -19,10 +19,14 @@ _GIVEN_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 class RequestGuard:
     """Pure ASGI: what it adds to a streamed chunk is one function call."""
 
-    def __init__(self, app: ASGIApp, *, body_limit: Callable[[str], int]) -> None:
-        """`body_limit` gives the most bytes of a body by the request's path."""
+    def __init__(
+        self, app: ASGIApp, *, body_limit: Callable[[str], int], answered: Callable[[str, str, int], None]
+    ) -> None:
+        """`body_limit` gives the most bytes of a body by the request's path; `answered` is told of each answer:
+        its route, method and status."""
         self._app = app
         self._body_limit = body_limit
+        self._answered = answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,6 +41,8 @@ class RequestGuard:
             nonlocal started
             if not started:
                 started = True
+                route = getattr(scope.get("route"), "path", "unmatched")
+                self._answered(route, scope["method"], message["status"])
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
             await send(message)
 

@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from onebase_adapters.store import AdapterStore
 from onebase_server.api.directory import AdapterDirectory
+from onebase_server.api.metrics import Metrics
 from onebase_server.engine.client import EngineClient
 from onebase_server.text.tokenizer import TextCodec
 
@@ -27,6 +28,8 @@ class ApiSettings:
     """Without any, inference is open."""
     max_body_bytes: int = 32 << 20
     max_upload_bytes: int = 4 << 30
+    metric_adapters: int = 100
+    """Adapters with a label of their own in the metrics."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Services:
     codec: TextCodec
     store: AdapterStore
     adapters: AdapterDirectory
+    metrics: Metrics
     settings: ApiSettings
     started: int
     """Seconds since the epoch."""
@@ -45,7 +49,8 @@ class Services:
     def over(cls, engine: EngineClient, codec: TextCodec, store: AdapterStore, settings: ApiSettings) -> Self:
         """The services over these parts. The adapters are still to be loaded: `adapters.load_all()`."""
         adapters = AdapterDirectory(engine, store, settings.base_name)
-        return cls(engine, codec, store, adapters, settings, int(time.time()))
+        metrics = Metrics(engine, adapters, settings.base_name, most_adapters=settings.metric_adapters)
+        return cls(engine, codec, store, adapters, metrics, settings, int(time.time()))
 
     @property
     def longest(self) -> int:

@@ -87,6 +87,7 @@ class Engine:
             cache_bytes=blocks * BLOCK * token_bytes,
             eos_token_ids=tuple(sorted(self._eos)),
             load_seconds=time.perf_counter() - started,
+            max_adapters=config.max_adapters,
         )
 
     @property

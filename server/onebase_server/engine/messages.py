@@ -64,6 +64,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     cache_bytes: int
     eos_token_ids: tuple[int, ...]
     load_seconds: float
+    max_adapters: int = 0
+    """Adapters that can be resident at once."""
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):

@@ -272,6 +272,7 @@ class ProcessEngine:
 
     async def _bury(self) -> None:
         """End everything that the dead process owed."""
+        self._stats = _EMPTY_STATS
         if self._writer is not None:
             self._writer.close()
             with suppress(ConnectionError):

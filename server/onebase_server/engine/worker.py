@@ -63,6 +63,8 @@ class Worker:
         self._unloading: list[UnloadAdapter] = []
         self._deadline: float | None = None
         self._refused: list[Output] = []
+        self._aborted = False
+        """Whether a request was aborted since the last step: it has no output to carry the news in the stats."""
 
     def run(self) -> None:
         """Serve until drained or hung up."""
@@ -74,8 +76,9 @@ class Worker:
             self._refused = []
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 outputs += self._engine.abort_all()
-            if outputs:
+            if outputs or self._aborted:
                 self.send(Outputs(tuple(outputs), self._engine.stats()))
+                self._aborted = False
             self._answer_loads()
             self._unload_unused()
             if self._deadline is not None and not self._engine.busy:
@@ -115,6 +118,7 @@ class Worker:
                     self._refused.append(refused)
             case Abort(request_id):
                 self._engine.abort(request_id)
+                self._aborted = True
             case LoadAdapter(_, digest, folder):
                 self._loading.append((command, self._engine.read_adapter(digest, folder)))
             case UnloadAdapter():
