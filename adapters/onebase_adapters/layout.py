@@ -36,3 +36,7 @@ class Layout:
             tokens += virtual
             tokens += prompt[at : at + 1]
         return tokens
+
+
+NO_LAYOUT = Layout()
+"""Of the base, and of adapters without virtual tokens."""

@@ -6,13 +6,14 @@ the output, and Shift, in this order.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 
 from onebase_adapters.layout import Layout
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "identity"]
+Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 @dataclass(frozen=True)

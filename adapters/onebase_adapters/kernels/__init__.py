@@ -13,6 +13,8 @@ import torch
 
 from onebase_adapters.batch import Batch, Owners
 from onebase_adapters.kernels import reference
+from onebase_adapters.kernels.affine_table import Vectors
+from onebase_adapters.kernels.bottleneck_table import BottleneckTable
 from onebase_adapters.kernels.table import LowRankTable
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,16 @@ class Kernels(Protocol):
 
     def add_low_rank(self, x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRankTable) -> None:
         """See `reference.add_low_rank`. x and y contiguous."""
+        ...
+
+    def affine_rows(self, y: torch.Tensor, owners: Owners, scales: Vectors, shifts: Vectors) -> None:
+        """See `reference.affine_rows`. y contiguous."""
+        ...
+
+    def add_bottleneck(
+        self, x: torch.Tensor, y: torch.Tensor, owners: Owners, table: BottleneckTable, *, parallel: bool
+    ) -> None:
+        """See `reference.add_bottleneck`. x and y contiguous."""
         ...
 
     def write_kv(

@@ -1,12 +1,18 @@
 """The kernels' definitions in plain torch: what the fast ones are tested against, and what runs where none is."""
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from onebase_adapters.batch import Batch, Owners
+from onebase_adapters.kernels.affine_table import Vectors
 from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.bottleneck_table import BottleneckTable
 from onebase_adapters.kernels.table import LowRankTable
 from onebase_adapters.kernels.tiles import query_tiles
+from onebase_adapters.primitives import Activation
 
 TILE_ROWS = 16
 TRANSPOSED_A = False
@@ -33,6 +39,44 @@ def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRan
                 delta = inputs @ update.a.float().t() @ update.b.float().t() * update.scale
                 first, last = int(table.columns[site]), int(table.columns[site + 1])
                 y[rows, first:last] = (y[rows, first:last].float() + delta).to(y.dtype)
+
+
+def affine_rows(y: torch.Tensor, owners: Owners, scales: Vectors, shifts: Vectors) -> None:
+    """y[t] = y[t] * scale + shift, in place, with the vectors [width] of row t's slot, where it has them."""
+    slots = torch.as_tensor(owners.slots, device=y.device)
+    for slot in scales.by_slot.keys() | shifts.by_slot.keys():
+        rows = torch.nonzero(slots == slot).flatten()
+        if slot in scales.by_slot:
+            y[rows] = (y[rows].float() * scales.by_slot[slot]).to(y.dtype)
+        if slot in shifts.by_slot:
+            y[rows] = (y[rows].float() + shifts.by_slot[slot]).to(y.dtype)
+
+
+_ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def add_bottleneck(
+    x: torch.Tensor, y: torch.Tensor, owners: Owners, table: BottleneckTable, *, parallel: bool
+) -> None:
+    """y[t] += scale * up(activation(down(s[t]))), biases included, with the weights of row t's slot.
+
+    Of the table's sequential parts with s = y, or of its parallel ones with s = x. x, y [T, hidden].
+    """
+    slots = torch.as_tensor(owners.slots, device=y.device)
+    source = x if parallel else y
+    for slot, part in table.parts.items():
+        rows = torch.nonzero(slots == slot).flatten()
+        if len(rows) and part.parallel == parallel:
+            hidden = F.linear(source[rows].float(), part.down.float(), part.down_bias)
+            delta = F.linear(_ACTIVATIONS[part.activation](hidden), part.up.float(), part.up_bias)
+            y[rows] = (y[rows].float() + part.scale * delta).to(y.dtype)
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Batch) -> None:

@@ -1,11 +1,11 @@
 """Bottleneck adapters: Houlsby et al. 2019 (behind attention and FFN), Pfeiffer et al. 2021 (behind the FFN),
 parallel (He et al. 2022, beside the FFN). PEFT has no format for them; ours has its two files, see `lower`."""
 
-from typing import Any, get_args
+from typing import Any
 
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
 from onebase_adapters.methods.source import Lowered, Source
-from onebase_adapters.primitives import Activation, Bottleneck
+from onebase_adapters.primitives import ACTIVATIONS, Bottleneck
 
 _PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 
@@ -19,9 +19,9 @@ def lower(source: Source) -> Lowered:
     activation: Any = config.get("activation")
     if placement not in _PLACEMENTS:
         raise AdapterFormatError(f"placement {placement!r} is none of {', '.join(_PLACEMENTS)}.", field="placement")
-    if activation not in get_args(Activation):
+    if activation not in ACTIVATIONS:
         raise AdapterFormatError(
-            f"activation {activation!r} is none of {', '.join(get_args(Activation))}.", field="activation"
+            f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}.", field="activation"
         )
     known: set[str] = set()
     found = []

@@ -14,11 +14,12 @@ from torch import nn
 from onebase_adapters.base.shape import BaseShape
 from onebase_adapters.batch import Batch, Owners
 from onebase_adapters.kernels import Kernels
+from onebase_adapters.kernels.bottleneck_table import BottleneckTable
 from onebase_adapters.kernels.cpu import backend as cpu
 from onebase_adapters.kernels.cpu.attention import NO_WINDOW
 from onebase_adapters.kernels.cpu.elementwise import add_rms_norm, rope_attend, silu_mul
 from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
-from onebase_adapters.kernels.table import LowRankTable
+from onebase_adapters.model.linear import SiteTables, add_bottlenecks
 from onebase_adapters.model.paged import PagedKV
 
 log = logging.getLogger(__name__)
@@ -42,83 +43,99 @@ class Scratch:
         self._buffers: list[torch.Tensor] = []
 
     def __call__(self, rows: int) -> list[torch.Tensor]:
-        """One bfloat16 buffer of at least [rows, width] for each width, contiguous from the start."""
+        """One bfloat16 buffer [rows, width] for each width."""
         if rows > self._rows:
             self._rows = rows
             self._buffers = [torch.empty(rows * width, dtype=torch.bfloat16) for width in self._widths]
-        return self._buffers
+        return [
+            buffer[: rows * width].view(rows, width)
+            for buffer, width in zip(self._buffers, self._widths, strict=True)
+        ]
 
 
 class Projection:
-    """Linear sites that share an input: the base's product, then the adapters' updates."""
+    """Linear sites that share an input: the base's product between the adapters' changes of input and output."""
 
-    def __init__(self, modules: list[Any], table: LowRankTable) -> None:
+    def __init__(self, modules: list[Any], tables: SiteTables) -> None:
         self._matmul = PackedLinear(modules)
-        self._table = table
+        self._modules = modules
+        self._tables = tables
 
-    def __call__(self, x: int, y: int, rows: int, owners: Owners) -> None:
-        """Addresses of contiguous bfloat16 [rows, in] and [rows, out]."""
-        self._matmul(x, y, rows)
-        if len(owners.tiles):
-            cpu.add_low_rank_at(x, y, owners, self._table)
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, owners: Owners) -> None:
+        """x [rows, in] to y [rows, out], contiguous bfloat16."""
+        if owners.affine and len(self._modules) == 1:
+            x = self._tables.change_input(x, owners)
+        self._matmul(x.data_ptr(), y.data_ptr(), len(x))
+        if not len(owners.tiles):
+            return
+        if owners.affine and len(self._modules) > 1:
+            self._tables.recompute(x, y, owners, self._modules)
+        cpu.add_low_rank(x, y, owners, self._tables.low_rank)
+        if owners.affine:
+            self._tables.change_output(y, owners)
 
 
 class FusedLayer:
     """x + attention(norm(x)), then + mlp(norm(...)). What a layer adds last is left for the next one to add."""
 
-    def __init__(self, layer: Any, projections: list[Projection], cache: PagedKV) -> None:
+    def __init__(
+        self, layer: Any, projections: list[Projection], bottlenecks: list[BottleneckTable], cache: PagedKV
+    ) -> None:
         attention = layer.self_attn
         config = attention.config
         self._qkv, self._o, self._gate_up, self._down = projections
+        self._after_attention, self._after_mlp = bottlenecks
         self._norms = (layer.input_layernorm.weight.data_ptr(), layer.post_attention_layernorm.weight.data_ptr())
         self._eps = (layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon)
         self._cache = (cache.k[attention.layer_idx].data_ptr(), cache.v[attention.layer_idx].data_ptr())
         self._heads = (config.num_attention_heads, cache.kv_heads, cache.dim)
         self._scale = attention.scaling
         self._window = getattr(config, "sliding_window", None) or NO_WINDOW
-        self._widths = (config.hidden_size, config.intermediate_size)
 
-    def __call__(self, x: int, pending: int, cos: int, sin: int, buffers: list[int], batch: Batch) -> int:
-        """`x` [T, hidden] is changed in place, by what was `pending` (0: nothing) first; returns what is now."""
-        rows = len(batch.positions)
-        hidden, intermediate = self._widths
+    def __call__(
+        self, x: torch.Tensor, first: bool, cos: int, sin: int, buffers: list[torch.Tensor], batch: Batch
+    ) -> None:
+        """`x` [T, hidden] is changed in place; what the layer before left in the buffer `change` is added to it
+        first, unless there was none (`first`)."""
+        rows, hidden = x.shape
         owners = batch.owners
         normed, qkv, attended, change, gate_up, activated = buffers
-        add_rms_norm(x, pending, self._norms[0], normed, rows, hidden, self._eps[0])
-        self._qkv(normed, qkv, rows, owners)
+        at_x, at_change, at_normed = x.data_ptr(), change.data_ptr(), normed.data_ptr()
+        add_rms_norm(at_x, 0 if first else at_change, self._norms[0], at_normed, rows, hidden, self._eps[0])
+        self._qkv(normed, qkv, owners)
         rope_attend(
-            qkv, cos, sin, attended, *self._cache, *self._heads, self._scale, self._window,
+            qkv.data_ptr(), cos, sin, attended.data_ptr(), *self._cache, *self._heads, self._scale, self._window,
             batch.cache_slots, batch.items, batch.positions, batch.tables,
         )  # fmt: skip
-        self._o(attended, change, rows, owners)
-        add_rms_norm(x, change, self._norms[1], normed, rows, hidden, self._eps[1])
-        self._gate_up(normed, gate_up, rows, owners)
-        silu_mul(gate_up, activated, rows, intermediate)
-        self._down(activated, change, rows, owners)
-        return change
+        self._o(attended, change, owners)
+        if owners.bottleneck:
+            add_bottlenecks(normed, change, owners, self._after_attention, cpu)
+        add_rms_norm(at_x, at_change, self._norms[1], at_normed, rows, hidden, self._eps[1])
+        self._gate_up(normed, gate_up, owners)
+        silu_mul(gate_up.data_ptr(), activated.data_ptr(), rows, activated.shape[1])
+        self._down(activated, change, owners)
+        if owners.bottleneck:
+            add_bottlenecks(normed, change, owners, self._after_mlp, cpu)
 
 
 class FusedModel:
-    """A decoder's forward pass over a flat batch, without the LM head."""
+    """A decoder's forward pass over a flat batch, without embedding and LM head."""
 
     def __init__(self, model: Any, layers: list[FusedLayer], scratch: Scratch) -> None:
         decoder = model.model
-        self._embedding = decoder.embed_tokens.weight
         self._rotary = decoder.rotary_emb
         self._norm = decoder.norm
         self._layers = layers
         self._scratch = scratch
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Last hidden states [n, hidden] of the batch's sample rows, ready for the LM head."""
-        hidden = torch.nn.functional.embedding(batch.token_ids, self._embedding)
+    def __call__(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [n, hidden] of the batch's sample rows, ready for the LM head, from its embeddings
+        [T, hidden], which are used up."""
         cos, sin = self._rotary(hidden[None], torch.from_numpy(batch.positions)[None])
-        buffers = [buffer.data_ptr() for buffer in self._scratch(len(hidden))]
-        pending = 0
-        for layer in self._layers:
-            pending = layer(hidden.data_ptr(), pending, cos.data_ptr(), sin.data_ptr(), buffers, batch)
-        wanted = hidden[batch.sample_rows]
-        change = self._scratch(len(hidden))[3][: hidden.numel()].view(hidden.shape)[batch.sample_rows]
+        buffers = self._scratch(len(hidden))
+        for number, layer in enumerate(self._layers):
+            layer(hidden, number == 0, cos.data_ptr(), sin.data_ptr(), buffers, batch)
+        wanted, change = hidden[batch.sample_rows], buffers[3][batch.sample_rows]
         normed = torch.empty_like(wanted)
         add_rms_norm(
             wanted.data_ptr(), change.data_ptr(), self._norm.weight.data_ptr(), normed.data_ptr(), len(wanted),
@@ -129,8 +146,9 @@ class FusedModel:
 
 def fuse(
     model: Any, shape: BaseShape, kernels: Kernels, cache: PagedKV, slots: int
-) -> tuple[FusedModel, list[LowRankTable]] | None:
-    """The fused forward of `model` and the tables of the sites in its layers; None where it cannot be fused."""
+) -> tuple[FusedModel, list[SiteTables], list[BottleneckTable]] | None:
+    """The fused forward of `model`, and the tables of its layers' sites and sublayers; None where it cannot be
+    fused."""
     if (
         kernels is not cpu
         or type(model).__name__ not in _MODELS
@@ -144,17 +162,19 @@ def fuse(
         hidden, heads + 2 * cache.kv_heads * cache.dim, heads, hidden,
         2 * config.intermediate_size, config.intermediate_size,
     )  # fmt: skip
-    layers, tables = [], []
+    device = torch.device("cpu")
+    layers, sites, sublayers = [], [], []
     for index, layer in enumerate(model.model.layers):
         projections = []
         for owner, names in _PROJECTIONS:
-            sites = [shape.sites[f"model.layers.{index}.{owner}.{name}"] for name in names]
-            table = LowRankTable(sites, slots, transposed_a=cpu.TRANSPOSED_A)
-            modules = [layer.get_submodule(f"{owner}.{name}") for name in names]
-            projections.append(Projection(modules, table))
-            tables.append(table)
-        layers.append(FusedLayer(layer, projections, cache))
-    return FusedModel(model, layers, scratch), tables
+            group = [shape.sites[f"model.layers.{index}.{owner}.{name}"] for name in names]
+            tables = SiteTables(group, slots, kernels, device)
+            projections.append(Projection([layer.get_submodule(f"{owner}.{name}") for name in names], tables))
+            sites.append(tables)
+        behind = [BottleneckTable(f"model.layers.{index}.{owner}", slots, device) for owner in ("self_attn", "mlp")]
+        layers.append(FusedLayer(layer, projections, behind, cache))
+        sublayers += behind
+    return FusedModel(model, layers, scratch), sites, sublayers
 
 
 def _fusable(layer: Any) -> bool:

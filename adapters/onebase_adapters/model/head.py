@@ -35,12 +35,20 @@ class Scores(Protocol):
         """The most likely token of each of these rows; -1 where the logits are not finite."""
         ...
 
+    def hidden(self, rows: Sequence[int]) -> torch.Tensor:
+        """[n, width] of these rows: what the LM head reads."""
+        ...
+
 
 class LogitScores:
-    """Logits that have been computed already, [n, vocab]."""
+    """Logits that have been computed already, [n, vocab], from hidden states [n, width]."""
 
-    def __init__(self, logits: torch.Tensor) -> None:
+    def __init__(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
         self._logits = logits
+        self._hidden = hidden
+
+    def hidden(self, rows: Sequence[int]) -> torch.Tensor:
+        return self._hidden[list(rows)]
 
     def logits(self, rows: Sequence[int]) -> torch.Tensor:
         return self._logits if len(rows) == len(self._logits) else self._logits[list(rows)]
@@ -90,9 +98,12 @@ class HiddenScores:
         self._screen = screen
         self._computed: LogitScores | None = None
 
+    def hidden(self, rows: Sequence[int]) -> torch.Tensor:
+        return self._hidden[list(rows)]
+
     def logits(self, rows: Sequence[int]) -> torch.Tensor:
         if self._computed is None and len(rows) == len(self._hidden):
-            self._computed = LogitScores(self._head(self._hidden))
+            self._computed = LogitScores(self._head(self._hidden), self._hidden)
         if self._computed is not None:
             return self._computed.logits(rows)
         logits: torch.Tensor = self._head(self._hidden[list(rows)])
@@ -100,7 +111,7 @@ class HiddenScores:
 
     def best(self, rows: Sequence[int]) -> list[int]:
         if self._screen is None:
-            return LogitScores(self.logits(rows)).best(range(len(rows)))
+            return LogitScores(self.logits(rows), self._hidden).best(range(len(rows)))
         hidden = self._hidden if len(rows) == len(self._hidden) else self._hidden[list(rows)]
         return self._screen.best(hidden)
 

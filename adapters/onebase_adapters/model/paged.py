@@ -3,6 +3,7 @@ cache that it reads and writes. So every decoder of transformers is served witho
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -38,6 +39,13 @@ class PagedKV:
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, context: Context) -> None:
         """k, v [T, kv_heads, dim], the last two dimensions contiguous."""
         self._kernels.write_kv(k, v, self.k[layer], self.v[layer], context.batch)
+
+    def put(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: np.ndarray) -> None:
+        """Write k, v [n, kv_heads, dim] that were not computed, at `slots` [n] as in `Batch.cache_slots`."""
+        at = torch.as_tensor(slots, device=k.device)
+        blocks, offsets = at // BLOCK, at % BLOCK
+        self.k[layer][blocks, :, :, offsets] = k
+        self.v[layer][blocks, :, offsets] = v
 
     def attend(
         self,

@@ -2,46 +2,36 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import nn
 
 from onebase_adapters.base.load import LoadedBase, load_base
 from onebase_adapters.base.shape import BaseShape, Site, cache_shape
 from onebase_adapters.base.spec import BaseSpec
-from onebase_adapters.batch import Batch, Context, Owners
+from onebase_adapters.batch import Chunk, Context, Traits
 from onebase_adapters.kernels import Kernels, choose_kernels
-from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.kernels.table import Arena, LowRankTable
-from onebase_adapters.kernels.tiles import low_rank_tiles
+from onebase_adapters.kernels.bottleneck_table import BottleneckTable
+from onebase_adapters.kernels.table import Arena
+from onebase_adapters.model.batching import make_batch
+from onebase_adapters.model.classify import HeadTable
 from onebase_adapters.model.fused import FusedModel, fuse
 from onebase_adapters.model.head import HeadKind, HiddenScores, LogitScores, Scores, Screen, nf4_copy
-from onebase_adapters.model.linear import AdapterLinear
+from onebase_adapters.model.inputs import InputEmbedding
+from onebase_adapters.model.linear import AdapterLinear, SiteTables, hook_sublayer
 from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, hook_attention, register_attention
+from onebase_adapters.model.prefix import PrefixTable
 from onebase_adapters.model.weights import ModelWeights
 from onebase_adapters.packages import Progress
-from onebase_adapters.primitives import LoweredAdapter, LowRank
+from onebase_adapters.parts import Parts
+from onebase_adapters.primitives import Bottleneck, Head, KVPrefix, LoweredAdapter, LowRank
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive tokens of one sequence, for one forward pass."""
-
-    tokens: Sequence[int]
-    start: int
-    """Position of the first."""
-    blocks: Sequence[int]
-    """The sequence's cache blocks from its position 0 on, enough for the last of `tokens`."""
-    slot: int = 0
-    """The resident adapter; 0 is none."""
-    sample: bool = True
-    """Whether the logits after the last token are wanted."""
-    all_logits: bool = False
-    """Whether the logits after every token are wanted."""
+class _Store(Protocol):
+    def clear(self, slot: int) -> None: ...
 
 
 class ServedModel:
@@ -64,16 +54,24 @@ class ServedModel:
         if head == "nf4":
             base.model.set_output_embeddings(nf4_copy(base.model.get_output_embeddings()))
         self._screen = self._make_screen() if head == "screened" else None
-        self._tables: list[LowRankTable] = []
+        self._sites: list[SiteTables] = []
+        self._sublayers: list[BottleneckTable] = []
         self._fused: FusedModel | None = None
         if (made := fuse(base.model, base.shape, self._kernels, self.cache, slots + 1)) is not None:
-            self._fused, self._tables = made
-        covered = {site.name for table in self._tables for site in table.sites}
+            self._fused, self._sites, self._sublayers = made
+        covered = {site.name for tables in self._sites for site in tables.sites}
         rest = [site for site in base.shape.sites.values() if site.name not in covered]
-        self._tables += _hook_linears(base.model, rest, slots + 1, self._kernels, self._context)
-        self._head_table = next((table for table in self._tables if table.sites[0].name == "lm_head"), None)
+        self._sites += _hook_linears(base.model, rest, slots + 1, self._kernels, self._context, base.device)
+        if self._fused is None:
+            self._sublayers = _hook_sublayers(base, slots + 1, self._kernels, self._context)
+        self._head_tables = next((tables for tables in self._sites if tables.sites[0].name == "lm_head"), None)
+        self._inputs = InputEmbedding(base.model.get_input_embeddings(), base.shape.embedding, base.device)
+        self._prefixes = PrefixTable(self.cache)
+        self._heads = HeadTable(base.device)
+        self._traits = Traits.none(slots + 1)
         self._free_slots = list(range(slots, 0, -1))
         self._arenas: dict[int, Arena] = {}
+        self._slot_bytes: dict[int, int] = {}
 
     @classmethod
     def load(cls, spec: BaseSpec, *, slots: int, blocks: int, progress: Progress = log.info) -> "ServedModel":
@@ -95,22 +93,35 @@ class ServedModel:
     def put(self, adapter: LoweredAdapter) -> int:
         """Make an adapter resident and return its slot. Raises IndexError when no slot is free."""
         slot = self._free_slots.pop()
-        updates = {p.site: p for p in adapter.primitives if isinstance(p, LowRank)}
-        arena = self._arenas[slot] = Arena(sum(table.size(updates) for table in self._tables), self._device)
-        for table in self._tables:
-            table.put(slot, updates, arena)
+        parts = Parts.of(adapter)
+        stores: list[SiteTables | BottleneckTable] = [*self._sites, *self._sublayers]
+        arena = self._arenas[slot] = Arena(sum(store.size(parts) for store in stores), self._device)
+        for store in stores:
+            store.put(slot, parts, arena)
+        self._traits.affine[slot] = bool(parts.inputs or parts.outputs or parts.shifts)
+        self._traits.bottleneck[slot] = bool(parts.bottlenecks)
+        self._inputs.put(slot, adapter)
+        self._prefixes.put(slot, adapter.one(KVPrefix))
+        self._heads.put(slot, adapter.one(Head))
+        packed = sum(p.parameters for p in adapter.of(LowRank)) + sum(p.parameters for p in adapter.of(Bottleneck))
+        self._slot_bytes[slot] = arena.bytes + 4 * (adapter.parameters - packed)
         return slot
 
     def remove(self, slot: int) -> None:
         """Free a slot that no running sequence uses."""
-        for table in self._tables:
-            table.clear(slot)
-        del self._arenas[slot]
+        stores: list[_Store] = [*self._sites, *self._sublayers, self._inputs, self._prefixes, self._heads]
+        for store in stores:
+            store.clear(slot)
+        del self._arenas[slot], self._slot_bytes[slot]
         self._free_slots.append(slot)
 
     def slot_bytes(self, slot: int) -> int:
         """Memory of a resident adapter."""
-        return self._arenas[slot].bytes
+        return self._slot_bytes[slot]
+
+    def head(self, slot: int) -> Head | None:
+        """A resident adapter's classification head."""
+        return self._heads.get(slot)
 
     def warm_up(self) -> None:
         """Compile (or read from the cache) every kernel that serving needs, on pages that nobody uses yet."""
@@ -121,67 +132,50 @@ class ServedModel:
     def forward(self, chunks: Sequence[Chunk]) -> Scores:
         """Run the chunks as one batch, write their keys and values, and return the wanted rows' scores, in the
         order of the chunks."""
-        batch = self.batch(chunks)
-        self._context.batch = batch
+        chunks = self._prefixes.write(chunks)
+        if not chunks:
+            return LogitScores(torch.empty(0, 0), torch.empty(0, 0))
+        batch = self._context.batch = make_batch(
+            chunks, self._kernels, self._traits, self._device, vocab=self.shape.vocab, kv_heads=self.cache.kv_heads
+        )
+        hidden = self._inputs(batch)
         if self._fused is not None:
-            changed = self._head_table is not None and self._head_table.touches(batch.head_owners.slots)
-            return HiddenScores(self._fused(batch), self._model.lm_head, None if changed else self._screen)
+            changed = self._head_tables is not None and self._head_tables.touch(batch.head_owners.slots)
+            last = self._fused(batch, hidden)
+            return HiddenScores(last, self._model.lm_head, None if changed else self._screen)
         logits: torch.Tensor = self._model(
-            input_ids=batch.token_ids[None],
+            inputs_embeds=hidden[None],
             position_ids=torch.as_tensor(batch.positions, device=self._device)[None],
             use_cache=False,
             logits_to_keep=batch.sample_rows,
         ).logits[0]
-        return LogitScores(logits)
-
-    def batch(self, chunks: Sequence[Chunk]) -> Batch:
-        """Lay the chunks out as flat arrays."""
-        lengths = [len(chunk.tokens) for chunk in chunks]
-        query_start = np.zeros(len(chunks) + 1, np.int64)
-        np.cumsum(lengths, out=query_start[1:])
-        total = int(query_start[-1])
-        token_ids = np.fromiter((token for chunk in chunks for token in chunk.tokens), np.int64, total)
-        tables = np.zeros((len(chunks), max(len(chunk.blocks) for chunk in chunks)), np.int32)
-        for row, chunk in enumerate(chunks):
-            tables[row, : len(chunk.blocks)] = chunk.blocks
-        counts = np.asarray(lengths)
-        within = np.arange(total) - np.repeat(query_start[:-1], counts)
-        positions = within + np.repeat([chunk.start for chunk in chunks], counts)
-        rows = np.repeat(np.arange(len(chunks)), counts)
-        slots = np.repeat(np.array([chunk.slot for chunk in chunks], np.int32), counts)
-        wanted: list[int] = []
-        for row, chunk in enumerate(chunks):
-            if chunk.all_logits:
-                wanted.extend(range(int(query_start[row]), int(query_start[row + 1])))
-            elif chunk.sample:
-                wanted.append(int(query_start[row + 1]) - 1)
-        return Batch(
-            token_ids=torch.from_numpy(token_ids).to(self._device),
-            positions=positions,
-            owners=self._owners(slots),
-            head_owners=self._owners(slots[wanted]),
-            query_start=query_start,
-            tables=tables,
-            cache_slots=tables[rows, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
-            sample_rows=torch.tensor(wanted, dtype=torch.int64, device=self._device),
-            items=self._kernels.attention_items(query_start, positions, self.cache.kv_heads),
-        )
-
-    def _owners(self, slots: np.ndarray) -> Owners:
-        return Owners(slots, low_rank_tiles(slots, self._kernels.TILE_ROWS))
+        return LogitScores(logits, self._context.head_input)
 
 
 def _hook_linears(
-    model: nn.Module, sites: Sequence[Site], slots: int, kernels: Kernels, context: Context
-) -> list[LowRankTable]:
+    model: nn.Module,
+    sites: Sequence[Site],
+    slots: int,
+    kernels: Kernels,
+    context: Context,
+    device: torch.device,
+) -> list[SiteTables]:
     """Wrap the modules of `sites` in their places."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    tables = []
+    hooked = []
     for site in sites:
         parent, _, leaf = site.name.rpartition(".")
         inner = model.get_submodule(site.name)
-        table = LowRankTable([site], slots, transposed_a=kernels.TRANSPOSED_A)
-        wrapped = AdapterLinear(inner, table, kernels, context, head=inner is head)
+        tables = SiteTables([site], slots, kernels, device)
+        wrapped = AdapterLinear(inner, tables, kernels, context, head=inner is head)
         setattr(model.get_submodule(parent), leaf, wrapped)
-        tables.append(table)
+        hooked.append(tables)
+    return hooked
+
+
+def _hook_sublayers(base: LoadedBase, slots: int, kernels: Kernels, context: Context) -> list[BottleneckTable]:
+    """Let each sublayer's output pass its bottlenecks."""
+    tables = [BottleneckTable(name, slots, base.device) for name in sorted(base.shape.sublayers)]
+    for table in tables:
+        hook_sublayer(base.model.get_submodule(table.name), table, kernels, context)
     return tables

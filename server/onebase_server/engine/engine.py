@@ -15,19 +15,21 @@ import torch
 
 from onebase_adapters.base.load import load_base, model_bytes
 from onebase_adapters.base.shape import cache_shape
+from onebase_adapters.batch import Chunk
 from onebase_adapters.errors import AdapterError, ConfigError
 from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.model.head import Scores
+from onebase_adapters.layout import NO_LAYOUT
 from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
-from onebase_adapters.model.served import Chunk, ServedModel
+from onebase_adapters.model.served import ServedModel
 from onebase_adapters.packages import Progress
 from onebase_adapters.primitives import LoweredAdapter
 from onebase_server.engine.config import EngineConfig
 from onebase_server.engine.kv_cache import BlockPool
 from onebase_server.engine.messages import EngineInfo, EngineStats
+from onebase_server.engine.reading import PromptReader
 from onebase_server.engine.request import EngineRequest, Output
 from onebase_server.engine.residency import Residency
-from onebase_server.engine.sampling import Choice, describe, sample
+from onebase_server.engine.sampling import Choice, sample
 from onebase_server.engine.scheduler import Plan, Scheduler, Work
 from onebase_server.engine.sequence import Sequence
 
@@ -62,6 +64,7 @@ class Engine:
             self.pool, max_batch_tokens=config.max_batch_tokens, max_running=config.max_running
         )
         self.residency = Residency(self.model, wake)
+        self._reader = PromptReader(self.model)
         self._sequences: dict[str, Sequence] = {}
         self._aside: list[Sequence] = []
         self._oldest: Sequence | None = None
@@ -140,16 +143,18 @@ class Engine:
             return outputs
         self._steps += 1
         try:
-            scores = self.model.forward([_chunk(work) for work in plan.work])
+            scores = self.model.forward([self._chunk(work) for work in plan.work])
         except (MemoryError, RuntimeError) as error:
             return outputs + self._fail(plan, error)
-        rows = self._take_prompt_logprobs(plan, scores)
-        sampled = [work.sequence for work in plan.work if work.samples]
+        rows = self._reader.read(plan, scores)
+        done = [work.sequence for work in plan.work if work.samples]
+        sampled = [sequence for sequence in done if sequence.request.task == "generate"]
         choices = sample(scores, rows, sampled)
         for work in plan.work:
             self.scheduler.advance(work)
             self._prompt_tokens += max(0, min(work.count, work.sequence.prompt_tokens - work.start))
-        return outputs + [self._emit(s, choice) for s, choice in zip(sampled, choices, strict=True)]
+        outputs += [self._emit(s, choice) for s, choice in zip(sampled, choices, strict=True)]
+        return outputs + [self._conclude(s) for s in done if s.request.task != "generate"]
 
     def stats(self) -> EngineStats:
         """A snapshot."""
@@ -175,17 +180,22 @@ class Engine:
 
     def _refusal(self, request: EngineRequest) -> tuple[str, str] | None:
         """(kind, why) for a request that can never run."""
-        tokens = len(request.prompt) + request.sampling.max_tokens
+        tokens = len(request.prompt) + request.most_tokens
         if request.id in self._sequences:
             return "internal", f"request id {request.id} is in use"
         if not request.prompt:
             return "internal", "the prompt has no tokens"
+        if (refusal := self._too_large(tokens)) is not None:
+            return refusal
+        if request.adapter is not None and not self.residency.knows(request.adapter):
+            return "adapter", f"adapter {request.adapter} is not loaded"
+        return None
+
+    def _too_large(self, tokens: int) -> tuple[str, str] | None:
         if tokens > self.info.context:
             return "too_large", f"{tokens} tokens asked for, the context holds {self.info.context}"
         if not self.scheduler.fits(tokens):
             return "too_large", f"{tokens} tokens asked for, the whole cache holds {self.info.cache_tokens}"
-        if request.adapter is not None and not self.residency.knows(request.adapter):
-            return "adapter", f"adapter {request.adapter} is not loaded"
         return None
 
     def _call_in_those_aside(self) -> list[Output]:
@@ -199,16 +209,20 @@ class Engine:
                 self._aside.append(sequence)
                 continue
             try:
-                slot = self.residency.acquire(digest) if digest is not None else 0
+                resident = self.residency.acquire(digest) if digest is not None else (0, NO_LAYOUT)
             except AdapterError as error:
                 del self._sequences[sequence.request.id]
                 outputs.append(_failure(sequence, "adapter", error.message))
                 continue
-            if slot is None:
+            if resident is None:
                 self._aside.append(sequence)
-            else:
-                sequence.slot = slot
-                self.scheduler.add(sequence)
+                continue
+            sequence.place(*resident, self.info.vocab)
+            refusal = self._too_large(sequence.prompt_tokens + sequence.request.most_tokens)
+            self.scheduler.add(sequence)
+            if refusal is not None:  # only now, with the adapter's virtual tokens
+                self._end(sequence)
+                outputs.append(_failure(sequence, *refusal))
         self.residency.drop_read({sequence.request.adapter or "" for sequence in self._aside})
         return outputs
 
@@ -220,31 +234,6 @@ class Engine:
         digest = oldest.request.adapter if oldest else None
         waited = self._steps - self._oldest_since
         return digest if digest and waited >= _PATIENCE_STEPS and self.residency.lacks_slot(digest) else None
-
-    def _take_prompt_logprobs(self, plan: Plan, scores: Scores) -> list[int]:
-        """Describe the prompt tokens of those who asked; return the rows of `scores` to sample from."""
-        row = 0
-        sampled = []
-        for work in plan.work:
-            if _wants_prompt_logprobs(work):
-                self._describe_prompt(work, scores, row)
-                row += work.count
-            elif work.samples:
-                row += 1
-            if work.samples:
-                sampled.append(row - 1)
-        return sampled
-
-    def _describe_prompt(self, work: Work, scores: Scores, row: int) -> None:
-        """Row `row + i` of `scores` predicts token start + i + 1. Those described before a preemption are known."""
-        sequence = work.sequence
-        first = max(len(sequence.prompt_logprobs) - 1, work.start)
-        last = min(work.start + work.count, sequence.prompt_tokens - 1)
-        if last > first:
-            tokens = sequence.tokens[first + 1 : last + 1]
-            logits = scores.logits(range(row + first - work.start, row + last - work.start))
-            top = sequence.request.sampling.prompt_logprobs or 0
-            sequence.prompt_logprobs += describe(logits, tokens, [top] * len(tokens))
 
     def _emit(self, sequence: Sequence, choice: Choice) -> Output:
         first = sequence.generated == 0
@@ -268,6 +257,22 @@ class Engine:
             stop_token=choice.token if stopped else None,
         )
 
+    def _conclude(self, sequence: Sequence) -> Output:
+        output = self._reader.conclude(sequence)
+        self._end(sequence)
+        return output
+
+    def _chunk(self, work: Work) -> Chunk:
+        sequence = work.sequence
+        return Chunk(
+            tokens=sequence.tokens[work.start : work.start + work.count],
+            start=work.start,
+            blocks=sequence.blocks,
+            slot=sequence.slot,
+            sample=work.samples,
+            all_logits=self._reader.wants_every_row(sequence),
+        )
+
     def _fail(self, plan: Plan, error: Exception) -> list[Output]:
         """A forward pass failed. Out of memory costs the largest piece of work its request; the others' pieces
         are simply due again. Any other failure ends all that took part, since nobody knows whose fault it was."""
@@ -289,25 +294,10 @@ class Engine:
         if sequence in self._aside:
             self._aside.remove(sequence)
             return
+        self._reader.forget(sequence)
         self.scheduler.remove(sequence)
         if sequence.request.adapter is not None:
             self.residency.release(sequence.request.adapter)
-
-
-def _wants_prompt_logprobs(work: Work) -> bool:
-    return work.sequence.request.sampling.prompt_logprobs is not None and work.sequence.generated == 0
-
-
-def _chunk(work: Work) -> Chunk:
-    sequence = work.sequence
-    return Chunk(
-        tokens=sequence.tokens[work.start : work.start + work.count],
-        start=work.start,
-        blocks=sequence.blocks,
-        slot=sequence.slot,
-        sample=work.samples,
-        all_logits=_wants_prompt_logprobs(work),
-    )
 
 
 def _failure(sequence: Sequence, kind: str, why: str) -> Output:

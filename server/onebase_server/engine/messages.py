@@ -5,6 +5,7 @@ msgspec's MessagePack; each message is a frame with a 4-byte length in front.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
@@ -68,6 +69,21 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Adapters that can be resident at once."""
 
 
+class HeadInfo(msgspec.Struct, frozen=True):
+    """A classification head."""
+
+    kind: Literal["sequence", "token"]
+    labels: tuple[str, ...]
+
+
+class TemplateInfo(msgspec.Struct, frozen=True):
+    """Text that the API puts around prompts (`before`, `after`) and in front of conversations (`messages`)."""
+
+    before: str
+    after: str
+    messages: tuple[dict[str, str], ...]
+
+
 class AdapterInfo(msgspec.Struct, frozen=True):
     """What an adapter turned out to be when it was lowered."""
 
@@ -82,6 +98,10 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     sites: int
     virtual_tokens: int = 0
     """Taken from the context by each of its requests."""
+    head: HeadInfo | None = None
+    template: TemplateInfo | None = None
+    notes: tuple[str, ...] = ()
+    """What its owner should know, e.g. the error of an approximation."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):

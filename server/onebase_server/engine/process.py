@@ -76,6 +76,8 @@ def _merge(outputs: list[Output]) -> Output:
         logprobs=tuple(itertools.chain.from_iterable(o.logprobs for o in outputs)),
         prompt_logprobs=first.prompt_logprobs,
         cached_tokens=first.cached_tokens,
+        probabilities=last.probabilities,
+        embedding=last.embedding,
         finish_reason=last.finish_reason,
         stop_token=last.stop_token,
         error=last.error,

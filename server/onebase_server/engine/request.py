@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Task = Literal["generate", "classify", "embed"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -47,6 +48,14 @@ class EngineRequest(msgspec.Struct, frozen=True):
     """Whose request it is: tenants share the engine fairly, and share no cached prefix."""
     priority: int = 0
     """Lower runs first."""
+    task: Task = "generate"
+    """`classify`: the adapter's head reads the prompt; `embed`: its mean last hidden state, of length 1. Neither
+    generates anything: `sampling` is ignored."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens to generate."""
+        return self.sampling.max_tokens if self.task == "generate" else 0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -71,6 +80,9 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """Once, with the first output, if asked for; the first entry is None."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache (in the first output)."""
+    probabilities: tuple[tuple[float, ...], ...] = ()
+    """Of a classification: each label's, once for a sequence, or for each of the prompt's tokens."""
+    embedding: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The token that ended it, where `finish_reason` is `stop`; it is not in `tokens`."""

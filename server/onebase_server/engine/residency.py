@@ -8,10 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from onebase_adapters.layout import Layout
 from onebase_adapters.methods import load_adapter
 from onebase_adapters.model.served import ServedModel
-from onebase_adapters.primitives import LoweredAdapter
-from onebase_server.engine.messages import AdapterInfo
+from onebase_adapters.primitives import Head, LoweredAdapter, Template
+from onebase_server.engine.messages import AdapterInfo, HeadInfo, TemplateInfo
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ _READ_AHEAD = 8
 @dataclass
 class _Resident:
     slot: int
+    layout: Layout
     users: int = 0
 
 
@@ -68,6 +70,9 @@ class Residency:
             primitives=adapter.summary(),
             sites=adapter.sites,
             virtual_tokens=adapter.layout.tokens,
+            head=_head_info(adapter.one(Head)),
+            template=_template_info(adapter.one(Template)),
+            notes=adapter.notes,
         )
 
     def forget(self, digest: str) -> None:
@@ -82,8 +87,9 @@ class Residency:
         resident = self._resident.get(digest)
         return resident is not None and resident.users > 0
 
-    def acquire(self, digest: str) -> int | None:
-        """The adapter's slot, held until `release`; or None while it is not resident, its load started.
+    def acquire(self, digest: str) -> tuple[int, Layout] | None:
+        """The adapter's slot and virtual tokens, held until `release`; or None while it is not resident, its load
+        started.
 
         Raises AdapterError if it could not be read (the files are gone or were changed)."""
         resident = self._resident.get(digest)
@@ -97,7 +103,7 @@ class Residency:
             resident = self._place(future.result())
         self._resident.move_to_end(digest)
         resident.users += 1
-        return resident.slot
+        return resident.slot, resident.layout
 
     def release(self, digest: str) -> None:
         """Give back what `acquire` gave."""
@@ -131,9 +137,19 @@ class Residency:
         return True
 
     def _place(self, adapter: LoweredAdapter) -> _Resident:
-        resident = self._resident[adapter.digest] = _Resident(self._model.put(adapter))
+        resident = self._resident[adapter.digest] = _Resident(self._model.put(adapter), adapter.layout)
         return resident
 
     def close(self) -> None:
         """Stop the reader."""
         self._reader.shutdown(wait=False, cancel_futures=True)
+
+
+def _head_info(head: Head | None) -> HeadInfo | None:
+    return None if head is None else HeadInfo(head.kind, head.labels)
+
+
+def _template_info(template: Template | None) -> TemplateInfo | None:
+    if template is None:
+        return None
+    return TemplateInfo(template.before, template.after, tuple(dict(turn) for turn in template.messages))

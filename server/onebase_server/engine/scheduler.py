@@ -7,6 +7,7 @@ blocks back and is computed again later. The oldest of the highest priority is n
 advances, and with it everything ends.
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -189,7 +190,7 @@ class Scheduler:
         sequence.computed = len(prefix) * self.pool.block_size
         if not sequence.started:
             sequence.started = True
-            sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
+            sequence.cached_tokens = bisect_left(sequence.own, sequence.computed)
         self._dequeue(sequence)
         self.running.append(sequence)
         return sequence

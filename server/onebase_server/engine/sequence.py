@@ -1,8 +1,10 @@
 """A request while the engine works on it: its tokens, how far they are computed, the blocks that it holds."""
 
 import hashlib
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+from onebase_adapters.layout import NO_LAYOUT, Layout
 from onebase_server.engine.kv_cache import BlockHash
 from onebase_server.engine.request import EngineRequest, FinishReason, TokenLogprobs
 
@@ -24,6 +26,10 @@ class Sequence:
     hashes: list[BlockHash] = field(default_factory=list)
     """Of the full blocks of `tokens`, as far as they have been needed."""
     salt: bytes = b""
+    layout: Layout = NO_LAYOUT
+    """The adapter's virtual tokens, which stand among `tokens`."""
+    own: Items[int] = ()
+    """Ascending positions of the prompt's own tokens."""
     entered: int = -1
     """The scheduler's step at which it was first queued; -1 before."""
     cached_tokens: int = 0
@@ -35,20 +41,31 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.own = range(len(self.tokens))
         owner = f"{self.request.tenant}\0{self.request.adapter or ''}"
-        if self.request.sampling.prompt_logprobs is not None:
-            # It needs the logits of all its prompt, so it must find none of it computed.
+        if self.request.sampling.prompt_logprobs is not None or self.request.task != "generate":
+            # It needs what the model makes of all its prompt, so it must find none of it computed.
             owner += f"\0{self.arrival}"
+        if self.request.sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
         self.salt = hashlib.blake2b(owner.encode(), digest_size=16).digest()
 
+    def place(self, slot: int, layout: Layout, vocab: int) -> None:
+        """Take up the resident adapter's slot and its virtual tokens, before anything is computed."""
+        self.slot = slot
+        self.layout = layout
+        if layout.tokens:
+            self.tokens = layout.arrange(self.request.prompt, vocab)
+            self.own = [position for position, token in enumerate(self.tokens) if token < vocab]
+
     @property
     def prompt_tokens(self) -> int:
-        return len(self.request.prompt)
+        """Tokens before the output, virtual ones included."""
+        return len(self.request.prompt) + self.layout.tokens
 
     @property
     def generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self.prompt_tokens
 
     @property
     def missing(self) -> int:

@@ -5,7 +5,9 @@ import torch
 
 from onebase_adapters.batch import Batch, Owners
 from onebase_adapters.kernels import reference
-from onebase_adapters.kernels.cpu import attention, lowrank
+from onebase_adapters.kernels.affine_table import Vectors
+from onebase_adapters.kernels.bottleneck_table import BottleneckTable
+from onebase_adapters.kernels.cpu import attention, bottleneck, elementwise, lowrank
 from onebase_adapters.kernels.table import LowRankTable
 
 TILE_ROWS = lowrank.TILE
@@ -30,6 +32,28 @@ def add_low_rank_at(x: int, y: int, owners: Owners, table: LowRankTable) -> None
     lowrank.add_low_rank(
         x, table.in_features, y, int(table.columns[-1]), table.in_features, table.columns, owners.tiles,
         table.a, table.b, table.ranks, table.scales,
+    )  # fmt: skip
+
+
+def affine_rows(y: torch.Tensor, owners: Owners, scales: Vectors, shifts: Vectors) -> None:
+    """As `reference.affine_rows`."""
+    if y.dtype != torch.bfloat16:
+        reference.affine_rows(y, owners, scales, shifts)
+        return
+    elementwise.affine_rows(y.data_ptr(), y.shape[-1], owners.slots, scales.addresses, shifts.addresses)
+
+
+def add_bottleneck(
+    x: torch.Tensor, y: torch.Tensor, owners: Owners, table: BottleneckTable, *, parallel: bool
+) -> None:
+    """As `reference.add_bottleneck`."""
+    if y.dtype != torch.bfloat16:
+        reference.add_bottleneck(x, y, owners, table, parallel=parallel)
+        return
+    ranks = np.where(table.parallel == parallel, table.ranks, 0)
+    bottleneck.add_bottleneck(
+        (x if parallel else y).data_ptr(), y.data_ptr(), y.shape[-1], owners.tiles, table.down, table.down_bias,
+        table.up, table.up_bias, ranks, table.activations, table.scales,
     )  # fmt: skip
 
 

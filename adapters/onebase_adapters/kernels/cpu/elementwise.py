@@ -9,7 +9,7 @@ from numba import carray, njit, prange
 
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.cpu.attention import attend, exp_nonpositive
-from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, u16_pointer
+from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, f32_pointer, u16_pointer
 
 SERIAL_ROWS = 4
 """Up to so many rows are not worth a parallel region (about 3 microseconds)."""
@@ -167,3 +167,22 @@ def rope_attend(
         qkv, width, out, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim, scale, window,
         items, positions, tables,
     )  # fmt: skip
+
+
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+def affine_rows(y: int, width: int, slots: np.ndarray, scales: np.ndarray, shifts: np.ndarray) -> None:
+    """y[t] = y[t] * scale + shift by row t's slot, in place; y the address of bfloat16 [rows, width].
+
+    `scales` and `shifts` [slots] int64: addresses of float32 [width], 0 for none.
+    """
+    for t in prange(slots.shape[0]):
+        scale, shift = scales[slots[t]], shifts[slots[t]]
+        row = carray(u16_pointer(y + 2 * t * width), width, np.uint16)
+        if scale != 0:
+            factors = carray(f32_pointer(scale), width, np.float32)
+            for i in range(width):
+                row[i] = bf16_from_f32(f32_from_bf16(row[i]) * factors[i])
+        if shift != 0:
+            terms = carray(f32_pointer(shift), width, np.float32)
+            for i in range(width):
+                row[i] = bf16_from_f32(f32_from_bf16(row[i]) + terms[i])

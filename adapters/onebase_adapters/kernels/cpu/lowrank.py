@@ -15,10 +15,10 @@ TILE = 4
 """Tokens in a tile, at most."""
 
 # Same unroll for one row and for four, so that both give the same bits.
-_shrink_four = matmul_tile(rows=4, groups=1, unroll=4, prefetch=True)
-_shrink_one = matmul_tile(rows=1, groups=1, unroll=4, prefetch=True)
-_expand_four = matmul_tile(rows=4, groups=4, unroll=1, prefetch=True)
-_expand_one = matmul_tile(rows=1, groups=4, unroll=1, prefetch=True)
+shrink_four = matmul_tile(rows=4, groups=1, unroll=4, prefetch=True)
+shrink_one = matmul_tile(rows=1, groups=1, unroll=4, prefetch=True)
+expand_four = matmul_tile(rows=4, groups=4, unroll=1, prefetch=True)
+expand_one = matmul_tile(rows=1, groups=4, unroll=1, prefetch=True)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
@@ -78,9 +78,9 @@ def add_low_rank(
             for r in range(0, total, 16):
                 c, weights = hidden.ctypes.data + 4 * r, a[slot] + 2 * r
                 if rows == 1:
-                    _shrink_one(c, width, inputs.ctypes.data, in_features, weights, total, in_features, ahead)
+                    shrink_one(c, width, inputs.ctypes.data, in_features, weights, total, in_features, ahead)
                 else:
-                    _shrink_four(c, width, inputs.ctypes.data, in_features, weights, total, in_features, ahead)
+                    shrink_four(c, width, inputs.ctypes.data, in_features, weights, total, in_features, ahead)
 
             first = 0
             for site in range(sites):
@@ -93,9 +93,9 @@ def add_low_rank(
                     for o in range(0, out_features, 64):
                         c, weights = delta.ctypes.data + 4 * o, b[site, slot] + 2 * o
                         if rows == 1:
-                            _expand_one(c, widest, h, width, weights, out_features, rank, ahead)
+                            expand_one(c, widest, h, width, weights, out_features, rank, ahead)
                         else:
-                            _expand_four(c, widest, h, width, weights, out_features, rank, ahead)
+                            expand_four(c, widest, h, width, weights, out_features, rank, ahead)
                     scale = scales[site, slot]
                     for t in range(rows):
                         start = y + 2 * (tiles[tile, 1 + t] * y_stride + columns[site])

@@ -33,6 +33,16 @@ def u16_pointer(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def f32_pointer(typingctx: Any, address: Any) -> Any:
+    """An integer address as a pointer to float32, for `carray`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], F32.as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def f32_from_bf16(typingctx: Any, bits: Any) -> Any:
     """bfloat16 bits (uint16) to float32, exact."""
 

@@ -1,0 +1,97 @@
+"""Bottleneck adapters for a batch in which every token may have another: y += scale * up(act(down(x))), by slot.
+
+Built as the low-rank kernel is, of the same tiles and with the same invariant, with an activation in the middle.
+"""
+
+import math
+
+import numpy as np
+from numba import carray, njit, prange
+
+from onebase_adapters.kernels.cpu.lowrank import TILE, expand_four, expand_one, shrink_four, shrink_one
+from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, f32_pointer, u16_pointer
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _activate(x: np.float32, code: int) -> np.float32:
+    """`code`: the activation's place in `primitives.ACTIVATIONS`."""
+    if code == 1:
+        return max(x, np.float32(0.0))
+    if code == 2:
+        return x * np.float32(0.5) * np.float32(1.0 + math.erf(x * 0.7071067811865476))
+    if code == 3:
+        inner = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x * x * x)
+        return np.float32(0.5) * x * (np.float32(1.0) + np.float32(math.tanh(inner)))
+    if code == 4:
+        return x / (np.float32(1.0) + np.float32(math.exp(-x)))
+    if code == 5:
+        return np.float32(math.tanh(x))
+    return x
+
+
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+def add_bottleneck(
+    x: int,
+    y: int,
+    width: int,
+    tiles: np.ndarray,
+    down: np.ndarray,
+    down_bias: np.ndarray,
+    up: np.ndarray,
+    up_bias: np.ndarray,
+    ranks: np.ndarray,
+    activations: np.ndarray,
+    scales: np.ndarray,
+) -> None:
+    """y[t] += scale * (up @ act(down @ x[t] + down_bias) + up_bias), by the slot of row t.
+
+    `x` and `y` are addresses of bfloat16 [rows, width], and may be the same. `tiles` as `low_rank_tiles` makes
+    them. By slot [slots]: `down` and `up`, addresses of the transposed weights [width, rank] and [rank, width]
+    (bfloat16); `down_bias`, `up_bias`, addresses of float32; `ranks` (0: untouched) and `activations` (places in
+    `primitives.ACTIVATIONS`) int64; `scales` float32.
+    width a multiple of 4.
+    """
+    for tile in prange(tiles.shape[0]):
+        slot = tiles[tile, 0]
+        rank = ranks[slot]
+        if rank > 0:
+            rows = 0
+            for t in range(TILE):
+                if tiles[tile, 1 + t] >= 0:
+                    rows += 1
+            computed = 1 if rows == 1 else TILE
+            wide = (rank + 15) // 16 * 16
+            padded = (width + 63) // 64 * 64
+            # One allocation for inputs [computed, width], hidden [computed, wide] and delta [computed, padded].
+            work = np.zeros(computed * (width + wide + padded), np.float32)
+            inputs = work[: computed * width]
+            hidden = work[computed * width : computed * (width + wide)]
+            delta = work[computed * (width + wide) :]
+            for t in range(rows):
+                row = carray(u16_pointer(x + 2 * tiles[tile, 1 + t] * width), width, np.uint16)
+                target = inputs[t * width : (t + 1) * width]
+                for i in range(width):
+                    target[i] = f32_from_bf16(row[i])
+            for r in range(0, rank, 16):
+                c, weights = hidden.ctypes.data + 4 * r, down[slot] + 2 * r
+                if rows == 1:
+                    shrink_one(c, wide, inputs.ctypes.data, width, weights, rank, width, 0)
+                else:
+                    shrink_four(c, wide, inputs.ctypes.data, width, weights, rank, width, 0)
+            biases = carray(f32_pointer(down_bias[slot]), rank, np.float32)
+            for t in range(rows):
+                for r in range(rank):
+                    hidden[t * wide + r] = _activate(hidden[t * wide + r] + biases[r], activations[slot])
+            for o in range(0, width, 64):
+                c, weights = delta.ctypes.data + 4 * o, up[slot] + 2 * o
+                if rows == 1:
+                    expand_one(c, padded, hidden.ctypes.data, wide, weights, width, rank, 0)
+                else:
+                    expand_four(c, padded, hidden.ctypes.data, wide, weights, width, rank, 0)
+            terms = carray(f32_pointer(up_bias[slot]), width, np.float32)
+            scale = scales[slot]
+            for t in range(rows):
+                sums = carray(u16_pointer(y + 2 * tiles[tile, 1 + t] * width), width, np.uint16)
+                change = delta[t * padded : t * padded + width]
+                for o in range(width):
+                    sums[o] = bf16_from_f32(f32_from_bf16(sums[o]) + scale * (change[o] + terms[o]))

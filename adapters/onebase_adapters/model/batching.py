@@ -1,0 +1,67 @@
+"""Laying chunks of many sequences out as the one flat batch that the model runs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from onebase_adapters.batch import Batch, Chunk, Owners, Traits
+from onebase_adapters.kernels import Kernels
+from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.tiles import low_rank_tiles
+
+
+def make_batch(
+    chunks: Sequence[Chunk],
+    kernels: Kernels,
+    traits: Traits,
+    device: torch.device,
+    *,
+    vocab: int,
+    kv_heads: int,
+) -> Batch:
+    """Flat arrays of at least one chunk; ids from `vocab` upwards are virtual tokens."""
+    lengths = [len(chunk.tokens) for chunk in chunks]
+    query_start = np.zeros(len(chunks) + 1, np.int64)
+    np.cumsum(lengths, out=query_start[1:])
+    total = int(query_start[-1])
+    token_ids = np.fromiter((token for chunk in chunks for token in chunk.tokens), np.int64, total)
+    virtual_rows = np.flatnonzero(token_ids >= vocab)
+    virtual_indices = token_ids[virtual_rows] - vocab
+    token_ids[virtual_rows] = 0
+    tables = np.zeros((len(chunks), max(len(chunk.blocks) for chunk in chunks)), np.int32)
+    for row, chunk in enumerate(chunks):
+        tables[row, : len(chunk.blocks)] = chunk.blocks
+    counts = np.asarray(lengths)
+    within = np.arange(total) - np.repeat(query_start[:-1], counts)
+    positions = within + np.repeat([chunk.start for chunk in chunks], counts)
+    rows = np.repeat(np.arange(len(chunks)), counts)
+    slots = np.repeat(np.array([chunk.slot for chunk in chunks], np.int32), counts)
+    wanted: list[int] = []
+    for row, chunk in enumerate(chunks):
+        if chunk.all_logits:
+            wanted.extend(range(int(query_start[row]), int(query_start[row + 1])))
+        elif chunk.sample:
+            wanted.append(int(query_start[row + 1]) - 1)
+
+    def owners(slots: np.ndarray) -> Owners:
+        return Owners(
+            slots,
+            low_rank_tiles(slots, kernels.TILE_ROWS),
+            affine=bool(traits.affine[slots].any()),
+            bottleneck=bool(traits.bottleneck[slots].any()),
+        )
+
+    return Batch(
+        token_ids=torch.from_numpy(token_ids).to(device),
+        positions=positions,
+        owners=owners(slots),
+        head_owners=owners(slots[wanted]),
+        query_start=query_start,
+        tables=tables,
+        cache_slots=tables[rows, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
+        sample_rows=torch.tensor(wanted, dtype=torch.int64, device=device),
+        virtual_rows=virtual_rows,
+        virtual_indices=virtual_indices,
+        items=kernels.attention_items(query_start, positions, kv_heads),
+    )

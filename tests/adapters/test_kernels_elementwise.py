@@ -1,0 +1,106 @@
+"""The small fused operations against transformers' modules, and the same for few rows (serial) and many."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import silu
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.cpu import backend
+from onebase_adapters.kernels.cpu.attention import NO_WINDOW, exp_nonpositive
+from onebase_adapters.kernels.cpu.elementwise import SERIAL_ROWS, add_rms_norm, rope_attend, silu_mul
+from support.batches import deal_pages, make_batch, random_bf16
+
+rows_and_width = {"rows": st.integers(1, 3 * SERIAL_ROWS), "width": st.integers(1, 200)}
+
+
+def norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + delta, its norm), by our kernel."""
+    x, out = x.clone(), torch.empty_like(x)
+    pointer = 0 if delta is None else delta.data_ptr()
+    add_rms_norm(x.data_ptr(), pointer, weight.data_ptr(), out.data_ptr(), *x.shape, 1e-5)
+    return x, out
+
+
+@given(**rows_and_width, added=st.booleans())
+def test_the_norm_is_llamas(rows: int, width: int, added: bool) -> None:
+    x, delta = random_bf16(1, rows, width), random_bf16(2, rows, width) if added else None
+    module = LlamaRMSNorm(width, 1e-5)
+    module.weight.data = random_bf16(3, width)
+    summed, normed = norm(x, delta, module.weight)
+    right = x if delta is None else x + delta
+    assert torch.equal(summed, right)
+    # The mean's last bit may move a number to the next bfloat16.
+    torch.testing.assert_close(normed, module(right), rtol=2**-7, atol=1e-6)
+
+
+@given(**rows_and_width)
+def test_a_rows_norm_does_not_depend_on_how_many_there_are(rows: int, width: int) -> None:
+    x, delta, weight = random_bf16(1, rows, width), random_bf16(2, rows, width), random_bf16(3, width)
+    together = norm(x, delta, weight)[1]
+    for row in range(rows):
+        alone = norm(x[row : row + 1], delta[row : row + 1].contiguous(), weight)[1]
+        assert torch.equal(alone[0], together[row])
+
+
+def gate(gate_up: torch.Tensor) -> torch.Tensor:
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=torch.bfloat16)
+    silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width)
+    return out
+
+
+@given(**rows_and_width)
+def test_the_gate_is_silu_times_up(rows: int, width: int) -> None:
+    gate_up = random_bf16(1, rows, 2 * width, scale=4)
+    found = gate(gate_up)
+    torch.testing.assert_close(found, silu(gate_up[:, :width]) * gate_up[:, width:], rtol=2**-7, atol=1e-6)
+    for row in range(rows):
+        assert torch.equal(gate(gate_up[row : row + 1])[0], found[row])
+
+
+def test_the_gate_takes_very_large_numbers() -> None:
+    values = [0.0, -0.0, 100.0, -100.0, 1e30, -1e30, torch.inf, torch.nan]
+    gate_up = torch.tensor([values + [1.0] * len(values)]).bfloat16()
+    expected = silu(gate_up[:, : len(values)])
+    torch.testing.assert_close(gate(gate_up), expected, rtol=2**-7, atol=1e-7, equal_nan=True)
+
+
+def test_the_exponential_is_within_two_units_of_the_last_place() -> None:
+    x = np.linspace(-87, 0, 20_001).astype(np.float32)
+    right = np.exp(x.astype(np.float64))
+    found = np.array([exp_nonpositive(value) for value in x], np.float64)
+    assert np.max(np.abs(found - right) / np.spacing(right.astype(np.float32))) <= 2
+
+
+@pytest.mark.parametrize("tokens", [1, SERIAL_ROWS, SERIAL_ROWS + 1, 33])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(tokens: int, dim: int) -> None:
+    heads, kv_heads, start = 6, 2, 5
+    total = start + tokens
+    pages = deal_pages([total], 1, 16)
+    caches = [torch.zeros(16, kv_heads, dim, BLOCK).bfloat16(), torch.zeros(16, kv_heads, BLOCK, dim).bfloat16()]
+    before = make_batch([(0, start)], backend, kv_heads, pages)
+    backend.write_kv(random_bf16(1, start, kv_heads, dim), random_bf16(2, start, kv_heads, dim), *caches, before)
+    batch = make_batch([(start, tokens)], backend, kv_heads, pages)
+    qkv = random_bf16(3, tokens, (heads + 2 * kv_heads) * dim)
+    angles = torch.outer(torch.arange(start, total).float(), 100.0 ** -(torch.arange(dim // 2) / dim))
+    cos, sin = torch.cat([angles, angles], -1).cos().bfloat16(), torch.cat([angles, angles], -1).sin().bfloat16()
+
+    q, k, v = qkv.view(tokens, -1, dim).split([heads, kv_heads, kv_heads], 1)
+    q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
+    apart = [cache.clone() for cache in caches]
+    backend.write_kv(k.contiguous(), v.contiguous(), *apart, batch)
+    expected = backend.attend(q.contiguous(), *apart, batch, 0.25)
+
+    out = torch.empty(tokens, heads, dim, dtype=torch.bfloat16)
+    rope_attend(
+        qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), caches[0].data_ptr(), caches[1].data_ptr(),
+        heads, kv_heads, dim, 0.25, NO_WINDOW, batch.cache_slots, batch.items, batch.positions, batch.tables,
+    )  # fmt: skip
+    assert torch.equal(out, expected)
+    assert torch.equal(caches[0], apart[0])
+    assert torch.equal(caches[1], apart[1])

@@ -1,0 +1,79 @@
+"""Random input for the kernels: batches over scattered pages, resident weights, tensors in bfloat16."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from onebase_adapters.base.shape import Site
+from onebase_adapters.batch import Batch, Owners
+from onebase_adapters.kernels import Kernels
+from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.table import Arena, LowRankTable
+from onebase_adapters.kernels.tiles import low_rank_tiles
+from onebase_adapters.primitives import LowRank
+
+CPU = torch.device("cpu")
+
+
+def random_bf16(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
+    """Normal numbers."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+def make_owners(slots: Sequence[int], kernels: Kernels) -> Owners:
+    """Rows of these slots."""
+    array = np.array(slots, np.int32)
+    return Owners(array, low_rank_tiles(array, kernels.TILE_ROWS))
+
+
+def make_batch(
+    runs: Sequence[tuple[int, int]], kernels: Kernels, kv_heads: int, pages: Sequence[Sequence[int]]
+) -> Batch:
+    """A batch of `runs` (start, count) of sequences; `pages`: each one's cache blocks."""
+    starts, counts = np.array(runs, np.int64).reshape(-1, 2).T
+    query_start = np.concatenate([[0], np.cumsum(counts)])
+    rows = np.repeat(np.arange(len(runs)), counts)
+    positions = np.arange(query_start[-1]) - query_start[rows] + starts[rows]
+    tables = np.zeros((len(runs), max(map(len, pages))), np.int32)
+    for row, blocks in enumerate(pages):
+        tables[row, : len(blocks)] = blocks
+    nobody = make_owners([0] * len(rows), kernels)
+    return Batch(
+        token_ids=torch.zeros(len(rows), dtype=torch.int64),
+        positions=positions,
+        owners=nobody,
+        head_owners=nobody,
+        query_start=query_start,
+        tables=tables,
+        cache_slots=tables[rows, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
+        sample_rows=torch.empty(0, dtype=torch.int64),
+        items=kernels.attention_items(query_start, positions, kv_heads),
+    )
+
+
+def deal_pages(lengths: Sequence[int], seed: int, total: int) -> list[list[int]]:
+    """Blocks for sequences of these lengths, scattered over a cache of `total`."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [[order.pop() for _ in range(-(-length // BLOCK))] for length in lengths]
+
+
+def make_table(
+    kernels: Kernels, in_features: int, outs: Sequence[int], ranks: Sequence[Sequence[int]], seed: int = 0
+) -> LowRankTable:
+    """A table over sites of `outs` features: `ranks[slot - 1][site]`, 0 for an untouched site."""
+    sites = [Site(f"site{index}", in_features, out) for index, out in enumerate(outs)]
+    table = LowRankTable(sites, len(ranks) + 1, transposed_a=kernels.TRANSPOSED_A)
+    for slot, each in enumerate(ranks, start=1):
+        updates = {
+            site.name: LowRank(
+                site.name,
+                random_bf16(seed + 100 * slot + index, rank, in_features, scale=in_features**-0.5),
+                random_bf16(seed + 100 * slot + 50 + index, site.out_features, rank),
+                scale=0.5 + slot / 4,
+            )
+            for index, (site, rank) in enumerate(zip(sites, each, strict=True))
+            if rank
+        }
+        table.put(slot, updates, Arena(table.size(updates), CPU))
+    return table
