@@ -20,6 +20,8 @@ class Stream:
     slot: int = 0
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    prefix: int = 0
+    """Of its first tokens, how many are a learned prefix, which has no logits."""
 
 
 class Feeder:
@@ -36,7 +38,7 @@ class Feeder:
 
     def logits(self, streams: Sequence[Stream], sizes: Sequence[int] = (1 << 30,)) -> list[torch.Tensor]:
         """Compute what is left of all streams, in steps: in each, every stream advances by the next of `sizes`
-        (used in turn). The logits after each token computed, [tokens, vocab] for each stream."""
+        (used in turn). The logits after each token computed, [tokens, vocab] for each stream, prefixes left out."""
         found: list[list[torch.Tensor]] = [[] for _ in streams]
         turn = 0
         while any(stream.computed < len(stream.tokens) for stream in streams):
@@ -48,7 +50,7 @@ class Feeder:
                 part = stream.tokens[stream.computed :][: sizes[turn % len(sizes)]]
                 turn += 1
                 chunks.append(Chunk(part, stream.computed, stream.blocks, stream.slot, all_logits=True))
-                rows.append((index, len(part)))
+                rows.append((index, max(0, stream.computed + len(part) - max(stream.computed, stream.prefix))))
                 stream.computed += len(part)
             scores = self.served.forward(chunks)
             total = sum(length for _, length in rows)

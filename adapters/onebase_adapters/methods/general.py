@@ -5,7 +5,7 @@ largest singular values with its error reported, or is refused.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -49,21 +49,22 @@ def lower(source: Source) -> Lowered:
 
 def _changes(source: Source, sites: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
     """Each site's change [out, in], as PEFT merges it into a float32 copy of the base's weights."""
-    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
-    settings = {key: value for key, value in source.config.items() if key != "auto_mapping"}
+    unwanted = ("auto_mapping", "base_model_name_or_path")
+    settings = {key: value for key, value in source.config.items() if key not in unwanted}
     names = "|".join(re.escape(site) for site in sites)
-    settings |= {"target_modules": names, "inference_mode": True, "layers_to_transform": None}
+    settings |= {"target_modules": names, "inference_mode": True, "layers_to_transform": None, "task_type": None}
     try:
         config = PeftConfig.from_peft_type(**settings)
-        model = inject_adapter_in_model(config, _skeleton(source, sites))
-        outcome = set_peft_model_state_dict(model, dict(source.tensors))
+        model = get_peft_model(_skeleton(source, sites), config)  # type: ignore[arg-type]
+        outcome = set_peft_model_state_dict(model, dict(_stored_names(source.tensors, sites)))
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise AdapterFormatError(f"PEFT cannot read this adapter: {error}", field="path") from error
     if outcome.unexpected_keys:
         raise AdapterFormatError(f"Tensor {outcome.unexpected_keys[0]!r} belongs to no site.", field="path")
     for site in sites:
-        layer = model.get_submodule(site)
+        layer = model.base_model.model.get_submodule(site)
         if not hasattr(layer, "merge"):
             raise AdapterFormatError(
                 f"{source.config['peft_type']} has no merged form: it is not served.", field="peft_type"
@@ -71,6 +72,13 @@ def _changes(source: Source, sites: list[str]) -> Iterable[tuple[str, torch.Tens
         before = layer.get_base_layer().weight.detach().clone()
         layer.merge()
         yield site, layer.get_base_layer().weight.detach() - before
+
+
+def _stored_names(tensors: Mapping[str, torch.Tensor], sites: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
+    """PEFT's own names again: what belongs to no site is shared by all, and kept by the tuner."""
+    for name, tensor in tensors.items():
+        of_a_site = any(name.startswith(f"{site}.") for site in sites)
+        yield f"base_model.model.{name}" if of_a_site else f"base_model.{name}", tensor
 
 
 def _skeleton(source: Source, sites: list[str]) -> nn.Module:

@@ -34,7 +34,9 @@ class ModelWeights:
 def _dequantised(weight: Any) -> torch.Tensor:
     data, state = weight.data, copy.copy(weight.quant_state)
     if getattr(state, "packing_format_for_cpu", False):
+        scales = state.absmax.t().reshape(-1).float()
         state.original_nested = False  # else the blocks' scales would be quantised a second time
         data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = scales
     dense: torch.Tensor = dequantize_4bit(data, state)
     return dense

@@ -1,0 +1,110 @@
+"""Bottleneck adapters against the papers' formula, written as hooks on the plain model in float32 and bfloat16."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from onebase_adapters.base.spec import BaseSpec
+from onebase_adapters.model.served import ServedModel
+from support.peers import check_as_exact, load_exact, logits
+from support.serving import Feeder, Stream, put
+
+HIDDEN, LAYERS = 64, 3
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+}
+CASES = [("houlsby", "gelu", 9), ("pfeiffer", "relu", 16), ("parallel", "silu", 5), ("houlsby", "tanh", 64)]
+
+
+def save_bottleneck(folder: Path, placement: str, activation: str, size: int) -> Path:
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(size)
+    tensors = {}
+    for layer in range(LAYERS):
+        for block in ("self_attn", "mlp") if placement == "houlsby" else ("mlp",):
+            site = f"model.layers.{layer}.{block}"
+            shapes = {"down.weight": (size, HIDDEN), "down.bias": (size,)}
+            shapes |= {"up.weight": (HIDDEN, size), "up.bias": (HIDDEN,)}
+            for leaf, shape in shapes.items():
+                noise = torch.randn(shape, generator=generator) * 0.6 / shape[-1] ** 0.5
+                tensors[f"{site}.{leaf}"] = noise.bfloat16().float()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "BOTTLENECK", "placement": placement, "activation": activation, "scale": 0.75}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"bottleneck_size": size}))
+    return folder
+
+
+def with_bottlenecks(model: Any, folder: Path) -> Any:
+    """`model` with the adapter as the papers draw it."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    act = ACTIVATIONS[config["activation"]]
+
+    def behind(site: str) -> Callable[..., Any]:
+        def hook(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            y = output[0] if isinstance(output, tuple) else output
+            part = {leaf: tensors[f"{site}.{leaf}"].to(y.dtype) for leaf in ("down.weight", "up.weight")}
+            part |= {leaf: tensors[f"{site}.{leaf}"].to(y.dtype) for leaf in ("down.bias", "up.bias")}
+            source = (args[0] if args else kwargs["hidden_states"]) if config["placement"] == "parallel" else y
+            inner = act(source @ part["down.weight"].t() + part["down.bias"])
+            changed = y + config["scale"] * (inner @ part["up.weight"].t() + part["up.bias"])
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return hook
+
+    for site in {name.rsplit(".", 2)[0] for name in tensors}:
+        model.get_submodule(site).register_forward_hook(behind(site), with_kwargs=True)
+    return model
+
+
+@pytest.fixture(scope="module", params=["fused", "plain", "reference"])
+def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> ServedModel:
+    """On the fused kernels, on transformers' own layers, and there without any fast kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr("onebase_adapters.model.fused._MODELS", ())
+        if request.param == "reference":
+            from onebase_adapters.kernels import reference
+
+            patch.setattr("onebase_adapters.model.served.choose_kernels", lambda *_: reference)
+        return ServedModel.load(BaseSpec(str(tiny_model("llama")), device="cpu"), slots=8, blocks=256)
+
+
+@pytest.mark.parametrize(("placement", "activation", "size"), CASES)
+def test_as_the_formula(
+    placement: str,
+    activation: str,
+    size: int,
+    model: ServedModel,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    prompt: Any,
+) -> None:
+    folder = save_bottleneck(tmp_path / "adapter", placement, activation, size)
+    tokens = prompt(37, size)
+    slot = put(model, folder)
+    (ours,) = Feeder(model).logits([Stream(tokens[:], slot)], sizes=[5, 1, 40])
+    model.remove(slot)
+    exact = logits(with_bottlenecks(load_exact(tiny_model("llama")), folder), tokens)
+    rounded = logits(with_bottlenecks(load_exact(tiny_model("llama")).bfloat16(), folder), tokens)
+    check_as_exact(ours, rounded, exact)
+
+
+def test_mixed_with_others_the_bits_are_the_same(model: ServedModel, tmp_path: Path, prompt: Any) -> None:
+    slots = [0] + [put(model, save_bottleneck(tmp_path / str(i), *case)) for i, case in enumerate(CASES)]
+    tokens = prompt(33, 3)
+    alone = [Feeder(model).logits([Stream(tokens[:], slot)])[0] for slot in slots]
+    streams = [Stream(tokens[:], slot) for slot in (*slots, *slots)]
+    together = Feeder(model).logits(streams, sizes=[9, 2, 64])
+    for slot in slots[1:]:
+        model.remove(slot)
+    for ours, mixed in zip((*alone, *alone), together, strict=True):
+        assert torch.equal(ours, mixed)

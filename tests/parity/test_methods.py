@@ -1,0 +1,96 @@
+"""Every method, alone and all of them in one batch, against PEFT's own forward pass on the same 4-bit base."""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from onebase_adapters.base.spec import BaseSpec
+from onebase_adapters.layout import Layout
+from onebase_adapters.methods import load_adapter
+from onebase_adapters.model.served import ServedModel
+from support.methods import CONFIGS, save_method
+from support.peers import check_as_exact, load_exact
+from support.serving import Feeder, Stream
+
+Adapters = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Adapters:
+    root = tmp_path_factory.mktemp("methods")
+    return cache(lambda name: save_method(root / name, tiny_model("llama"), CONFIGS[name](), seed=len(name)))
+
+
+@pytest.fixture(scope="module", params=["fused", "plain"])
+def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> ServedModel:
+    """On the fused kernels, and on transformers' own layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr("onebase_adapters.model.fused._MODELS", ())
+        return ServedModel.load(BaseSpec(str(tiny_model("llama")), device="cpu"), slots=len(CONFIGS), blocks=512)
+
+
+@pytest.fixture(scope="module")
+def peer_logits(tiny_model: Callable[[str], Path], adapters: Adapters) -> Callable[..., torch.Tensor]:
+    """PEFT's logits [tokens, vocab] of an adapter on the NF4 base's weights, in float32 or all in bfloat16 (few of
+    PEFT's methods run on 4-bit modules)."""
+
+    @torch.inference_mode()
+    def logits(name: str, tokens: tuple[int, ...], *, exact: bool) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: Any = PeftModel.from_pretrained(load_exact(tiny_model("llama")), adapters(name)).eval()
+        if not exact:
+            model.to(torch.bfloat16)
+        found: torch.Tensor = model(torch.tensor([tokens])).logits[0].float()
+        return found[-len(tokens) :]
+
+    return cache(logits)
+
+
+def put(model: ServedModel, folder: Path) -> tuple[int, Layout]:
+    adapter = load_adapter(folder, folder.name, model.shape, model.weights)
+    return model.put(adapter), adapter.layout
+
+
+def stream(model: ServedModel, tokens: tuple[int, ...], slot: int, layout: Layout) -> Stream:
+    return Stream(layout.arrange(tokens, model.shape.vocab), slot, prefix=layout.prefix)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_as_peft(
+    name: str, model: ServedModel, adapters: Adapters, peer_logits: Callable[..., torch.Tensor], prompt: Any
+) -> None:
+    tokens = tuple(prompt(40, 5))
+    slot, layout = put(model, adapters(name))
+    try:
+        (ours,) = Feeder(model).logits([stream(model, tokens, slot, layout)])
+    finally:
+        model.remove(slot)
+    exact = peer_logits(name, tokens, exact=True)
+    check_as_exact(ours[-len(tokens) :], peer_logits(name, tokens, exact=False), exact)
+
+
+def test_all_methods_in_one_batch_give_the_same_bits_as_alone(
+    model: ServedModel, adapters: Adapters, prompt: Any
+) -> None:
+    tokens = tuple(prompt(40, 5))
+    resident = [(0, Layout()), *(put(model, adapters(name)) for name in CONFIGS)]
+    try:
+        alone = [Feeder(model).logits([stream(model, tokens, *entry)])[0] for entry in resident]
+        streams = [stream(model, tokens, *entry) for entry in resident]
+        together = Feeder(model).logits(streams, sizes=[7, 23, 1, 64])
+    finally:
+        for slot, _ in resident[1:]:
+            model.remove(slot)
+    for ours, mixed in zip(alone, together, strict=True):
+        assert torch.equal(ours, mixed)
+    base = alone[0]
+    for name, ours in zip(CONFIGS, alone[1:], strict=True):
+        assert not torch.allclose(base, ours[-len(tokens) :], atol=0.05), f"{name} changes nothing"

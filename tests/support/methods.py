@@ -1,0 +1,86 @@
+"""Adapters of every PEFT method for the tiny models: made and saved by PEFT, with every number random."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM
+
+from onebase_adapters.base.load import quiet_loading
+
+_COMMON: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+_SITES = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+
+CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
+    "rslora": lambda: peft.LoraConfig(r=6, lora_alpha=12, target_modules=_SITES, use_rslora=True, **_COMMON),
+    "dora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=_SITES, use_dora=True, **_COMMON),
+    "lora-bias": lambda: peft.LoraConfig(r=4, target_modules=_SITES, lora_bias=True, **_COMMON),
+    "lora-embedding": lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], **_COMMON),
+    "lora-saved-head": lambda: peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], **_COMMON
+    ),
+    "adalora": lambda: peft.AdaLoraConfig(
+        init_r=6, target_r=3, lora_alpha=12, total_step=10, target_modules=_SITES, **_COMMON
+    ),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **_COMMON
+    ),
+    "ia3-shared-input": lambda: peft.IA3Config(
+        target_modules=["q_proj", "up_proj"], feedforward_modules=["q_proj", "up_proj"], **_COMMON
+    ),
+    "prompt-tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=7, **_COMMON),
+    "p-tuning-lstm": lambda: peft.PromptEncoderConfig(
+        num_virtual_tokens=5, encoder_hidden_size=32, encoder_reparameterization_type="LSTM", **_COMMON
+    ),
+    "p-tuning-mlp": lambda: peft.PromptEncoderConfig(
+        num_virtual_tokens=5, encoder_hidden_size=32, encoder_reparameterization_type="MLP", **_COMMON
+    ),
+    "prefix-tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=19, **_COMMON),
+    "prefix-tuning-mlp": lambda: peft.PrefixTuningConfig(
+        num_virtual_tokens=16, encoder_hidden_size=48, prefix_projection=True, **_COMMON
+    ),
+    "loha": lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=_SITES, **_COMMON),
+    "lokr": lambda: peft.LoKrConfig(r=4, alpha=8, target_modules=_SITES, **_COMMON),
+    "vera": lambda: peft.VeraConfig(r=8, target_modules=["q_proj", "o_proj"], **_COMMON),
+    "oft": lambda: peft.OFTConfig(oft_block_size=16, target_modules=["q_proj", "v_proj"], **_COMMON),
+}
+"""By name. The tiny Llama's sites are at most 128 wide, so that even OFT's updates are low-rank enough for it."""
+
+
+def save_method(folder: Path, model: Path, config: peft.PeftConfig, *, seed: int = 0) -> Path:
+    """The adapter `config` describes for the model in `model`. Returns `folder`."""
+    with quiet_loading(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        adapted: Any = peft.get_peft_model(base, config)
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad or "ranknum" in name:
+                _randomise(name, parameter, generator)
+        adapted.save_pretrained(folder)
+    return folder
+
+
+def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+    noise = torch.randn(parameter.shape, generator=generator)
+    with torch.no_grad():
+        if "ranknum" in name:
+            return
+        if any(part in name for part in ("ia3_", "magnitude", "vera_lambda")):
+            # Around what leaves the base unchanged (1, or a norm), or what VeRA begins with.
+            parameter *= 1 + 0.2 * noise if "vera" not in name else 1 + noise
+            parameter += 0.3 * noise if "vera_lambda_b" in name else 0
+        elif "oft_" in name:
+            parameter.copy_(0.05 * noise)
+        elif "hada_" in name or "lokr_" in name:
+            parameter.copy_(0.4 * noise)
+        elif any(part in name for part in ("prompt_encoder", "embedding.weight")):
+            parameter.copy_(0.5 * noise)
+        elif "modules_to_save" in name:
+            parameter += 0.1 * parameter.std() * noise
+        else:
+            parameter.copy_(noise * 0.4 / parameter.shape[-1] ** 0.5)
+        parameter.copy_(parameter.bfloat16().float())
