@@ -57,7 +57,7 @@ def _changes(source: Source, sites: list[str]) -> Iterable[tuple[str, torch.Tens
     settings |= {"target_modules": names, "inference_mode": True, "layers_to_transform": None, "task_type": None}
     try:
         config = PeftConfig.from_peft_type(**settings)
-        model = get_peft_model(_skeleton(source, sites), config)  # type: ignore[arg-type]
+        model = get_peft_model(_skeleton(source, sites), config)
         outcome = set_peft_model_state_dict(model, dict(_stored_names(source.tensors, sites)))
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise AdapterFormatError(f"PEFT cannot read this adapter: {error}", field="path") from error
