@@ -22,6 +22,15 @@ class Quantization(enum.StrEnum):
     NONE = "none"
 
 
+class LogLevel(enum.StrEnum):
+    """What is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 def serve(
     model: Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")] = DEFAULT_BASE,
     *,
@@ -60,6 +69,8 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=0, help="Most requests that wait; more get 429.")] = 1024,
     max_adapters: Annotated[int, typer.Option(min=1, help="Most adapters resident at once.")] = 256,
     prefix_cache: Annotated[bool, typer.Option(help="Reuse the cache of common beginnings.")] = True,
+    log_level: Annotated[LogLevel, typer.Option(help="info has a line for each request.")] = LogLevel.WARNING,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON lines.")] = False,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to finish in when told to stop.")] = 30.0,
 ) -> None:
     """Serve one base model and its adapters, OpenAI-compatible."""
@@ -83,6 +94,8 @@ def serve(
         adapter_root=_existing(adapter_root),
         admin_key=admin_key or None,
         api_keys=tuple(key for key in api_key or () if key),
+        log_level=log_level.value,
+        log_format="json" if log_json else "text",
         grace=grace,
     )
     from onebase_server.serving import run

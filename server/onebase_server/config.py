@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onebase_server.engine.config import EngineConfig
+from onebase_server.logs import LogFormat
 
 
 @dataclass(frozen=True)
@@ -24,5 +25,8 @@ class ServerConfig:
     """Opens the administration of adapters."""
     api_keys: tuple[str, ...] = ()
     """Any of them is needed for inference; without any, inference is open."""
+    log_level: str = "warning"
+    """`info` has a line for each request."""
+    log_format: LogFormat = "text"
     grace: float = 30.0
     """Seconds that requests in flight get to finish when the server is told to stop."""

@@ -1,7 +1,6 @@
 """Running the server: the port is claimed, the engine started, the adapters loaded; a signal drains and ends it."""
 
 import asyncio
-import logging
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
@@ -20,6 +19,7 @@ from onebase_server.api.services import ApiSettings, Services
 from onebase_server.config import ServerConfig
 from onebase_server.engine.process import ProcessEngine
 from onebase_server.greeting import greet
+from onebase_server.logs import configure_logging
 from onebase_server.text.tokenizer import load_codec
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ _SLOW_CLIENT_SECONDS = 5
 
 def run(config: ServerConfig) -> int:
     """Serve until told to stop; returns the exit status. Raises ConfigError, BaseModelError or StorageError."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(config.log_level, config.log_format)
     # Before the model is loaded: a port in use should not cost the wait.
     with (
         claim_port(config.host, config.port) as listener,

@@ -258,7 +258,7 @@ async def test_a_failure_of_the_code_is_a_500_without_details(
     assert "secret" not in reply.text
     assert reply.json()["error"]["type"] == "server_error"
     assert reply.headers["x-request-id"] == "mine-1"
-    assert "request mine-1 failed: POST /v1/completions" in caplog.text
+    assert "a request failed: POST /v1/completions" in caplog.text
 
 
 async def test_request_ids(http: httpx.AsyncClient) -> None:

@@ -19,6 +19,7 @@ from onebase_server.api.schemas import ChatRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import ChunkFormat, SseResponse, Write, event
 from onebase_server.engine.request import EngineRequest, TokenLogprobs
+from onebase_server.logs import note
 
 router = APIRouter(tags=["inference"])
 
@@ -118,6 +119,7 @@ async def _prepare(services: Services, body: ChatRequest, tenant: str) -> _Chat:
     )
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     request = EngineRequest(request_id, tuple(tokens), params, target.adapter, tenant, body.priority or 0)
+    note(id=request_id, model=target.name, prompt_tokens=len(tokens))
     envelope = {
         "id": request_id,
         "created": int(time.time()),

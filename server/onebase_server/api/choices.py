@@ -14,6 +14,7 @@ from onebase_server.api.schemas import Generation
 from onebase_server.api.services import Services
 from onebase_server.engine.client import EngineClient
 from onebase_server.engine.request import EngineRequest, Output, TokenLogprobs
+from onebase_server.logs import note
 from onebase_server.text.output import OutputText
 
 
@@ -110,16 +111,18 @@ def _wrap(seed: int) -> int:
 
 async def run_all(engine: EngineClient, choices: Sequence[Choice], show: Show) -> None:
     """Generate all choices at once. When one fails, the others are aborted and its error is raised."""
-    if len(choices) == 1:
-        await _run(engine, choices[0], show)
-        return
-    tasks = [asyncio.create_task(_run(engine, choice, show)) for choice in choices]
+    tasks: list[asyncio.Task[None]] = []
     try:
-        await asyncio.gather(*tasks)
+        if len(choices) == 1:
+            await _run(engine, choices[0], show)
+        else:
+            tasks += [asyncio.create_task(_run(engine, choice, show)) for choice in choices]
+            await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        note(completion_tokens=sum(choice.completion_tokens for choice in choices))
 
 
 async def _run(engine: EngineClient, choice: Choice, show: Show) -> None:

@@ -20,6 +20,7 @@ from onebase_server.api.schemas import MOST_SEQUENCES, CompletionRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import ChunkFormat, SseResponse, Write, event
 from onebase_server.engine.request import EngineRequest, TokenLogprobs
+from onebase_server.logs import note
 
 router = APIRouter(tags=["inference"])
 
@@ -181,6 +182,8 @@ async def _prepare(services: Services, body: CompletionRequest, tenant: str) -> 
         request = EngineRequest(request_id, tuple(tokens), params, target.adapter, tenant, body.priority or 0)
         groups.append(make_choices(services, body, target, request, count, number * count))
         echoed.append(_echo(services, body, prompt))
+    prompt_tokens = sum(len(group[0].request.prompt) for group in groups)
+    note(id=request_id, model=target.name, prompt_tokens=prompt_tokens)
     envelope = {
         "id": request_id,
         "object": "text_completion",

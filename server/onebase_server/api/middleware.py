@@ -1,7 +1,8 @@
-"""Around every request: an id in `x-request-id`, a limit on the body, and an answer where the code failed."""
+"""Around every request: its id, a limit on the body, an answer where the code failed, a line in the log."""
 
 import logging
 import re
+import time
 import uuid
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_server.api.disconnect import ClientGoneError
 from onebase_server.api.errors import INTERNAL, reply_to
+from onebase_server.logs import begin_request
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class RequestGuard:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        fields = begin_request(request_id.decode())
+        begun = time.perf_counter()
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -43,6 +47,7 @@ class RequestGuard:
                 started = True
                 route = getattr(scope.get("route"), "path", "unmatched")
                 self._answered(route, scope["method"], message["status"])
+                fields["status"] = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
             await send(message)
 
@@ -64,14 +69,17 @@ class RequestGuard:
                 raise _too_large(limit)
             await self._app(scope, receive_within_limit, send_with_id)
         except ClientGoneError:
-            return
+            fields["client_gone"] = True
         except Exception as error:
             reply = reply_to(error)
             if reply is INTERNAL:
-                log.exception("request %s failed: %s %s", request_id.decode(), scope["method"], scope["path"])
+                log.exception("a request failed: %s %s", scope["method"], scope["path"])
             if started:
                 raise
             await reply.response()(scope, receive, send_with_id)
+        finally:
+            fields["seconds"] = round(time.perf_counter() - begun, 6)
+            log.info("%s %s", scope["method"], scope["path"])
 
 
 def _too_large(limit: int) -> HTTPException:
