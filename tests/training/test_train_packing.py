@@ -93,14 +93,14 @@ def test_a_plan_has_each_example_once_an_epoch_in_an_order_of_its_own() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_over_several_blocks_and_a_prefix_is_plain_attention(causal: bool) -> None:
-    from onebase_training.attention import _Packed
+    from onebase_training.attention import Packing, _Packed
 
     generator = torch.Generator().manual_seed(0)
-    bounds, prefix = (0, 300, 311, 900), 3
+    bounds, prefix = (0, 300, 311, 400, 495, 580, 900), 3
     q = torch.randn(4, 900, 8, generator=generator, requires_grad=True)
     k, v = (torch.randn(2, prefix + 900, 8, generator=generator, requires_grad=True) for _ in range(2))
     weight = torch.randn(4, 900, 8, generator=generator)
-    out = _Packed.apply(q, k, v, list(pairwise(bounds)), 0.3, causal, None, None)
+    out = _Packed.apply(q, k, v, Packing(list(pairwise(bounds))), 0.3, causal, None, None)
     got = torch.autograd.grad((out * weight).sum(), (q, k, v))
 
     visible = torch.zeros(900, prefix + 900, dtype=torch.bool)

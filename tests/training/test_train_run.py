@@ -118,6 +118,23 @@ def test_weights_kept_in_4_bit_train_to_the_same_adapter(config: TrainConfig) ->
         torch.testing.assert_close(value, expanded[name], rtol=0, atol=2e-3)
 
 
+def test_recomputed_activations_change_no_adapter(config: TrainConfig) -> None:
+    config = replace(config, max_steps=4)
+    train(config)
+    kept = tensors(config)
+    train(replace(config, checkpointing="always", overwrite=True))
+    assert all(torch.equal(value, kept[name]) for name, value in tensors(config).items())
+
+
+def test_a_batch_that_cannot_fit_is_refused_before_training(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onebase_training.estimate.free_memory", lambda _: 1 << 16)
+    with pytest.raises(ConfigError, match="batch-tokens"):
+        train(config)
+    assert left_behind(config) == []
+
+
 def test_a_run_that_fails_leaves_nothing(config: TrainConfig) -> None:
     def stop(event: Event) -> None:
         if isinstance(event, Step) and event.step == 3:

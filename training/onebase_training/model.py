@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from onebase_training.attention import PACKED_ATTENTION, Bounds
+from onebase_training.attention import PACKED_ATTENTION, Bounds, Packing
 from onebase_training.methods.attached import Attached
 
 
@@ -25,6 +25,18 @@ class Trained(nn.Module):
         self.device = device
         self.mixed_precision = mixed_precision
         """Matrix products in bfloat16 (trained parameters stay float32)."""
+
+    @property
+    def vocab(self) -> int:
+        """Logits of a token."""
+        size: int = self.model.config.get_text_config().vocab_size
+        return size
+
+    def recompute_activations(self) -> None:
+        """Keep only each layer's input for the backward pass (Chen et al. 2016): slower, far less memory."""
+        base: Any = self.model
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def forward(
         self, input_ids: torch.Tensor, bounds: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor
@@ -49,7 +61,7 @@ class Trained(nn.Module):
         starts = torch.tensor([start for start, _ in examples], device=device)
         positions = torch.arange(int(lengths.sum()), device=device) - starts.repeat_interleave(lengths)
         if self.model.config._attn_implementation == PACKED_ATTENTION:
-            return {"position_ids": positions[None], "bounds": examples}
+            return {"position_ids": positions[None], "packing": Packing(examples)}
         return {"position_ids": positions[None], "attention_mask": _block_mask(lengths)}
 
 

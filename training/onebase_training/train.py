@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-import torch
 from transformers import set_seed
 
 from onebase_adapters.base import BaseSpec, LoadedBase, load_base
@@ -19,6 +17,7 @@ from onebase_training.batches import plan_batches
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded, encode, read_dataset, split
 from onebase_training.dequantize import dequantize, dequantized_bytes, keep_unpacked
+from onebase_training.estimate import free_memory, settle
 from onebase_training.evaluate import Evaluation, Sample, evaluate
 from onebase_training.events import Progress, Stage, silent
 from onebase_training.loop import Loop, count_steps, history, last_checkpoint
@@ -81,7 +80,12 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress) -> Tra
     lengths = [len(example.input_ids) for example in examples]
     plan = plan_batches(lengths, budget=config.batch_tokens, epochs=config.epochs, seed=config.seed)
     parameters = sum(value.numel() for value in trainable_state(model).values())
-    progress(Stage(f"{parameters:,} parameters to train, {count_steps(plan, config)} steps"))
+    steps = count_steps(plan, config)
+    estimate, recomputed = settle(model, examples, plan[: steps * config.accumulate], config)
+    progress(Stage(f"{parameters:,} parameters to train, {steps} steps, {estimate}"))
+    if recomputed:
+        progress(Stage("activations are recomputed in the backward pass, to save memory"))
+    set_seed(config.seed)
     loop = Loop(
         model, config, work=workspace.folder, examples=examples, held_out=evaluation, plan=plan, progress=progress
     )
@@ -103,8 +107,8 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress) -> Tra
     }
     log = history(workspace.folder)
     write_result(workspace.output, attached.save, notes=notes, before=before, after=after, history=log)
-    steps = loop.state.global_step
-    return TrainResult(workspace.output, before, after, steps, parameters, loop.watch.speed, loop.watch.busy)
+    watch = loop.watch
+    return TrainResult(workspace.output, before, after, loop.state.global_step, parameters, watch.speed, watch.busy)
 
 
 def read_data(config: TrainConfig) -> tuple[Dataset, Dataset]:
@@ -122,18 +126,15 @@ def load_for_training(config: TrainConfig, method: Method, progress: Progress) -
     if base.device.type == "cpu":
         base.model.set_attn_implementation(PACKED_ATTENTION)
     extra = dequantized_bytes(base.model)
-    if extra and (config.dequantize == "always" or (config.dequantize == "auto" and _fits(extra, base.device))):
+    if extra and (
+        config.dequantize == "always" or (config.dequantize == "auto" and extra * 4 <= free_memory(base.device))
+    ):
         dequantize(base.model)
         progress(Stage(f"4-bit weights held as bfloat16 while training: the same values, {extra >> 20} MiB more"))
     elif extra:
         keep_unpacked(base.model)
         progress(Stage("4-bit weights are expanded anew in each step"))
     return base
-
-
-def _fits(extra: int, device: torch.device) -> bool:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return extra * 4 <= free
 
 
 def _encode(dataset: Dataset, base: LoadedBase, config: TrainConfig) -> list[Encoded]:

@@ -5,6 +5,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onebase_adapters.base import LoadedBase
 from onebase_training.config import TrainConfig
+from onebase_training.fast_lora import speed_up
 from onebase_training.methods.attached import Attached
 from onebase_training.methods.peft import attach_peft
 
@@ -22,4 +23,6 @@ def attach(base: LoadedBase, config: TrainConfig) -> Attached:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.model.modules()),
         task_type="CAUSAL_LM",
     )
-    return attach_peft(base, settings)
+    attached = attach_peft(base, settings)
+    speed_up(attached.model)
+    return attached

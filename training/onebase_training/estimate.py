@@ -1,0 +1,129 @@
+"""What a run will take, measured before it starts: a short row goes forth and back once, and is extrapolated."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from onebase_adapters.errors import ConfigError
+from onebase_training.batches import collate
+from onebase_training.config import TrainConfig
+from onebase_training.data import Encoded
+from onebase_training.model import Trained, trainable_state
+
+_PROBE_TOKENS = 256
+_HEADROOM = 1.5
+"""Buffers of a moment, beside what is kept for the backward pass."""
+_LOGIT_BYTES = 14
+"""Of one logit: bfloat16, float32, and the gradients of both."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is to be expected, evaluations left out."""
+
+    seconds: float
+    memory: int
+    """Bytes beyond what the base takes already."""
+
+    def __str__(self) -> str:
+        took = f"{self.seconds / 60:.0f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
+        return f"about {took} and {_gib(self.memory)} of memory"
+
+
+@dataclass(frozen=True)
+class _Probe:
+    seconds_per_token: float
+    bytes_per_token: float
+
+
+def settle(
+    model: Trained, examples: Sequence[Encoded], plan: Sequence[Sequence[int]], config: TrainConfig
+) -> tuple[Estimate, bool]:
+    """The estimate, and whether activations are to be recomputed, which this has switched on then.
+
+    Raises ConfigError where the largest batch does not fit into memory.
+    """
+    probe_rows = _short_rows(examples, plan[0])
+    checkpointed = config.checkpointing == "always"
+    if checkpointed:
+        model.recompute_activations()
+    free = free_memory(model.device)
+    estimate = _estimate(_probe(model, probe_rows), model, examples, plan)
+    if estimate.memory > free and config.checkpointing == "auto":
+        model.recompute_activations()
+        checkpointed = True
+        estimate = _estimate(_probe(model, probe_rows), model, examples, plan)
+    if estimate.memory > free:
+        raise ConfigError(
+            f"The largest batch needs some {_gib(estimate.memory)} of memory, {_gib(free)} are free. Use a smaller "
+            f"--batch-tokens (now {config.batch_tokens}), shorter examples (--max-length)"
+            f"{'' if checkpointed else ', or --checkpointing always'}.",
+            field="batch_tokens",
+        )
+    return estimate, checkpointed
+
+
+def free_memory(device: torch.device) -> int:
+    """In bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _short_rows(examples: Sequence[Encoded], batch: Sequence[int]) -> list[Encoded]:
+    chosen: list[Encoded] = []
+    for index in batch:
+        chosen.append(examples[index])
+        if sum(len(one.input_ids) for one in chosen) >= _PROBE_TOKENS:
+            break
+    return chosen
+
+
+def _probe(model: Trained, rows: Sequence[Encoded]) -> _Probe:
+    """Twice: the first pass counts what autograd keeps, the second is timed."""
+    batch = {name: value.to(model.device) for name, value in collate(rows).items()}
+    tokens, logits = batch["input_ids"].numel(), batch["labels"].numel() * model.vocab
+    own = {value.untyped_storage().data_ptr() for value in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        loss = model(**batch)
+    loss.backward()
+    start = time.perf_counter()
+    model(**batch).backward()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    seconds = time.perf_counter() - start
+    model.zero_grad()
+    activations = max(0, sum(kept.values()) - 4 * logits)
+    return _Probe(seconds / tokens, activations / tokens)
+
+
+def _estimate(
+    probe: _Probe, model: Trained, examples: Sequence[Encoded], plan: Sequence[Sequence[int]]
+) -> Estimate:
+    batches = [[examples[index] for index in batch] for batch in plan]
+    tokens = [sum(len(one.input_ids) for one in batch) for batch in batches]
+    labels = [sum(len(one.input_ids) - one.prompt_length for one in batch) for batch in batches]
+    trained = sum(value.numel() for value in trainable_state(model).values())
+    largest = max(
+        probe.bytes_per_token * token_count + _LOGIT_BYTES * model.vocab * label_count
+        for token_count, label_count in zip(tokens, labels, strict=True)
+    )
+    # Gradient and both of Adam's moments, float32.
+    memory = _HEADROOM * largest + 12 * trained
+    return Estimate(probe.seconds_per_token * sum(tokens), int(memory))
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
