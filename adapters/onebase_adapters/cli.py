@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from onebase_adapters.errors import OneBaseError
 
@@ -23,13 +24,22 @@ def root() -> None:
 
 
 def main() -> None:
-    """Run the command line. An error of ours prints as one line and exits with 1; Ctrl-C exits with 130."""
-    for command in sorted(entry_points(group="onebase.commands"), key=lambda point: point.name):
-        app.command(command.name)(command.load())
+    """`onebase`. An entry point of the group is a command's function, or a Typer of several commands."""
+    for entry in sorted(entry_points(group="onebase.commands"), key=lambda point: point.name):
+        command = entry.load()
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+        else:
+            app.command(entry.name)(command)
+    run(app)
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command line. An error of ours prints as one line and exits with 1; Ctrl-C exits with 130."""
     try:
         app()
     except OneBaseError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error.message}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(error.message)}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

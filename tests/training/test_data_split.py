@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from onebase_adapters.errors import DataError
 from onebase_training.data import Dataset, Example, Turn, split
-from onebase_training.data.duplicates import NEAR, _similarity, _words, groups
+from onebase_training.data.duplicates import NEAR, _similarity, groups
+from onebase_training.data.words import compared_words
 
 
 def dataset(*prompts: str, task: str = "") -> Dataset:
@@ -39,7 +40,7 @@ def test_a_template_that_all_share_makes_no_duplicates() -> None:
     st.lists(st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=7).map(" ".join), min_size=1, max_size=14)
 )
 def test_groups_equal_those_of_comparing_all_pairs(texts: list[str]) -> None:
-    keys = [tuple(_words(text)) for text in texts]
+    keys = [tuple(compared_words(text)) for text in texts]
     sets = {key: frozenset(key) for key in keys}
     weight = {w: math.log(len(sets) / sum(w in members for members in sets.values())) for key in keys for w in key}
     expected = list(range(len(texts)))

@@ -9,38 +9,25 @@ share a word before the cut.
 """
 
 import math
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from onebase_training.data.words import UNSPACED
+from onebase_training.data.words import compared_words
 
 NEAR = 0.8
 
 _ROUNDING = 1e-9
 """The filters may let a little more through than they must; the similarity itself decides."""
 
-_WORD = re.compile(rf"([{UNSPACED}]+)|([^\W{UNSPACED}]+)")
-
 
 def groups(texts: Sequence[str]) -> list[int]:
     """For each text the number of its group; a group's number is the place of its first text."""
-    words = [tuple(_words(text)) for text in texts]
+    words = [tuple(compared_words(text)) for text in texts]
     unique = list(dict.fromkeys(words))
     parent = _join_near(unique)
     first_of: dict[int, int] = {}
     place_of = {key: place for place, key in enumerate(unique)}
     return [first_of.setdefault(_root(parent, place_of[key]), at) for at, key in enumerate(words)]
-
-
-def _words(text: str) -> list[str]:
-    """What is compared: no case, no punctuation, no width. A text of nothing else is compared as it is."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    words: list[str] = []
-    for unspaced, word in _WORD.findall(folded):
-        words += [word] if word else [unspaced[at : at + 2] for at in range(max(1, len(unspaced) - 1))]
-    return words or [folded]
 
 
 def _join_near(texts: Sequence[tuple[str, ...]]) -> list[int]:

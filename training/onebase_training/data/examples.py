@@ -34,6 +34,21 @@ class Example:
         """Where it stands, for messages."""
         return f"line {self.line} of the task {self.task!r}" if self.task else f"line {self.line}"
 
+    @property
+    def asked(self) -> str:
+        """What the model is given: the text up to the first answer."""
+        if self.turns:
+            first = next((at for at, turn in enumerate(self.turns) if turn.role == "assistant"), None)
+            return "\n".join(turn.content for turn in self.turns[:first])
+        return " ".join(self.words) if self.words else self.prompt or ""
+
+    @property
+    def answer(self) -> str:
+        """What the model is to give: the last answer, the completion, the label, or the tags in order."""
+        if self.turns:
+            return next((turn.content for turn in reversed(self.turns) if turn.role == "assistant"), "")
+        return " ".join(self.tags) if self.tags else self.label or self.completion or ""
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -23,7 +23,7 @@ def split(
     for task in sorted({example.task for example in dataset.examples}):
         places = [at for at, example in enumerate(dataset.examples) if example.task == task]
         members = [dataset.examples[at] for at in places]
-        keys = groups([prompt_of(one) for one in members]) if group is None else [group(one) for one in members]
+        keys = groups([one.asked for one in members]) if group is None else [group(one) for one in members]
         chosen = _choose(keys, max(1, round(len(members) * eval_fraction)), random_order)
         if not chosen:
             raise DataError(
@@ -51,11 +51,3 @@ def _choose(keys: Sequence[int | str], wanted: int, random_order: random.Random)
         smallest = min(members.values(), key=len)
         chosen = smallest if len(smallest) <= len(keys) // 2 else []
     return chosen
-
-
-def prompt_of(example: Example) -> str:
-    """What the model is given: the text up to the first answer."""
-    if example.turns:
-        first = next((at for at, turn in enumerate(example.turns) if turn.role == "assistant"), None)
-        return "\n".join(turn.content for turn in example.turns[:first])
-    return " ".join(example.words) if example.words else example.prompt or ""
