@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import uvicorn
 
@@ -18,7 +19,7 @@ from onebase_adapters.store import AdapterStore
 from onebase_server.api.app import create_app
 from onebase_server.api.services import ApiSettings, Services
 from onebase_server.engine.client import EngineUnavailableError
-from onebase_server.engine.messages import AdapterInfo, EngineInfo, EngineStats
+from onebase_server.engine.messages import AdapterInfo, EngineInfo, EngineStats, HeadInfo, TemplateInfo
 from onebase_server.engine.request import EngineRequest, Output, TokenLogprobs
 from onebase_server.text.tokenizer import TextCodec, load_codec
 from support.tokenizer import save_tokenizer
@@ -75,6 +76,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.ended: list[str] = []
         self.loaded: dict[str, str] = {}
+        self.heads: dict[str, HeadInfo] = {}
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Output, None]:
         if not self.ready:
@@ -83,7 +85,7 @@ class FakeEngine:
             raise self.raises
         self.requests.append(request)
         try:
-            for output in self._outputs(request):
+            for output in self._outputs(request) if request.task == "generate" else self._read(request):
                 await asyncio.sleep(self.delay)
                 if output.finish_reason is not None:
                     self.ended.append(request.id)
@@ -118,13 +120,32 @@ class FakeEngine:
                 error_kind=reply.error_kind if last else None,
             )
 
+    def _read(self, request: EngineRequest) -> Iterator[Output]:
+        """A classification's best label is the prompt's length, or each token, modulo the number of labels."""
+        reply = self.reply(request)
+        if reply.error_kind:
+            yield Output(request.id, finish_reason="error", error="It broke.", error_kind=reply.error_kind)
+            return
+        if request.task == "embed":
+            yield Output(request.id, embedding=(0.6, 0.8, float(len(request.prompt))), finish_reason="stop")
+            return
+        head = self.heads[request.adapter or ""]
+        count = len(head.labels)
+        numbers = [len(request.prompt)] if head.kind == "sequence" else request.prompt
+        rows = tuple(tuple(0.5 if at == n % count else 0.5 / (count - 1) for at in range(count)) for n in numbers)
+        yield Output(request.id, probabilities=rows, finish_reason="stop")
+
     async def load_adapter(self, digest: str, folder: str) -> AdapterInfo:
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
         if "refuse" in config:
             raise getattr(errors, config["refuse"])("The engine refuses this one.")
         self.loaded[digest] = folder
         virtual = config.get("virtual_tokens", 0)
-        return AdapterInfo("LORA", 8, 1000, 2000, ("LowRank x 2",), 2, virtual)
+        head = msgspec.convert(config.get("head"), HeadInfo | None)
+        if head is not None:
+            self.heads[digest] = head
+        template = msgspec.convert(config.get("template"), TemplateInfo | None)
+        return AdapterInfo("LORA", 8, 1000, 2000, ("LowRank x 2",), 2, virtual, head, template)
 
     async def unload_adapter(self, digest: str) -> None:
         self.loaded.pop(digest, None)

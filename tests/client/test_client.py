@@ -133,6 +133,22 @@ def test_chat(client: OneBase, engine: Any, reply: Any, codec: TextCodec) -> Non
     assert last.usage == made.usage
 
 
+def test_classify_and_embed(client: OneBase, adapter_root: Path, new_adapter: Make) -> None:
+    for kind in ("sequence", "token"):
+        new_adapter(adapter_root / kind, kind.encode(), head={"kind": kind, "labels": ["no", "yes"]})
+        client.adapters.register(kind, path=kind)
+    first, second = client.classify(["a", "bé"], model="sequence")
+    assert {first.label, second.label} <= {"no", "yes"}
+    assert first.probs is not None
+    assert sum(first.probs) == 1
+    (tagged,) = client.classify("the é", model="token")
+    assert tagged.tokens is not None
+    assert tagged.tokens[-1].end == 5
+    assert [vector.embedding[:2] for vector in client.embed(["a", "b"])] == [[0.6, 0.8]] * 2
+    with pytest.raises(InvalidRequestError, match="no classification head"):
+        client.classify("a", model="tiny")
+
+
 def test_leaving_a_stream_stops_the_server(client: OneBase, engine: Any, reply: Any) -> None:
     engine.reply = lambda request: reply([50] * 400)
     engine.delay = 0.01
@@ -162,6 +178,9 @@ async def test_the_async_client(
         assert "".join([piece.text async for piece in client.complete_stream("the é", max_tokens=50)]) == "the é"
         answers = await asyncio.gather(*(client.chat([{"role": "user", "content": f"{i}"}]) for i in range(8)))
         assert all(answer.choices[0].finish_reason == "stop" for answer in answers)
+        assert len(await client.embed(["a", "b"])) == 2
+        with pytest.raises(InvalidRequestError):
+            await client.classify("a", model="a")
         pieces = [piece async for piece in client.chat_stream(USER)]
         assert pieces[-1].usage is not None
         assert (await client.adapters.register("a", upload=tmp_path / "b", replace=True)).version == 2

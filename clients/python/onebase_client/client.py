@@ -74,6 +74,14 @@ class OneBase:
         """The same, piece by piece; see `complete_stream`."""
         return self._stream(calls.chat_stream(messages, model, options))
 
+    def classify(self, texts: models.Prompt, *, model: str) -> list[models.Classification]:
+        """Label texts, or each of their tokens, by the head of the adapter `model`."""
+        return self._call(calls.classify(texts, model))
+
+    def embed(self, texts: models.Prompt, *, model: str | None = None) -> list[models.Embedding]:
+        """Vectors of texts."""
+        return self._call(calls.embed(texts, model))
+
     def list_models(self) -> list[models.Model]:
         """The base and every adapter that is served."""
         return self._call(calls.list_models())
@@ -229,6 +237,14 @@ class AsyncOneBase:
     ) -> AsyncGenerator[models.ChatChunk, None]:
         """See `OneBase.chat_stream`."""
         return self._stream(calls.chat_stream(messages, model, options))
+
+    async def classify(self, texts: models.Prompt, *, model: str) -> list[models.Classification]:
+        """See `OneBase.classify`."""
+        return await self._call(calls.classify(texts, model))
+
+    async def embed(self, texts: models.Prompt, *, model: str | None = None) -> list[models.Embedding]:
+        """See `OneBase.embed`."""
+        return await self._call(calls.embed(texts, model))
 
     async def list_models(self) -> list[models.Model]:
         """See `OneBase.list_models`."""

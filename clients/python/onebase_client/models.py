@@ -226,6 +226,34 @@ class ChatChunk(_Answer):
         return (self.choices[0].delta.content or "") if self.choices else ""
 
 
+class Embedding(_Answer):
+    """One text's vector, of length 1."""
+
+    index: int
+    embedding: list[float]
+
+
+class TokenLabel(_Answer):
+    """What a head that labels tokens made of one."""
+
+    token: str
+    start: int | None = None
+    """Where it is in the text, in characters; a token of an adapter's template begins and ends at one place."""
+    end: int | None = None
+    label: str
+    probs: list[float]
+
+
+class Classification(_Answer):
+    """One text's label, or the labels of its tokens."""
+
+    index: int
+    label: str | None = None
+    probs: list[float] | None = None
+    """In the order of the adapter's labels."""
+    tokens: list[TokenLabel] | None = None
+
+
 class GenerationOptions(TypedDict, total=False):
     """How to generate: OpenAI's fields, then vLLM's. What is left out is the server's default."""
 

@@ -102,6 +102,7 @@ async def _prepare(services: Services, body: ChatRequest, tenant: str) -> _Chat:
     target = services.adapters.resolve(body.model)
     prompt = render_chat(
         services,
+        target,
         body.messages,
         add_generation_prompt=body.add_generation_prompt,
         variables=body.chat_template_kwargs,

@@ -12,10 +12,11 @@ from starlette.responses import Response
 
 from onebase_server.api.auth import Tenant
 from onebase_server.api.choices import Choice, make_choices, run_all, usage_of
+from onebase_server.api.directory import Target
 from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.errors import InvalidRequestError
 from onebase_server.api.logprobs import CompletionLogprobs, joined
-from onebase_server.api.requests import check_prompt, encode, fit, sampling
+from onebase_server.api.requests import fit, prompt_tokens, sampling, templated
 from onebase_server.api.schemas import MOST_SEQUENCES, CompletionRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import ChunkFormat, SseResponse, Write, event
@@ -176,14 +177,17 @@ async def _prepare(services: Services, body: CompletionRequest, tenant: str) -> 
     echoed: list[str] = []
     for number, prompt in enumerate(body.prompt):
         field = "prompt" if len(body.prompt) == 1 else f"prompt[{number}]"
-        tokens = await _tokens(services, body, prompt, field)
-        check_prompt(services, tokens, field=field)
+        special = body.add_special_tokens is not False
+        tokens = await prompt_tokens(services, target, prompt, add_special_tokens=special, field=field)
         fit(services, target, len(tokens), generated, field=field)
         request = EngineRequest(request_id, tuple(tokens), params, target.adapter, tenant, body.priority or 0)
         groups.append(make_choices(services, body, target, request, count, number * count))
-        echoed.append(_echo(services, body, prompt))
-    prompt_tokens = sum(len(group[0].request.prompt) for group in groups)
-    note(id=request_id, model=target.name, prompt_tokens=prompt_tokens)
+        echoed.append(_echo(services, body, target, prompt, tokens))
+    note(
+        id=request_id,
+        model=target.name,
+        prompt_tokens=sum(len(group[0].request.prompt) for group in groups),
+    )
     envelope = {
         "id": request_id,
         "object": "text_completion",
@@ -208,15 +212,11 @@ def _sequences_per_prompt(body: CompletionRequest) -> int:
     return count
 
 
-async def _tokens(services: Services, body: CompletionRequest, prompt: str | list[int], field: str) -> list[int]:
-    if isinstance(prompt, str):
-        return await encode(services, prompt, add_special_tokens=body.add_special_tokens is not False, field=field)
-    return prompt
-
-
-def _echo(services: Services, body: CompletionRequest, prompt: str | list[int]) -> str:
+def _echo(
+    services: Services, body: CompletionRequest, target: Target, prompt: str | list[int], tokens: list[int]
+) -> str:
     if not body.echo:
         return ""
     if isinstance(prompt, str):
-        return prompt
-    return services.codec.decode(prompt, skip_special=body.skip_special_tokens is not False)
+        return templated(target, prompt)
+    return services.codec.decode(tokens, skip_special=body.skip_special_tokens is not False)

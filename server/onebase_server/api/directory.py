@@ -16,6 +16,7 @@ from onebase_adapters.errors import (
 from onebase_adapters.registry import AdapterRecord, check_name
 from onebase_adapters.store import AdapterStore, StagedAdapter
 from onebase_server.engine.client import EngineClient
+from onebase_server.engine.messages import HeadInfo, TemplateInfo
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,6 @@ class Entry:
     record: AdapterRecord
     problem: str | None = None
 
-    @property
-    def virtual_tokens(self) -> int:
-        """Tokens that each of its requests gives up of its context."""
-        return int(self.record.info.get("virtual_tokens", 0))
-
 
 @dataclass(frozen=True)
 class Target:
@@ -44,6 +40,22 @@ class Target:
     adapter: str | None
     """The adapter's digest; None is the base."""
     virtual_tokens: int = 0
+    """Tokens that each request gives up of its context."""
+    template: TemplateInfo | None = None
+    head: HeadInfo | None = None
+    """What `/v1/classify` needs."""
+
+    @classmethod
+    def of(cls, name: str, record: AdapterRecord) -> "Target":
+        """An adapter's, from what lowering found."""
+        info = record.info
+        return cls(
+            name,
+            record.digest,
+            int(info.get("virtual_tokens", 0)),
+            msgspec.convert(info.get("template"), TemplateInfo | None),
+            msgspec.convert(info.get("head"), HeadInfo | None),
+        )
 
 
 class AdapterDirectory:
@@ -206,9 +218,9 @@ class AdapterDirectory:
         for entry in entries:
             if entry.problem is None:
                 own = f"{name}@{entry.record.version}"
-                self._targets[own] = Target(own, entry.record.digest, entry.virtual_tokens)
+                self._targets[own] = Target.of(own, entry.record)
                 if entry.record.current:
-                    self._targets[name] = Target(name, entry.record.digest, entry.virtual_tokens)
+                    self._targets[name] = Target.of(name, entry.record)
 
     def _problem(self, record: AdapterRecord) -> str | None:
         if record.base != self._engine.info.fingerprint:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Request
 
 from onebase_adapters.errors import AdapterNotFoundError
 from onebase_server.api.auth import require_key
-from onebase_server.api.directory import Entry
+from onebase_server.api.directory import Entry, Target
 from onebase_server.api.services import Services, services_of
 
 router = APIRouter(tags=["models"], dependencies=[Depends(require_key)])
@@ -52,5 +52,5 @@ def _adapter(services: Services, entry: Entry) -> dict[str, Any]:
         "owned_by": "onebase",
         "root": services.settings.base_name,
         "parent": services.settings.base_name,
-        "max_model_len": services.longest - entry.virtual_tokens,
+        "max_model_len": services.longest - Target.of(entry.record.name, entry.record).virtual_tokens,
     }

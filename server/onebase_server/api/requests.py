@@ -14,35 +14,79 @@ _LONG_TEXT = 20_000
 """Characters from which tokenising is worth a thread: the event loop serves everybody's streams."""
 
 
+async def prompt_tokens(
+    services: Services, target: Target, prompt: str | Sequence[int], *, add_special_tokens: bool, field: str
+) -> list[int]:
+    """Token ids of a prompt as the target gets it: with its template around it, checked.
+
+    Raises InvalidRequestError."""
+    if isinstance(prompt, str):
+        text = templated(target, prompt)
+        tokens = await encode(services, text, add_special_tokens=add_special_tokens, field=field)
+    else:
+        tokens = list(prompt)
+        if target.template is not None:
+            before, after = (
+                services.codec.encode(text, add_special_tokens=False)
+                for text in (target.template.before, target.template.after)
+            )
+            tokens = before + tokens + after
+    check_prompt(services, tokens, field=field)
+    return tokens
+
+
+def templated(target: Target, prompt: str) -> str:
+    """A prompt's text with the target's template around it."""
+    template = target.template
+    return prompt if template is None else template.before + prompt + template.after
+
+
 async def encode(services: Services, text: str, *, add_special_tokens: bool, field: str) -> list[int]:
-    """Token ids of a prompt given as text. Raises InvalidRequestError for half a surrogate pair, which JSON can
-    write and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(f"Character {error.start} is a lone surrogate.", field=field) from error
+    """Token ids of a text. Raises InvalidRequestError for half a surrogate pair, which JSON can write and UTF-8
+    cannot."""
+    check_unicode(text, field)
     if len(text) < _LONG_TEXT:
         return services.codec.encode(text, add_special_tokens=add_special_tokens)
     return await asyncio.to_thread(services.codec.encode, text, add_special_tokens=add_special_tokens)
 
 
+def check_unicode(text: str, field: str) -> None:
+    """Raises InvalidRequestError for a text that UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"Character {error.start} is a lone surrogate.", field=field) from error
+
+
 def render_chat(
     services: Services,
+    target: Target,
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool | None,
     variables: Mapping[str, Any] | None,
 ) -> str:
-    """The prompt of a conversation, by the base's template. Raises ChatTemplateError."""
-    turns = []
+    """The prompt of a conversation, by the base's template; the target's own turns go in front.
+
+    Raises ChatTemplateError."""
+    turns: list[dict[str, Any]] = [] if target.template is None else list(target.template.messages)
     for message in messages:
         # `developer` is OpenAI's later name for `system`; templates know the earlier one.
         role = "system" if message.role == "developer" else message.role
         named = {} if message.name is None else {"name": message.name}
         turns.append({"role": role, "content": message.content, **named})
     return services.codec.render_chat(
-        turns, add_generation_prompt=add_generation_prompt is not False, **(variables or {})
+        _one_system_turn(turns) if target.template is not None else turns,
+        add_generation_prompt=add_generation_prompt is not False,
+        **(variables or {}),
     )
+
+
+def _one_system_turn(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The adapter's system text and the request's become one: most chat templates take only one, and only first."""
+    system = [turn["content"] for turn in turns if turn["role"] == "system"]
+    rest = [turn for turn in turns if turn["role"] != "system"]
+    return [{"role": "system", "content": "\n\n".join(system)}, *rest] if system else rest
 
 
 def check_prompt(services: Services, prompt: Sequence[int], *, field: str) -> None:
@@ -63,10 +107,12 @@ def fit(services: Services, target: Target, prompt_tokens: int, max_tokens: int 
     if wanted <= room:
         return room if max_tokens is None else max_tokens
     virtual = f" {target.virtual_tokens} of them are the adapter's." if target.virtual_tokens else ""
-    asked = "no room is left for the completion" if max_tokens is None else f"{max_tokens} for the completion"
+    asked = " and no room is left for the completion" if max_tokens is None else ""
+    if max_tokens:
+        asked = f" and {max_tokens} for the completion"
     raise InvalidRequestError(
-        f"A request may have {services.longest} tokens in all.{virtual} This one has {prompt_tokens} in the prompt "
-        f"and {asked}.",
+        f"A request may have {services.longest} tokens in all.{virtual} This one has {prompt_tokens} in the "
+        f"prompt{asked}.",
         field=field,
         code="context_length_exceeded",
     )

@@ -245,6 +245,29 @@ class ChatRequest(Generation):
         return self
 
 
+class PooledRequest(Body):
+    """What embeddings and classifications have in common."""
+
+    model: str | None = None
+    input: Prompts
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
+    user: str | None = None
+    """Accepted for compatibility; changes nothing."""
+
+
+class EmbeddingRequest(PooledRequest):
+    """POST /v1/embeddings."""
+
+    refused = {"dimensions": Refused("an embedding has the base's width")}
+
+    encoding_format: Literal["float", "base64"] | None = None
+    add_special_tokens: bool | None = None
+
+
+class ClassificationRequest(PooledRequest):
+    """POST /v1/classify."""
+
+
 class TokenizeRequest(Body):
     """POST /tokenize: a prompt, or a conversation."""
 

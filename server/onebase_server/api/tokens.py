@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from onebase_server.api.auth import require_key
-from onebase_server.api.requests import check_prompt, encode, render_chat
+from onebase_server.api.requests import check_prompt, encode, render_chat, templated
 from onebase_server.api.schemas import DetokenizeRequest, TokenizeRequest
 from onebase_server.api.services import services_of
 
@@ -16,12 +16,13 @@ router = APIRouter(tags=["tokens"], dependencies=[Depends(require_key)])
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """What a completion or a chat with the same input would send to the engine."""
     services = services_of(request)
-    services.adapters.resolve(body.model)
+    target = services.adapters.resolve(body.model)
     if body.prompt is not None:
-        text, special, field = body.prompt, body.add_special_tokens is not False, "prompt"
+        text, special, field = templated(target, body.prompt), body.add_special_tokens is not False, "prompt"
     else:
         text = render_chat(
             services,
+            target,
             body.messages or [],
             add_generation_prompt=body.add_generation_prompt,
             variables=body.chat_template_kwargs,

@@ -34,6 +34,12 @@ class TextCodec:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and for each where it begins and ends in the text, in characters; special tokens are nowhere,
+        so begin and end at one place."""
+        encoded = self.tokenizer.encode(text)
+        return encoded.ids, encoded.offsets
+
     def decode(self, tokens: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of a whole sequence."""
         detokenizer = self.detokenizer((), skip_special=skip_special)

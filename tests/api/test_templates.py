@@ -1,0 +1,73 @@
+"""Adapters with text around the prompt, or turns in front of the conversation."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from onebase_server.api.services import Services
+from onebase_server.text.tokenizer import TextCodec
+
+SYSTEM = {"role": "system", "content": "be brief"}
+EXAMPLE = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+
+
+@pytest.fixture(autouse=True)
+async def adapters(services: Services, tmp_path: Path, new_adapter: Callable[..., Path]) -> None:
+    """`framed` has all three parts, `tuned` none."""
+    template = {"before": "Q: ", "after": "\nA:", "messages": [SYSTEM, *EXAMPLE]}
+    for name, config in {"framed": {"template": template}, "tuned": {}}.items():
+        folder = new_adapter(tmp_path / name, name.encode(), **config)
+        await services.adapters.register(name, lambda folder=folder: services.store.stage(folder))  # type: ignore[misc]
+
+
+async def sent(http: httpx.AsyncClient, engine: Any, codec: TextCodec, path: str, **body: Any) -> str:
+    """The prompt's text as the engine got it."""
+    reply = await http.post(path, json={"model": "framed", "max_tokens": 5, **body})
+    assert reply.status_code == 200, reply.text
+    return codec.decode(engine.requests[-1].prompt)
+
+
+async def test_prompts(http: httpx.AsyncClient, engine: Any, codec: TextCodec) -> None:
+    path = "/v1/completions"
+    assert await sent(http, engine, codec, path, prompt="why") == "Q: why\nA:"
+    assert await sent(http, engine, codec, path, prompt=codec.encode("why")) == "Q: why\nA:"
+    assert await sent(http, engine, codec, path, prompt="why", model="tuned") == "why"
+    assert await sent(http, engine, codec, path, prompt="why", model="framed@1") == "Q: why\nA:"
+    assert await sent(http, engine, codec, path, prompt="", model="framed") == "Q: \nA:"
+
+
+async def test_an_echo_is_all_that_was_read(http: httpx.AsyncClient, engine: Any, codec: TextCodec) -> None:
+    for prompt in ("why", codec.encode("why")):
+        body = {"model": "framed", "prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 0}
+        (choice,) = (await http.post("/v1/completions", json=body)).json()["choices"]
+        assert choice["text"] == "Q: why\nA:"
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+
+
+async def test_conversations(http: httpx.AsyncClient, engine: Any, codec: TextCodec) -> None:
+    path = "/v1/chat/completions"
+    question = {"role": "user", "content": "3+3"}
+
+    def rendered(*turns: dict[str, str]) -> str:
+        return codec.render_chat(turns)
+
+    text = await sent(http, engine, codec, path, messages=[question])
+    assert text == rendered(SYSTEM, *EXAMPLE, question)
+    own = {"role": "developer", "content": "in French"}
+    text = await sent(http, engine, codec, path, messages=[own, question])
+    assert text == rendered({"role": "system", "content": "be brief\n\nin French"}, *EXAMPLE, question)
+    text = await sent(http, engine, codec, path, messages=[question], model="tuned")
+    assert text == rendered(question)
+
+
+async def test_tokenize_shows_what_is_sent(http: httpx.AsyncClient, engine: Any, codec: TextCodec) -> None:
+    for path, body in (
+        ("/v1/completions", {"prompt": "why"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "3+3"}]}),
+    ):
+        await sent(http, engine, codec, path, **body)
+        tokens = (await http.post("/tokenize", json={"model": "framed", **body})).json()["tokens"]
+        assert tuple(tokens) == engine.requests[-1].prompt
