@@ -119,11 +119,17 @@ def default_metric(examples: Sequence[Example]) -> str:
     """
     if any(example.words for example in examples):
         return "entity_f1"
-    answers = Counter(example.answer.strip() for example in examples)
-    if all(example.label is not None for example in examples) or 10 * len(answers) <= len(examples):
+    if is_classification(examples):
+        answers = Counter(example.answer.strip() for example in examples)
         return "macro_f1" if 4 * max(answers.values()) > 3 * len(examples) else "accuracy"
     lengths = sorted(len(compared_words(example.answer, unspaced=1)) for example in examples)
     return "exact_match" if lengths[len(lengths) // 2] <= 30 else "rouge_l"
+
+
+def is_classification(examples: Sequence[Example]) -> bool:
+    """Whether the answers are labels: called so, or few different ones."""
+    answers = {example.answer.strip() for example in examples}
+    return all(example.label is not None for example in examples) or 10 * len(answers) <= len(examples)
 
 
 def _mean_of(one: Callable[[str, str], float]) -> "Metric":

@@ -43,6 +43,11 @@ class Example:
         return " ".join(self.words) if self.words else self.prompt or ""
 
     @property
+    def identity(self) -> str:
+        """What makes it the example that it is, for finding duplicates: what is asked, if anything is."""
+        return self.asked.strip() or self.answer
+
+    @property
     def answer(self) -> str:
         """What the model is to give: the last answer, the completion, the label, or the tags in order."""
         if self.turns:

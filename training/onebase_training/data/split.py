@@ -23,7 +23,7 @@ def split(
     for task in sorted({example.task for example in dataset.examples}):
         places = [at for at, example in enumerate(dataset.examples) if example.task == task]
         members = [dataset.examples[at] for at in places]
-        keys = groups([one.asked for one in members]) if group is None else [group(one) for one in members]
+        keys = groups([one.identity for one in members]) if group is None else [group(one) for one in members]
         chosen = _choose(keys, max(1, round(len(members) * eval_fraction)), random_order)
         if not chosen:
             raise DataError(
