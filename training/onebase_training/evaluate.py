@@ -1,6 +1,6 @@
 """How good a model is on held-out examples: its loss on all of them, and the task's metric on some."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from onebase_training.batches import collate, pack
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded
 from onebase_training.generate import generate
+from onebase_training.metrics import Score, default_metric, difference, score
 from onebase_training.model import Trained
 
 _BATCH_TOKENS = 2048
@@ -30,17 +31,38 @@ class Evaluation:
 
     loss: float
     """Mean over the held-out part's learned tokens, in nats."""
-    metrics: Mapping[str, float]
-    """The task's own, in [0, 1]."""
+    score: Score | None
+    """The task's metric over `samples`; None without any."""
     samples: Sequence[Sample]
+
+    @property
+    def marks(self) -> dict[str, float]:
+        """Loss and metric by name."""
+        return {"loss": self.loss} | ({self.score.metric: self.score.value} if self.score else {})
 
 
 def evaluate(model: Trained, examples: Sequence[Encoded], tokenizer: Any, config: TrainConfig) -> Evaluation:
-    """Loss and metrics of the model as it stands."""
+    """Loss and metric of the model as it stands."""
     loss = held_out_loss(model, examples)
     chosen = examples[: config.metric_examples]
-    samples = generate_samples(model, chosen, tokenizer, config) if chosen else []
-    return Evaluation(loss, score(samples) if samples else {}, samples)
+    samples = generate_samples(model, chosen, tokenizer, config)
+    return Evaluation(loss, mark(samples, examples), samples)
+
+
+def mark(samples: Sequence[Sample], examples: Sequence[Encoded]) -> Score | None:
+    """The samples' score by the metric that fits `examples`."""
+    if not samples:
+        return None
+    metric = default_metric([one.example for one in examples])
+    return score(metric, [one.generated for one in samples], [one.expected for one in samples])
+
+
+def gain(before: Evaluation, after: Evaluation) -> Score | None:
+    """By how much the metric rose, with its interval over the same samples."""
+    if before.score is None:
+        return None
+    ours, base = ([one.generated for one in evaluation.samples] for evaluation in (after, before))
+    return difference(before.score.metric, ours, base, [one.expected for one in after.samples])
 
 
 @torch.no_grad()
@@ -61,6 +83,8 @@ def generate_samples(
     model: Trained, examples: Sequence[Encoded], tokenizer: Any, config: TrainConfig
 ) -> list[Sample]:
     """Greedy answers, each with a little more room than the wanted one took."""
+    if not examples:
+        return []
     ends = end_tokens(model, tokenizer)
     answers = [_answer(example) for example in examples]
     limits = [min(config.max_new_tokens, len(answer) + 8) for answer in answers]
@@ -79,12 +103,6 @@ def end_tokens(model: Trained, tokenizer: Any) -> frozenset[int]:
     named = model.model.generation_config.eos_token_id if model.model.generation_config else None
     ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
     return frozenset(end for end in ends if end is not None)
-
-
-def score(samples: Sequence[Sample]) -> dict[str, float]:
-    """Share of answers that are exactly what was wanted, but for space around them."""
-    same = sum(sample.generated.strip() == sample.expected.strip() for sample in samples)
-    return {"exact_match": same / len(samples)}
 
 
 def _answer(example: Encoded) -> list[int]:

@@ -12,6 +12,7 @@ from onebase_adapters.paths import staged_directory
 from onebase_training.evaluate import Evaluation
 
 METRICS_FILE = "metrics.json"
+_SAMPLES = 8
 
 
 def write_result(
@@ -24,27 +25,23 @@ def write_result(
     history: Sequence[Mapping[str, float]],
 ) -> None:
     """Write the folder. `notes` go into `onebase.json` with the metrics; `history` one row a logged step."""
-    metrics = {"before": marks(before), "after": marks(after)}
+    marks = {"before": before.marks, "after": after.marks}
+    both = {"before": before, "after": after}
+    details = {
+        "scores": {name: asdict(one.score) if one.score else None for name, one in both.items()},
+        "samples": {name: [asdict(sample) for sample in one.samples[:_SAMPLES]] for name, one in both.items()},
+        "history": list(history),
+    }
     with staged_directory(output) as scratch:
         save(scratch)
-        _write(scratch / SIDECAR_FILE, {**notes, "metrics": metrics, "versions": versions()})
-        samples = {"before": _samples(before), "after": _samples(after)}
-        _write(scratch / METRICS_FILE, {**metrics, "history": list(history), "samples": samples})
-
-
-def marks(evaluation: Evaluation) -> dict[str, float]:
-    """Held-out loss and metrics as one flat object."""
-    return {"loss": evaluation.loss, **evaluation.metrics}
+        _write(scratch / SIDECAR_FILE, {**notes, "metrics": marks, "versions": versions()})
+        _write(scratch / METRICS_FILE, {**marks, **details})
 
 
 def versions() -> dict[str, str]:
     """Of everything that decides numbers."""
     names = ("onebase", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
     return {name: version(name) for name in names}
-
-
-def _samples(evaluation: Evaluation) -> list[dict[str, str]]:
-    return [asdict(sample) for sample in evaluation.samples[:8]]
 
 
 def _write(path: Path, value: Any) -> None:

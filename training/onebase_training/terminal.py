@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from onebase_training.evaluate import gain
 from onebase_training.events import Evaluated, Event, Progress, Stage
-from onebase_training.output import marks
 from onebase_training.train import TrainResult
 
 
@@ -49,10 +49,13 @@ def watched(console: Console | None = None) -> Iterator[Progress]:
 def show(result: TrainResult, console: Console | None = None) -> None:
     """Before and after, and where the result is."""
     console = console or Console()
-    table = Table("held out", "before", "after")
-    after = marks(result.after)
-    for name, value in marks(result.before).items():
-        table.add_row(name.replace("_", " "), f"{value:.4f}", f"{after[name]:.4f}")
+    before, after, gained = result.before, result.after, gain(result.before, result.after)
+    table = Table("held out", "before", "after", "gain (95% interval)")
+    table.add_row("loss", f"{before.loss:.4f}", f"{after.loss:.4f}", f"{before.loss - after.loss:+.4f}")
+    if before.score and after.score and gained:
+        name = f"{before.score.metric.replace('_', ' ')} of {before.score.examples}"
+        interval = f"{gained.value:+.3f} ({gained.low:+.3f} to {gained.high:+.3f})"
+        table.add_row(name, f"{before.score.value:.3f}", f"{after.score.value:.3f}", interval)
     console.print(table)
     console.print(
         f"{result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, "

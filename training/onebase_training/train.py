@@ -18,7 +18,7 @@ from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded, encode, read_dataset, split
 from onebase_training.dequantize import dequantize, dequantized_bytes, keep_unpacked
 from onebase_training.estimate import free_memory, settle
-from onebase_training.evaluate import Evaluation, Sample, evaluate
+from onebase_training.evaluate import Evaluation, Sample, evaluate, mark
 from onebase_training.events import Progress, Stage, silent
 from onebase_training.loop import Loop, count_steps, history, last_checkpoint
 from onebase_training.methods import Method, find_method
@@ -152,12 +152,13 @@ def _before(
     stored = workspace.folder / _BEFORE_FILE
     if config.resume and stored.exists():
         saved = json.loads(stored.read_text())
-        return Evaluation(saved["loss"], saved["metrics"], [Sample(*sample) for sample in saved["samples"]])
+        known = [Sample(*sample) for sample in saved["samples"]]
+        return Evaluation(saved["loss"], mark(known, held_out), known)
     progress(Stage("measuring the base"))
     plain = Trained(Attached(base.model, lambda _: None), base.device)
     before = evaluate(plain, held_out, base.tokenizer, config)
     samples = [(sample.prompt, sample.expected, sample.generated) for sample in before.samples]
     partial = stored.with_suffix(".partial")
-    partial.write_text(json.dumps({"loss": before.loss, "metrics": dict(before.metrics), "samples": samples}))
+    partial.write_text(json.dumps({"loss": before.loss, "samples": samples}))
     partial.replace(stored)
     return before

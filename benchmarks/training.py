@@ -1,0 +1,169 @@
+"""Training speed: `onebase train`'s loop against a plain PEFT and transformers script, in turns, on the same model,
+data and settings (QLoRA on NF4 with double quantisation, rank 16 on all linear layers, AdamW, bfloat16).
+
+The plain script is what people write: examples padded on the right, PEFT's model, transformers' Trainer. Steps hold
+as many examples on both sides, and only real tokens count. `--same-length` takes examples of one length, so that
+the plain script pads nothing.
+
+    python -m benchmarks.training [--data alpaca-en] [--rounds 3] [--steps 6] [--same-length 128]
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from rich.console import Console
+from rich.table import Table
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from examples.prepare import prepare
+from onebase_adapters.base import BaseSpec, load_base
+from onebase_training.batches import plan_batches
+from onebase_training.config import TrainConfig
+from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
+from onebase_training.events import silent
+from onebase_training.loop import Loop
+from onebase_training.methods import find_method
+from onebase_training.model import Trained
+from onebase_training.train import load_for_training
+
+BATCH_TOKENS = 1024
+
+
+class Clock(TrainerCallback):
+    """When each step ended. The first step, which allocates, is not timed."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.marks.clear()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.marks.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        return self.marks[-1] - self.marks[0]
+
+
+Side = Callable[[], float]
+"""Trains a few steps; gives tokens a second."""
+
+
+def plain_script(examples: Sequence[Encoded], batch: int, steps: int, pad: int) -> Side:
+    """The usual script."""
+    model = load_base(BaseSpec()).model
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    tokens: list[int] = []
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        tokens.append(sum(len(row["input_ids"]) for row in rows))
+
+        def padded(name: str, value: int) -> torch.Tensor:
+            return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
+
+        return {
+            "input_ids": padded("input_ids", pad),
+            "attention_mask": padded("attention_mask", 0),
+            "labels": padded("labels", NO_LOSS),
+        }
+
+    rows = [
+        {"input_ids": list(one.input_ids), "labels": list(one.labels), "attention_mask": [1] * len(one.input_ids)}
+        for one in examples
+    ]
+    clock = Clock()
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=1e-3,
+        bf16=True,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[clock])
+
+    def run() -> float:
+        tokens.clear()
+        trainer.train()
+        return sum(tokens[1:steps]) / clock.seconds
+
+    return run
+
+
+def our_loop(examples: Sequence[Encoded], steps: int, work: Path) -> Side:
+    """What `onebase train --method qlora` runs."""
+    config = TrainConfig(data=work, output=work, max_steps=steps, eval_every=10**6, learning_rate=1e-3)
+    method = find_method("qlora")
+    base = load_for_training(config, method, silent)
+    model = Trained(method.attach(base, config), base.device)
+    lengths = [len(one.input_ids) for one in examples]
+    plan = plan_batches(lengths, budget=BATCH_TOKENS, epochs=20, seed=0)[:steps]
+    loop = Loop(model, config, work=work, examples=examples, held_out=examples[:1], plan=plan, progress=silent)
+    clock = Clock()
+    loop.add_callback(clock)
+
+    def run() -> float:
+        loop.train()
+        return sum(lengths[index] for batch in plan[1:] for index in batch) / clock.seconds
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="alpaca-en", help="a recipe of `python -m examples.prepare`")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--same-length", type=int, help="cut examples to this, leave out shorter ones")
+    options = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        file = (
+            prepare(options.data, work / "data", limit=400, eval_limit=1, progress=lambda _: None) / "train.jsonl"
+        )
+        tokenizer = load_base(BaseSpec()).tokenizer
+        limit = options.same_length or 1024
+        examples = encode(read_dataset(file).examples, tokenizer, max_length=limit, too_long="cut")
+        if options.same_length:
+            examples = [one for one in examples if len(one.input_ids) == limit]
+        mean = statistics.mean(len(one.input_ids) for one in examples)
+        sides = {
+            "plain PEFT + Trainer": plain_script(
+                examples, max(1, round(BATCH_TOKENS / mean)), options.steps, tokenizer.pad_token_id or 0
+            ),
+            "onebase train": our_loop(examples, options.steps, work / "run"),
+        }
+        speeds: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(options.rounds):
+            for name, run in sides.items():
+                speeds[name].append(run())
+    table = Table("QLoRA", "tokens/s (median)", "each round", title=f"{options.data}, mean {mean:.0f} tokens")
+    for name, values in speeds.items():
+        table.add_row(name, f"{statistics.median(values):.0f}", ", ".join(f"{value:.0f}" for value in values))
+    console.print(table)
+    plain, ours = speeds.values()
+    ratio = statistics.median(mine / theirs for mine, theirs in zip(ours, plain, strict=True))
+    console.print(f"onebase train / plain script: {ratio:.2f} (median of the rounds' ratios)")
+
+
+if __name__ == "__main__":
+    main()
