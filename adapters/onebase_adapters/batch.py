@@ -44,6 +44,8 @@ class Batch:
     """[T] int64, on the model's device."""
     positions: np.ndarray
     """[T] int64: place in its sequence."""
+    visible: np.ndarray
+    """[T] int64: the last position that it attends to; its own in a decoder, its sequence's last in an encoder."""
     owners: Owners
     """Of the T tokens."""
     head_owners: Owners

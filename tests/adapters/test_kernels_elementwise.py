@@ -99,7 +99,8 @@ def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(tokens: int,
     out = torch.empty(tokens, heads, dim, dtype=torch.bfloat16)
     rope_attend(
         qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), caches[0].data_ptr(), caches[1].data_ptr(),
-        heads, kv_heads, dim, 0.25, NO_WINDOW, batch.cache_slots, batch.items, batch.positions, batch.tables,
+        heads, kv_heads, dim, 0.25, NO_WINDOW, batch.cache_slots, batch.items, batch.positions,
+        batch.visible, batch.tables,
     )  # fmt: skip
     assert torch.equal(out, expected)
     assert torch.equal(caches[0], apart[0])

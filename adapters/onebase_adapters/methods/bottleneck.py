@@ -23,6 +23,8 @@ def lower(source: Source) -> Lowered:
         raise AdapterFormatError(
             f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}.", field="activation"
         )
+    if placement == "parallel" and source.base.encoder:
+        raise AdapterMismatchError("Parallel bottlenecks are for decoders only.", field="placement")
     known: set[str] = set()
     found = []
     for site in sorted({name.rsplit(".", 2)[0] for name in source.tensors}):

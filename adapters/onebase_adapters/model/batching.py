@@ -19,8 +19,10 @@ def make_batch(
     *,
     vocab: int,
     kv_heads: int,
+    encoder: bool = False,
 ) -> Batch:
-    """Flat arrays of at least one chunk; ids from `vocab` upwards are virtual tokens."""
+    """Flat arrays of at least one chunk; ids from `vocab` upwards are virtual tokens. In an `encoder` a token sees
+    those after it in its chunk, too."""
     lengths = [len(chunk.tokens) for chunk in chunks]
     query_start = np.zeros(len(chunks) + 1, np.int64)
     np.cumsum(lengths, out=query_start[1:])
@@ -35,6 +37,7 @@ def make_batch(
     counts = np.asarray(lengths)
     within = np.arange(total) - np.repeat(query_start[:-1], counts)
     positions = within + np.repeat([chunk.start for chunk in chunks], counts)
+    visible = np.repeat(positions[query_start[1:] - 1], counts) if encoder else positions
     rows = np.repeat(np.arange(len(chunks)), counts)
     slots = np.repeat(np.array([chunk.slot for chunk in chunks], np.int32), counts)
     wanted: list[int] = []
@@ -55,6 +58,7 @@ def make_batch(
     return Batch(
         token_ids=torch.from_numpy(token_ids).to(device),
         positions=positions,
+        visible=visible,
         owners=owners(slots),
         head_owners=owners(slots[wanted]),
         query_start=query_start,
@@ -63,5 +67,5 @@ def make_batch(
         sample_rows=torch.tensor(wanted, dtype=torch.int64, device=device),
         virtual_rows=virtual_rows,
         virtual_indices=virtual_indices,
-        items=kernels.attention_items(query_start, positions, kv_heads),
+        items=kernels.attention_items(query_start, visible, kv_heads),
     )

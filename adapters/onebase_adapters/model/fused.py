@@ -105,7 +105,7 @@ class FusedLayer:
         self._qkv(normed, qkv, owners)
         rope_attend(
             qkv.data_ptr(), cos, sin, attended.data_ptr(), *self._cache, *self._heads, self._scale, self._window,
-            batch.cache_slots, batch.items, batch.positions, batch.tables,
+            batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
         )  # fmt: skip
         self._o(attended, change, owners)
         if owners.bottleneck:

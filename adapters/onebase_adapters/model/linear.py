@@ -93,6 +93,10 @@ class AdapterLinear(nn.Module):
             plain: torch.Tensor = self.inner(x)
             return plain
         rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if len(rows) != len(owners.slots):
+            # The kernels trust the batch's description: with other rows they would write past the end.
+            site = self.tables.sites[0].name
+            raise RuntimeError(f"{site} was given {len(rows)} rows of a batch of {len(owners.slots)}.")
         if owners.affine:
             rows = self.tables.change_input(rows, owners)
         y: torch.Tensor = self.inner(rows.view(x.shape))
@@ -112,8 +116,7 @@ def hook_sublayer(module: nn.Module, table: BottleneckTable, kernels: Kernels, c
             return
         x = args[0] if args else kwargs["hidden_states"]
         y = output[0] if isinstance(output, tuple) else output
-        width = y.shape[-1]
-        add_bottlenecks(x.view(-1, width), y.view(-1, width), owners, table, kernels)
+        add_bottlenecks(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), owners, table, kernels)
 
     module.register_forward_hook(after, with_kwargs=True)
 

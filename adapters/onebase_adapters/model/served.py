@@ -51,7 +51,7 @@ class ServedModel:
         )  # fmt: skip
         self.cache = PagedKV(base.model.config, blocks, self._kernels, base.device)
         hook_attention(base.model, self.cache, self._context)
-        if head == "nf4":
+        if head == "nf4" and not base.shape.encoder:
             base.model.set_output_embeddings(nf4_copy(base.model.get_output_embeddings()))
         self._screen = self._make_screen() if head == "screened" else None
         self._sites: list[SiteTables] = []
@@ -81,6 +81,8 @@ class ServedModel:
 
     def _make_screen(self) -> Screen | None:
         head = self._model.get_output_embeddings()
+        if head is None:
+            return None
         if self._device.type == "cpu" and Screen.fits(head):
             return Screen(head)
         log.info("greedy tokens come from all logits: the head cannot be screened here")
@@ -136,16 +138,21 @@ class ServedModel:
         if not chunks:
             return LogitScores(torch.empty(0, 0), torch.empty(0, 0))
         batch = self._context.batch = make_batch(
-            chunks, self._kernels, self._traits, self._device, vocab=self.shape.vocab, kv_heads=self.cache.kv_heads
-        )
+            chunks, self._kernels, self._traits, self._device, vocab=self.shape.vocab,
+            kv_heads=self.cache.kv_heads, encoder=self.shape.encoder,
+        )  # fmt: skip
         hidden = self._inputs(batch)
         if self._fused is not None:
             changed = self._head_tables is not None and self._head_tables.touch(batch.head_owners.slots)
             last = self._fused(batch, hidden)
             return HiddenScores(last, self._model.lm_head, None if changed else self._screen)
+        positions = torch.as_tensor(batch.positions + self.shape.first_position, device=self._device)[None]
+        if self.shape.encoder:
+            out = self._model(inputs_embeds=hidden[None], position_ids=positions).last_hidden_state[0]
+            return LogitScores(torch.empty(0, 0), out[batch.sample_rows])
         logits: torch.Tensor = self._model(
             inputs_embeds=hidden[None],
-            position_ids=torch.as_tensor(batch.positions, device=self._device)[None],
+            position_ids=positions,
             use_cache=False,
             logits_to_keep=batch.sample_rows,
         ).logits[0]

@@ -74,6 +74,7 @@ INTERNAL = ErrorReply(500, "The server failed; its log says why.", "server_error
 _GENERATION: Mapping[str, tuple[int, str, int | None]] = {
     "too_large": (400, _INVALID, None),
     "adapter": (400, _INVALID, None),
+    "task": (400, _INVALID, None),
     "engine_died": (503, "server_error", 5),
     "shutting_down": (503, "server_error", 5),
     "out_of_memory": (503, "server_error", 1),

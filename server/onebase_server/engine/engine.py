@@ -60,8 +60,12 @@ class Engine:
         self.model = ServedModel(base, slots=config.max_adapters, blocks=blocks, head=config.head)
         self.model.warm_up()
         self.pool = BlockPool(blocks, BLOCK, reuse=config.reuse_prefixes)
+        context = min(config.max_model_len or base.shape.context, base.shape.context)
         self.scheduler = Scheduler(
-            self.pool, max_batch_tokens=config.max_batch_tokens, max_running=config.max_running
+            self.pool,
+            max_batch_tokens=max(config.max_batch_tokens, context if base.shape.encoder else 1),
+            max_running=config.max_running,
+            whole_prompts=base.shape.encoder,
         )
         self.residency = Residency(self.model, wake)
         self._reader = PromptReader(self.model)
@@ -84,7 +88,8 @@ class Engine:
             quantization=config.base.quantization,
             device=str(base.device),
             vocab=base.shape.vocab,
-            context=min(config.max_model_len or base.shape.context, base.shape.context),
+            context=context,
+            generates=not base.shape.encoder,
             cache_tokens=blocks * BLOCK,
             weight_bytes=model_bytes(base.model),
             cache_bytes=blocks * BLOCK * token_bytes,
@@ -185,6 +190,8 @@ class Engine:
             return "internal", f"request id {request.id} is in use"
         if not request.prompt:
             return "internal", "the prompt has no tokens"
+        if request.task == "generate" and not self.info.generates:
+            return "task", f"{self.info.model} is an encoder: it classifies and embeds, but generates nothing"
         if (refusal := self._too_large(tokens)) is not None:
             return refusal
         if request.adapter is not None and not self.residency.knows(request.adapter):

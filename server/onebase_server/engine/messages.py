@@ -65,6 +65,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     cache_bytes: int
     eos_token_ids: tuple[int, ...]
     load_seconds: float
+    generates: bool = True
+    """False for an encoder, which only classifies and embeds."""
     max_adapters: int = 0
     """Adapters that can be resident at once."""
 

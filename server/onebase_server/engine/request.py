@@ -89,4 +89,4 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str | None = None
     """Why, where `finish_reason` is `error`."""
     error_kind: str | None = None
-    """`too_large`, `engine_died`, `out_of_memory`, `adapter` or `internal`."""
+    """`too_large`, `engine_died`, `out_of_memory`, `adapter`, `task` or `internal`."""

@@ -61,11 +61,15 @@ def _turn(sequence: Sequence) -> tuple[int, int]:
 class Scheduler:
     """Decides; holds no tensors. One call of `plan`, one step, one call of `advance` for each Work."""
 
-    def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_running: int) -> None:
-        """`max_batch_tokens`: the step's token budget; `max_running`: most sequences in a step."""
+    def __init__(
+        self, pool: BlockPool, *, max_batch_tokens: int, max_running: int, whole_prompts: bool = False
+    ) -> None:
+        """`max_batch_tokens`: the step's token budget; `max_running`: most sequences in a step; `whole_prompts`:
+        never compute a prompt in parts, for models whose tokens see those after them."""
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
         self.max_running = max_running
+        self.whole_prompts = whole_prompts
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._step = 0
@@ -106,7 +110,7 @@ class Scheduler:
             work.append(self._work(sequence, budget))
             budget -= work[-1].count
         while budget and not preempted and len(self.running) < self.max_running:
-            admitted = self._admit()
+            admitted = self._admit(budget)
             if admitted is None:
                 break
             work.append(self._work(admitted, budget))
@@ -173,10 +177,10 @@ class Scheduler:
         sequence.blocks = []
         sequence.computed = 0
 
-    def _admit(self) -> Sequence | None:
+    def _admit(self, budget: int) -> Sequence | None:
         """Start the sequence whose turn it is, if the cache has room for it."""
         sequence = self._next()
-        if sequence is None:
+        if sequence is None or (self.whole_prompts and len(sequence.tokens) > budget):
             return None
         self._hash(sequence)
         # The last token is always computed, for its logits: a hit must leave at least one token over.

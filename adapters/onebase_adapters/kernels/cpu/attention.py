@@ -91,20 +91,21 @@ def attend(
     window: int,
     items: np.ndarray,
     positions: np.ndarray,
+    visible: np.ndarray,
     tables: np.ndarray,
 ) -> None:
-    """out[t, h] = softmax(scale * q[t, h] K) V over the keys at positions <= that of t, in t's sequence.
+    """out[t, h] = softmax(scale * q[t, h] K) V over the keys at positions <= visible[t], in t's sequence.
 
     `q`, `out`, `k_cache`, `v_cache` are addresses of bfloat16: q and out [T, kv_heads*group, dim] with the
     given strides per token (in elements), k_cache [blocks, kv_heads, dim, 16], v_cache [blocks, kv_heads, 16,
-    dim]; dim a multiple of 16. `items` [n, 4] int32: (sequence, first token, tokens, kv head); `positions` [T]
-    int64; `tables` [S, blocks] int32. With a window w, only the last w positions are seen.
+    dim]; dim a multiple of 16. `items` [n, 4] int32: (sequence, first token, tokens, kv head); `positions` and
+    `visible` [T] int64; `tables` [S, blocks] int32. With a window w, only the last w positions are seen.
     """
     for item in prange(items.shape[0]):
         sequence, first_token, tokens, head = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
         rows = tokens * group
         padded = (rows + 3) // 4 * 4
-        last = positions[first_token + tokens - 1]
+        last = visible[first_token + tokens - 1]
         start_block = max(0, positions[first_token] - window + 1) // BLOCK
         blocks = last // BLOCK + 1 - start_block
         keys = blocks * BLOCK
@@ -137,8 +138,9 @@ def attend(
         lanes = np.empty(BLOCK, np.float32)
         sums = np.ones(padded, np.float32)
         for r in range(rows):
-            position = positions[first_token + r // group]
-            sums[r] = _softmax_row(scores[r], max(0, position - window + 1 - base), position - base, lanes)
+            token = first_token + r // group
+            position, end = positions[token], visible[token]
+            sums[r] = _softmax_row(scores[r], max(0, position - window + 1 - base), end - base, lanes)
 
         results = np.zeros((padded, dim), np.float32)
         for block in range(blocks):
@@ -195,13 +197,13 @@ def write_kv(
                 value_page[(h * BLOCK + offset) * dim + d] = value[h * dim + d]
 
 
-def attention_items(query_start: np.ndarray, positions: np.ndarray, kv_heads: int, threads: int) -> np.ndarray:
+def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int, threads: int) -> np.ndarray:
     """Cut a batch into work items [n, 4] int32, dealt so that each thread's contiguous share costs the same.
 
     `query_start` [S + 1]: sequence s has the tokens query_start[s]..query_start[s+1].
     """
     tiles = query_tiles(query_start)
-    cost = (positions[tiles[:, 1] + tiles[:, 2] - 1] + 1) * tiles[:, 2]
+    cost = (visible[tiles[:, 1] + tiles[:, 2] - 1] + 1) * tiles[:, 2]
     tiles = tiles[np.argsort(-cost, kind="stable")]
     items = np.empty((len(tiles) * kv_heads, 4), np.int32)
     items[:, :3] = np.repeat(tiles, kv_heads, axis=0)

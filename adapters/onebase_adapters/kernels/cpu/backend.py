@@ -14,9 +14,9 @@ TILE_ROWS = lowrank.TILE
 TRANSPOSED_A = True
 
 
-def attention_items(query_start: np.ndarray, positions: np.ndarray, kv_heads: int) -> np.ndarray:
+def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:
     """[n, 4] int32: sequence, first token, tokens, kv head; an even share for each of torch's threads."""
-    return attention.attention_items(query_start, positions, kv_heads, torch.get_num_threads())
+    return attention.attention_items(query_start, visible, kv_heads, torch.get_num_threads())
 
 
 def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRankTable) -> None:
@@ -82,6 +82,6 @@ def attend(
     attention.attend(
         q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), k_cache.data_ptr(), v_cache.data_ptr(),
         kv_heads, q.shape[1] // kv_heads, dim, scale, window or attention.NO_WINDOW, batch.items, batch.positions,
-        batch.tables,
+        batch.visible, batch.tables,
     )  # fmt: skip
     return out

@@ -150,6 +150,7 @@ def rope_attend(
     slots: np.ndarray,
     items: np.ndarray,
     positions: np.ndarray,
+    visible: np.ndarray,
     tables: np.ndarray,
 ) -> None:
     """Rotate queries and keys of qkv [T, (heads + 2 * kv_heads) * dim] in place, write keys and values to the
@@ -165,7 +166,7 @@ def rope_attend(
             )
     attend(
         qkv, width, out, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim, scale, window,
-        items, positions, tables,
+        items, positions, visible, tables,
     )  # fmt: skip
 
 
