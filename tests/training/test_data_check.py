@@ -79,11 +79,13 @@ def test_labels_are_counted(tokenizer: Any) -> None:
     assert check(dataset(pair(1, "a", "b"), pair(2, "c", "d")), tokenizer, max_length=99).labels == {}
 
 
-def test_chats_that_nobody_answers(tokenizer: Any) -> None:
-    turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
-    found = check(dataset(Example(1, turns[:2]), Example(2, turns), format="chat"), tokenizer, max_length=99)
-    assert found.unanswered == (2,)
-    assert found.learned == 4
+def test_turns_that_answer_nothing_or_are_not_answered(tokenizer: Any) -> None:
+    asked, answered = Turn("user", "a"), Turn("assistant", "b")
+    chats = [(asked, answered), (asked, answered, asked), (answered, asked, answered)]
+    data = dataset(*(Example(line, turns) for line, turns in enumerate(chats, 1)), format="chat")
+    found = check(data, tokenizer, max_length=99)
+    assert found.loose == (2, 3)
+    assert found.learned == 3 * 2
 
 
 def test_samples_are_spread_over_the_lengths(tokenizer: Any) -> None:
@@ -129,7 +131,7 @@ def test_every_finding_is_told(tokenizer: Any) -> None:
         "! the same prompt with different answers: 1 prompt, the first in lines 1, 2,",
         "! 1 held-out prompt nearly as in training, so the measurement would flatter; the first in line 7",
         "! the rarest label is 'no': 1 of 42",
-        "! chats that end with a turn that nobody answers: line 42",
+        "! chats that begin with the assistant, or end with another (not learned): line 42",
         "yes ████████████████████████████████████ 41 (98%)",
     ):
         assert expected in text

@@ -49,9 +49,9 @@ def instruction(record: Record) -> Example:
 
 
 def _chat(record: Record, turns: list[Turn]) -> Example:
-    answers = [turn.content for turn in turns if turn.role == "assistant"]
+    answers = [turn.content for turn in turns[1:] if turn.role == "assistant"]
     if not answers:
-        raise record.error("no turn is the assistant's: there is nothing to learn.")
+        raise record.error("no turn of the assistant answers another: there is nothing to learn.")
     if not all(answers):
         raise record.error("a turn of the assistant is empty: there is nothing to learn in it.")
     return Example(record.line, tuple(turns), task=task(record))

@@ -48,8 +48,8 @@ class Check:
     """Examples of the very same prompt with different answers."""
     leaks: tuple[tuple[int, int], ...]
     """(line held out, line in training) of prompts that are near-duplicates."""
-    unanswered: Lines
-    """Chats that end with a turn which is not the assistant's: it is read and not learned."""
+    loose: Lines
+    """Chats that begin with the assistant's turn, or end with another's: these turns are read and not learned."""
     samples: tuple[Encoded, ...]
 
 
@@ -79,9 +79,7 @@ def check(
         duplicates=_duplicates(data.examples),
         conflicts=_conflicts(data.examples),
         leaks=() if held_out is None else _leaks(data.examples, held_out.examples),
-        unanswered=tuple(
-            example.line for example in data.examples if example.turns and example.turns[-1].role != "assistant"
-        ),
+        loose=tuple(example.line for example in data.examples if _has_loose_turn(example)),
         samples=_spread(sequences, samples),
     )
 
@@ -118,6 +116,11 @@ def _leaks(training: Sequence[Example], held_out: Sequence[Example]) -> tuple[tu
         line_of.setdefault(number, example.line)
     of_held_out = zip(held_out, group[len(training) :], strict=True)
     return tuple((one.line, line_of[number]) for one, number in of_held_out if number in line_of)
+
+
+def _has_loose_turn(example: Example) -> bool:
+    turns = example.turns
+    return bool(turns) and (turns[0].role == "assistant" or turns[-1].role != "assistant")
 
 
 def _spread(sequences: Sequence[Encoded], count: int) -> tuple[Encoded, ...]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from onebase_adapters.errors import DataError
-from onebase_training.data.examples import Example, Turn
+from onebase_training.data.coder import Coder
+from onebase_training.data.examples import Example
 
 NO_LOSS = -100
 
@@ -39,7 +40,7 @@ def encode(
     An example of more than `max_length` tokens raises DataError with its line, is left out ("skip"), or loses its
     end ("cut"; one whose prompt alone is too long still raises). `tokenizer` is a PreTrainedTokenizerBase.
     """
-    return fit(_encode(examples, tokenizer), max_length, too_long)
+    return fit(_encode(examples, Coder(tokenizer)), max_length, too_long)
 
 
 def fit(sequences: Iterable[Encoded], max_length: int, too_long: TooLong) -> list[Encoded]:
@@ -76,30 +77,30 @@ def verbalise(example: Example) -> tuple[str, str]:
     return example.prompt, example.completion
 
 
-def _encode(examples: Sequence[Example], tokenizer: Any) -> Iterator[Encoded]:
+def _encode(examples: Sequence[Example], coder: Coder) -> Iterator[Encoded]:
     plain = {place: verbalise(example) for place, example in enumerate(examples) if not example.turns}
     # In one call each: the tokenizer then works on all cores.
-    prompts = dict(zip(plain, _ids(tokenizer, [prompt for prompt, _ in plain.values()], special=True), strict=True))
-    answers = dict(zip(plain, _ids(tokenizer, [answer for _, answer in plain.values()]), strict=True))
+    prompts = dict(zip(plain, coder.prompts([prompt for prompt, _ in plain.values()]), strict=True))
+    answers = dict(zip(plain, coder.answers([answer for _, answer in plain.values()]), strict=True))
     for place, example in enumerate(examples):
         if place in plain:
-            ids = (*prompts[place], *answers[place], _end_of_text(tokenizer))
+            ids = (*prompts[place], *answers[place], coder.end_of_text)
             start = len(prompts[place])
             yield Encoded(ids, (NO_LOSS,) * start + ids[start:], example, start)
         else:
-            yield from _chat(example, tokenizer)
+            yield from _chat(example, coder)
 
 
-def _chat(example: Example, tokenizer: Any) -> list[Encoded]:
+def _chat(example: Example, coder: Coder) -> list[Encoded]:
     """One sequence with all assistant turns learned, if each earlier turn is, token for token, the beginning of the
     prompt of the last. Where it is not (a template that shows old answers without their reasoning, an answer that
     starts with a newline), that turn becomes a sequence of its own: the server would see it so too.
     """
     sequences: list[tuple[list[int], list[int], int]] = []
-    for place in range(len(example.turns) - 1, -1, -1):
+    for place in range(len(example.turns) - 1, 0, -1):  # the first turn answers nothing
         if example.turns[place].role != "assistant":
             continue
-        prompt, answer = _answer(example, place, tokenizer)
+        prompt, answer = coder.chat_answer(example, place)
         turn, start = prompt + answer, len(prompt)
         home = next((labels for ids, labels, _ in sequences if ids[: len(turn)] == turn), None)
         if home is None:
@@ -107,46 +108,3 @@ def _chat(example: Example, tokenizer: Any) -> list[Encoded]:
         else:
             home[start : len(turn)] = answer
     return [Encoded(tuple(ids), tuple(labels), example, start) for ids, labels, start in reversed(sequences)]
-
-
-def _answer(example: Example, place: int, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt that the assistant's turn at `place` answers, and of its answer."""
-    prompt = _render(example, example.turns[:place], tokenizer, generate=True)
-    whole = _render(example, example.turns[: place + 1], tokenizer, generate=False)
-    if not whole.startswith(prompt):
-        raise DataError(
-            f"{example.place}: the base's chat template does not write the assistant's turn after its own "
-            "generation prompt, so it cannot be learned as it would be served. Use prompt and completion."
-        )
-    prompt_ids, answer = _ids(tokenizer, [prompt, whole[len(prompt) :]])
-    # Templates put a newline behind the end-of-turn token, which the model never has to write.
-    ends = set(tokenizer.all_special_ids)
-    last = next((at for at in range(len(answer) - 1, -1, -1) if answer[at] in ends), None)
-    return prompt_ids, [*answer, _end_of_text(tokenizer)] if last is None else answer[: last + 1]
-
-
-def _render(example: Example, turns: Sequence[Turn], tokenizer: Any, *, generate: bool) -> str:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise DataError("The base has no chat template; use prompt and completion.", field="format")
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise DataError(f"{example.place}: the base's chat template refuses this: {error}") from error
-    return text
-
-
-def _ids(tokenizer: Any, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
-    return ids
-
-
-def _end_of_text(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
-        raise DataError("The base's tokenizer has no end-of-text token: nothing could teach it to stop.")
-    end: int = tokenizer.eos_token_id
-    return end

@@ -95,8 +95,9 @@ def _findings(check: Check) -> Iterator[Text]:
     if len(check.labels) > 1 and max(check.labels.values()) > 10 * min(check.labels.values()):
         rarest, total = min(check.labels, key=lambda name: check.labels[name]), sum(check.labels.values())
         yield _finding(False, f"the rarest label is {rarest!r}: {check.labels[rarest]} of {total}")
-    if check.unanswered:
-        yield _finding(False, f"chats that end with a turn that nobody answers: {_lines(check.unanswered)}")
+    if check.loose:
+        where = _lines(check.loose)
+        yield _finding(False, f"chats that begin with the assistant, or end with another (not learned): {where}")
 
 
 def _length_finding(check: Check) -> Text:

@@ -1,0 +1,82 @@
+"""Tokenizers and templates of other families than the default base's."""
+
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from onebase_adapters.errors import DataError
+from onebase_training.data import NO_LOSS, Encoded, Example, Turn, encode
+
+CHAT = (Turn("user", "ab"), Turn("assistant", "c"), Turn("user", "d"), Turn("assistant", "e"))
+
+
+def byte_level(template: str | None = None, *, end: str | None = "<eos>") -> Any:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE({char: at for at, char in enumerate(alphabet)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    bytewise.add_special_tokens([AddedToken(word, special=True) for word in ("<eos>", "<turn>", "<end>")])
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token=end, chat_template=template)
+
+
+def parts(one: Encoded, tokenizer: Any) -> tuple[str, str]:
+    """The whole, and what is learned of it."""
+    return tokenizer.decode(one.input_ids), tokenizer.decode([label for label in one.labels if label != NO_LOSS])
+
+
+def test_a_turn_ends_with_the_templates_own_token() -> None:
+    # As Gemma: the token that ends a turn is special, but is not the one that ends a text.
+    template = "{% for m in messages %}<turn>{{ m.role }}:{{ m.content }}<end>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<turn>assistant:{% endif %}"
+    (one,) = encode([Example(1, CHAT)], tokenizer := byte_level(template), max_length=99)
+    expected = "<turn>user:ab<end>\n<turn>assistant:c<end>\n<turn>user:d<end>\n<turn>assistant:e<end>"
+    assert parts(one, tokenizer) == (expected, "c<end>e<end>")
+
+
+def test_a_template_without_an_end_gets_the_end_of_text() -> None:
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }} {% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    first, last = encode([Example(1, CHAT)], tokenizer := byte_level(template), max_length=99)
+    assert parts(first, tokenizer) == ("user:ab assistant:c <eos>", "c <eos>")
+    assert parts(last, tokenizer) == ("user:ab assistant:c user:d assistant:e <eos>", "e <eos>")
+
+
+def test_a_template_that_forgets_makes_a_sequence_of_each_turn() -> None:
+    # As reasoning models: an old answer stands without what only the last one has.
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<turn>{% if loop.last %}(thought){% endif %}"
+        "{{ m.content }}<end>{% else %}{{ m.content }};{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<turn>{% endif %}"
+    )
+    first, last = encode([Example(1, CHAT)], tokenizer := byte_level(template), max_length=99)
+    assert parts(first, tokenizer) == ("ab;<turn>(thought)c<end>", "(thought)c<end>")
+    assert parts(last, tokenizer) == ("ab;<turn>c<end>d;<turn>(thought)e<end>", "(thought)e<end>")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (byte_level(), "no chat template; use prompt and completion"),
+        (byte_level("{{ raise_exception('never') }}"), "line 4: the base's chat template refuses this: never"),
+        (byte_level("{{ messages | length }}{{ add_generation_prompt }}"), "line 4: .* after its own generation"),
+        (byte_level("{% for m in messages %}{{ m.content }}{% endfor %}", end=None), "no end-of-text token"),
+    ],
+)
+def test_templates_that_cannot_teach(tokenizer: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        encode([Example(4, CHAT)], tokenizer, max_length=99)
+
+
+def test_no_space_comes_before_an_answer_that_has_none() -> None:
+    # As Llama 2: the tokenizer puts a space before every text; an answer in the middle of one has none.
+    vocabulary = {word: at for at, word in enumerate(["<eos>", "▁", "a", "b", "\n", "▁a", "▁b"])}
+    pieces = Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("▁", "b")], unk_token="<eos>"))
+    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<eos>")
+    tight, spaced = encode(
+        [Example(1, prompt="a", completion="b"), Example(2, prompt="a", completion=" b")], tokenizer, max_length=9
+    )
+    assert tokenizer.convert_ids_to_tokens(tight.input_ids) == ["▁a", "b", "<eos>"]
+    assert tokenizer.convert_ids_to_tokens(spaced.input_ids) == ["▁a", "▁b", "<eos>"]
