@@ -1,10 +1,11 @@
 """One step's flat batch as the model sees it: tokens of many sequences in a row, and whose they are.
 
-Plain arrays on the host; a kernel that lives elsewhere moves what it needs.
+Plain arrays on the host. Kernels that run elsewhere find copies there, made once a step and not once a layer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,6 +35,26 @@ class Owners:
     """Whether any row's adapter has Rescale or Shift."""
     bottleneck: bool = False
     """Whether any row's adapter has Bottleneck."""
+    _copies: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def tiles_on(self, device: torch.device) -> torch.Tensor:
+        """`tiles` on a device, copied there at the first call."""
+        if device not in self._copies:
+            self._copies[device] = torch.from_numpy(self.tiles).to(device, non_blocking=True)
+        return self._copies[device]
+
+
+@dataclass(frozen=True)
+class DeviceArrays:
+    """A batch's arrays on the model's device, all int32."""
+
+    positions: torch.Tensor
+    visible: torch.Tensor
+    cache_slots: torch.Tensor
+    tables: torch.Tensor
+    items: torch.Tensor
+    most_tokens: int
+    """Most tokens of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +85,27 @@ class Batch:
     """[v] int64: which of their adapter's virtual tokens they are."""
     items: np.ndarray
     """As the kernels' `attention_items` makes them."""
+
+    @cached_property
+    def on_device(self) -> DeviceArrays:
+        """Copies on the device, in one transfer."""
+        arrays = (self.positions, self.cache_slots, self.tables, self.items)
+        starts = np.cumsum([0] + [_aligned(array.size) for array in arrays])
+        packed = np.zeros(starts[-1], np.int32)
+        for start, array in zip(starts, arrays, strict=False):
+            packed[start : start + array.size] = array.ravel()
+        there = torch.from_numpy(packed).to(self.token_ids.device, non_blocking=True)
+        positions, cache_slots, tables, items = (
+            there[start : start + array.size].view(array.shape)
+            for start, array in zip(starts, arrays, strict=False)
+        )
+        most_tokens = int(np.diff(self.query_start).max())
+        return DeviceArrays(positions, positions, cache_slots, tables, items, most_tokens)
+
+
+def _aligned(elements: int) -> int:
+    """Rounded up to 16 bytes of int32: kernels are compiled anew for pointers of another alignment."""
+    return (elements + 3) // 4 * 4
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@
 with the names of `Kernels`, so that nothing above this package asks which device it is on.
 """
 
+import importlib.util
 import logging
+import os
+import shutil
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -78,5 +81,22 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, head_dim: int, widt
         from onebase_adapters.kernels.cpu import backend
 
         return backend
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        lacking = _lacking_for_triton(device)
+        if lacking is None:
+            from onebase_adapters.kernels.cuda import backend as cuda
+
+            return cuda
+        log.warning("%s is served by slow kernels: %s", device, lacking)
     log.info("kernels are the plain torch ones (%s, %s, head dim %d)", device, dtype, head_dim)
     return reference
+
+
+def _lacking_for_triton(device: torch.device) -> str | None:
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU older than Ampere multiplies no bfloat16"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'onebase[cuda]'"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton needs a C compiler; install gcc"
+    return None

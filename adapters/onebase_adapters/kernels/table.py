@@ -68,6 +68,9 @@ class LowRankTable:
         self.ranks = np.zeros((len(sites), slots), np.int64)
         """0: untouched."""
         self.scales = np.zeros((len(sites), slots), np.float32)
+        self.widest = 0
+        """The largest sum of a slot's ranks."""
+        self._rows: torch.Tensor | None = None
         self._transposed_a = transposed_a
 
     def size(self, updates: Mapping[str, LowRank]) -> int:
@@ -97,11 +100,27 @@ class LowRankTable:
             self.ranks[index, slot] = update.rank
             self.scales[index, slot] = update.scale
         self.updates[slot] = held
+        self._changed()
 
     def clear(self, slot: int) -> None:
         """Forget the slot's weights."""
         self.ranks[:, slot] = 0
         self.updates.pop(slot, None)
+        self._changed()
+
+    def _changed(self) -> None:
+        self.widest = int(self.ranks.sum(0).max())
+        self._rows = None
+
+    def rows_on(self, device: torch.device) -> torch.Tensor:
+        """All of this on `device`, [slots, 2 + 4 * sites] int64: for each slot the address of A, those of each B,
+        the ranks, the bits of the scales, and the columns."""
+        if self._rows is None:
+            bits = self.scales.view(np.int32)
+            columns = np.repeat(self.columns[:, None], len(self.a), axis=1)
+            rows = np.concatenate([self.a[None], self.b, self.ranks, bits, columns])
+            self._rows = torch.from_numpy(rows.T.copy()).to(device)
+        return self._rows
 
     def touches(self, slots: np.ndarray) -> bool:
         """Whether any of these slots has an adapter that changes these sites."""
