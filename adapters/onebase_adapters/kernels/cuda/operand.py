@@ -4,5 +4,5 @@ import triton
 import triton.language as tl
 
 OPERAND = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
-"""Tensor cores take bfloat16 and sum in float32. triton's interpreter would multiply the bits of bfloat16 as if they
-were integers: it gets the same numbers in float32."""
+"""Tensor cores take bfloat16 and sum in float32. The interpreter, which would multiply its bits as integers, gets
+the same numbers in float32."""

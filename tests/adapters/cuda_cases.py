@@ -1,0 +1,244 @@
+"""The GPU kernels against their definitions, in triton's interpreter. `test_cuda_kernels` runs this file in a
+process of its own, because triton looks for its interpreter only while it is imported.
+
+Activations are float32, where the interpreter rounds as a GPU does; its bfloat16 is cut off.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from onebase_adapters.base.spec import BaseSpec
+from onebase_adapters.batch import Chunk
+from onebase_adapters.kernels import Kernels, reference
+from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.cuda import backend
+from onebase_adapters.model import served
+from onebase_adapters.model.served import ServedModel
+from onebase_adapters.primitives import LoweredAdapter, LowRank
+from support.batches import deal_pages, make_batch, make_owners, make_table, random_bf16
+from support.models import save_model
+
+PAGES = 160
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def products_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLAS, which the interpreter multiplies with, sums a row differently by its place in the matrix; a tensor core
+    does not."""
+
+    def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        return np.stack([(row[:, None] * b).sum(0, dtype=dtype) for row in a])
+
+    monkeypatch.setattr(np, "matmul", matmul)
+
+
+@pytest.mark.parametrize(
+    ("in_features", "outs", "ranks", "slots"),
+    [
+        (64, [64], [[8]], [1]),
+        (1100, [70, 33, 130], [[1, 3, 8], [64, 0, 16], [0, 0, 0], [0, 5, 0]], [0, 1, 1, 2, 3, 4, *[2] * 20, 0]),
+        (2100, [65], [[r] for r in range(1, 65, 9)], [7, 3, 1, 0, 5, 5, 2, 6, 4]),
+        (17, [1, 5], [[17, 33], [2, 0]], [2, 1, 1] * 12),
+    ],
+)
+def test_low_rank_equals_its_definition(
+    in_features: int, outs: list[int], ranks: list[list[int]], slots: list[int]
+) -> None:
+    x, y = normal(1, len(slots), in_features), normal(2, len(slots), sum(outs))
+    ours, definition = y.clone(), y.clone()
+    backend.add_low_rank(x, ours, make_owners(slots, backend), make_table(backend, in_features, outs, ranks))
+    reference.add_low_rank(
+        x, definition, make_owners(slots, reference), make_table(reference, in_features, outs, ranks)
+    )
+    torch.testing.assert_close(ours, definition, rtol=1e-5, atol=1e-5)
+    untouched = torch.tensor([slot == 0 for slot in slots])
+    assert torch.equal(ours[untouched], y[untouched])
+
+
+def test_low_rank_takes_bfloat16() -> None:
+    x, y = random_bf16(1, 5, 96), random_bf16(2, 5, 48)
+    ours, definition = y.clone(), y.clone()
+    table, owners = make_table(backend, 96, [48], [[8], [3]]), make_owners([1, 2, 0, 1, 1], backend)
+    backend.add_low_rank(x, ours, owners, table)
+    reference.add_low_rank(x, definition, owners, table)
+    torch.testing.assert_close(ours, definition, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.usefixtures("products_by_row")
+def test_a_low_rank_row_is_the_same_alone_and_in_any_company() -> None:
+    slots = [3, 1, 0, 2, *[1] * 17, 3, 2, 2]
+    table = make_table(backend, 1100, [70, 33], [[8, 3], [17, 0], [1, 64]])
+    x, y = normal(1, len(slots), 1100), normal(2, len(slots), 103)
+    together = y.clone()
+    backend.add_low_rank(x, together, make_owners(slots, backend), table)
+    for row in (0, 1, 3, 4, 20, 21, 23):
+        alone = y[row : row + 1].clone()
+        backend.add_low_rank(x[row : row + 1].contiguous(), alone, make_owners([slots[row]], backend), table)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_an_emptied_slot_changes_nothing() -> None:
+    table = make_table(backend, 32, [32], [[4], [4]])
+    x, y = normal(1, 2, 32), normal(2, 2, 32)
+    backend.add_low_rank(x, y.clone(), make_owners([1, 2], backend), table)
+    table.clear(1)
+    changed = y.clone()
+    backend.add_low_rank(x, changed, make_owners([1, 2], backend), table)
+    assert torch.equal(changed[0], y[0])
+    assert not torch.equal(changed[1], y[1])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_an_overflow_stays_in_its_row() -> None:
+    table = make_table(backend, 32, [48], [[4]])
+    x, y = normal(1, 4, 32), normal(2, 4, 48)
+    owners = make_owners([1] * 4, backend)
+    expected = y.clone()
+    backend.add_low_rank(x, expected, owners, table)
+    x[2] = torch.inf
+    changed = y.clone()
+    backend.add_low_rank(x, changed, owners, table)
+    assert not changed[2].isfinite().any()
+    rest = [0, 1, 3]
+    assert torch.equal(changed[rest], expected[rest])
+
+
+class Cache:
+    """Pages full of NaN, and sequences' queries, keys and values."""
+
+    def __init__(self, lengths: Sequence[int], kv_heads: int, group: int, dim: int) -> None:
+        self.kv_heads = kv_heads
+        self.k = torch.full((PAGES, kv_heads, dim, BLOCK), torch.nan)
+        self.v = torch.full((PAGES, kv_heads, BLOCK, dim), torch.nan)
+        self.pages = deal_pages(lengths, 0, PAGES)
+        self.q = [normal(10 + i, n, kv_heads * group, dim) for i, n in enumerate(lengths)]
+        self.keys = [normal(30 + i, n, kv_heads, dim) for i, n in enumerate(lengths)]
+        self.values = [normal(50 + i, n, kv_heads, dim) for i, n in enumerate(lengths)]
+
+    def run(
+        self,
+        runs: Sequence[tuple[int, int, int]],
+        kernels: Kernels = backend,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> list[torch.Tensor]:
+        """One step over `runs` (sequence, start, count); each run's results."""
+        batch = make_batch([run[1:] for run in runs], kernels, self.kv_heads, [self.pages[run[0]] for run in runs])
+        q, k, v = (
+            torch.cat([each[sequence][start : start + count] for sequence, start, count in runs])
+            for each in (self.q, self.keys, self.values)
+        )
+        kernels.write_kv(k, v, self.k, self.v, batch)
+        out = kernels.attend(q, self.k, self.v, batch, 0.3, window, softcap)
+        return list(out.split([count for _, _, count in runs]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "softcap"),
+    [
+        ((2, 2, 16), None, None),
+        ((1, 3, 64), 33, None),
+        ((1, 1, 24), 1, 5.0),
+        ((3, 1, 80), 16, None),
+        ((1, 40, 32), None, 5.0),
+        ((1, 4, 256), 7, None),
+    ],
+)
+def test_attention_equals_its_definition(
+    shape: tuple[int, int, int], window: int | None, softcap: float | None
+) -> None:
+    lengths = [5, 130, 70, 16]
+    ours, definition = Cache(lengths, *shape), Cache(lengths, *shape)
+    for runs in (
+        [(0, 0, 5), (1, 0, 129), (2, 0, 40)],
+        [(1, 129, 1), (2, 40, 30), (3, 0, 16)],
+    ):
+        found = ours.run(runs, backend, window, softcap)
+        for mine, right in zip(found, definition.run(runs, reference, window, softcap), strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_table_is_read_to_its_end() -> None:
+    ours, definition = Cache([2000], 1, 2, 16), Cache([2000], 1, 2, 16)
+    for cache, kernels in ((ours, backend), (definition, reference)):
+        batch = make_batch([(0, 1999)], reference, 1, cache.pages)
+        reference.write_kv(cache.keys[0][:1999], cache.values[0][:1999], cache.k, cache.v, batch)
+        cache.q[0] = cache.run([(0, 1999, 1)], kernels)[0]
+    torch.testing.assert_close(ours.q[0], definition.q[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("products_by_row")
+@pytest.mark.parametrize("window", [None, 33])
+def test_a_token_is_the_same_whole_or_in_chunks_alone_or_with_others(window: int | None) -> None:
+    lengths, shape = [90, 70, 20], (1, 3, 16)
+    alone = [Cache(lengths, *shape).run([(i, 0, n)], window=window)[0] for i, n in enumerate(lengths)]
+    cache = Cache(lengths, *shape)
+    for runs in (
+        [(0, 0, 37), (1, 0, 1), (2, 0, 20)],
+        [(0, 37, 1), (1, 1, 5)],
+        [(1, 6, 60), (0, 38, 51)],
+        [(0, 89, 1), (1, 66, 4)],
+    ):
+        for (i, start, count), found in zip(runs, cache.run(runs, window=window), strict=True):
+            assert torch.equal(found, alone[i][start : start + count])
+
+
+def test_keys_and_values_land_in_their_pages() -> None:
+    """Also where rows are parts of wider ones, as in a merged projection's output."""
+    batch = make_batch([(0, 19), (0, 3)], backend, 2, deal_pages([19, 3], 3, PAGES))
+    wide = random_bf16(1, 22, 88)
+    k, v = wide[:, :32].view(22, 2, 16), wide[:, 32:64].view(22, 2, 16)
+    ours = [torch.zeros(PAGES, 2, 16, BLOCK).bfloat16(), torch.zeros(PAGES, 2, BLOCK, 16).bfloat16()]
+    definition = [cache.clone() for cache in ours]
+    backend.write_kv(k, v, *ours, batch)
+    reference.write_kv(k, v, *definition, batch)
+    for mine, right in zip(ours, definition, strict=True):
+        assert torch.equal(mine, right)
+
+
+def run_model(folder: Path, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """Of a prefill and a decode, with and without adapters."""
+    monkeypatch.setattr(served, "choose_kernels", lambda *_: kernels)
+    model = ServedModel.load(BaseSpec(str(folder), quantization="none", device="cpu"), slots=2, blocks=16)
+    slots = [
+        model.put(
+            LoweredAdapter(
+                str(rank),
+                "lora",
+                tuple(
+                    LowRank(
+                        site.name,
+                        random_bf16(rank + n, rank, site.in_features, scale=site.in_features**-0.5),
+                        random_bf16(rank - n, site.out_features, rank, scale=rank**-0.5),
+                        0.5,
+                    )
+                    for n, site in enumerate(model.shape.sites.values())
+                    if rank == 3 or "q_proj" in site.name
+                ),
+            )
+        )
+        for rank in (3, 20)
+    ]
+    chunks = [
+        [Chunk(range(5, 45), 0, [1, 2, 3], slot=slots[0]), Chunk([7, 8, 9], 0, [4], slot=slots[1])],
+        [Chunk([5], 40, [1, 2, 3], slot=slots[0]), Chunk([1, 2], 0, [5]), Chunk([4], 3, [4], slot=slots[1])],
+    ]
+    scores = [model.forward(step) for step in chunks]
+    return torch.cat([s.logits(range(n)) for s, n in zip(scores, (2, 3), strict=True)]).float()
+
+
+@pytest.mark.parametrize("family", ["llama-odd", "gemma2"])
+def test_a_model_runs_on_them(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(tmp_path, family)
+    definition = run_model(folder, reference, monkeypatch)
+    ours = run_model(folder, backend, monkeypatch)
+    # bfloat16 is cut off here and there, so not all digits are the same.
+    torch.testing.assert_close(ours, definition, rtol=0.0, atol=0.1 * definition.std().item())

@@ -1,0 +1,93 @@
+"""The GPU kernels without a GPU: their results in triton's interpreter, and that they compile for real ones."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support.batches import deal_pages, make_batch, make_owners, make_table, random_bf16
+
+triton = pytest.importorskip("triton", reason="triton is made for Linux")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import mangle_type  # noqa: E402
+
+from onebase_adapters.kernels.cuda import attention, backend, lowrank  # noqa: E402
+
+SHARED = 99 * 1024
+"""Bytes of fast memory for a block of threads that every GPU since Ampere has."""
+OPTIONS = ("num_warps", "num_stages")
+
+
+def test_results_in_the_interpreter() -> None:
+    cases = Path(__file__).with_name("cuda_cases.py")
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", str(cases)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+class Built:
+    """Stands in for a kernel: a launch compiles it for these arguments, down to a GPU's machine code."""
+
+    def __init__(self, kernel: Any, capability: int) -> None:
+        self.kernel = kernel
+        self.target = GPUTarget("cuda", capability, 32)
+        self.programs = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+            names = self.kernel.arg_names
+            types = {name: mangle_type(value) for name, value in zip(names, arguments, strict=False)}
+            source = ASTSource(self.kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+            assert list(source.signature) == names
+            built = triton.compile(source, target=self.target, options=options)
+            assert built.asm["cubin"]
+            assert built.metadata.shared <= SHARED
+            self.programs += 1
+
+        return launch
+
+
+@pytest.fixture(params=[80, 90], ids=["Ampere", "Hopper"])
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Built]:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def replace(module: Any, name: str) -> Built:
+        built = Built(getattr(module, name), request.param)
+        monkeypatch.setattr(module, name, built)
+        return built
+
+    return replace
+
+
+@pytest.mark.parametrize(("in_features", "outs"), [(2048, [2048]), (2100, [70, 33, 130])])
+def test_low_rank_compiles(build: Callable[..., Built], in_features: int, outs: list[int]) -> None:
+    shrink, expand = build(lowrank, "_shrink"), build(lowrank, "_expand")
+    table = make_table(backend, in_features, outs, [[8] * len(outs)])
+    x, y = random_bf16(1, 2, in_features), random_bf16(2, 2, sum(outs))
+    backend.add_low_rank(x, y, make_owners([1, 1], backend), table)
+    assert shrink.programs == expand.programs == 1
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "dim", "window", "softcap"),
+    [(3, 3, 64, None, None), (8, 4, 128, None, None), (1, 4, 256, 512, 50.0), (4, 1, 80, 33, None)],
+)
+def test_attention_compiles(
+    build: Callable[..., Built], kv_heads: int, group: int, dim: int, window: int | None, softcap: float | None
+) -> None:
+    attend, write = build(attention, "_attend"), build(attention, "_write_kv")
+    batch = make_batch([(0, 3)], backend, kv_heads, deal_pages([3], 0, 4))
+    q, k = random_bf16(1, 3, kv_heads * group, dim), random_bf16(2, 3, kv_heads, dim)
+    caches = torch.empty(4, kv_heads, dim, 16).bfloat16(), torch.empty(4, kv_heads, 16, dim).bfloat16()
+    backend.write_kv(k, k, *caches, batch)
+    backend.attend(q, *caches, batch, 0.3, window, softcap)
+    assert attend.programs == write.programs == 1
