@@ -8,9 +8,8 @@ import psutil
 import torch
 
 from onebase_adapters.errors import ConfigError
-from onebase_training.batches import collate
 from onebase_training.config import TrainConfig
-from onebase_training.data import Encoded
+from onebase_training.data import NO_LOSS, Encoded
 from onebase_training.model import Trained, trainable_state
 
 _PROBE_TOKENS = 256
@@ -84,8 +83,8 @@ def _short_rows(examples: Sequence[Encoded], batch: Sequence[int]) -> list[Encod
 
 def _probe(model: Trained, rows: Sequence[Encoded]) -> _Probe:
     """Twice: the first pass counts what autograd keeps, the second is timed."""
-    batch = {name: value.to(model.device) for name, value in collate(rows).items()}
-    tokens, logits = batch["input_ids"].numel(), batch["labels"].numel() * model.vocab
+    batch = {name: value.to(model.device) for name, value in model.collate(rows).items()}
+    tokens, logits = batch["input_ids"].numel(), batch["labels"].numel() * model.outputs
     own = {value.untyped_storage().data_ptr() for value in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -113,11 +112,11 @@ def _estimate(
     probe: _Probe, model: Trained, examples: Sequence[Encoded], plan: Sequence[Sequence[int]]
 ) -> Estimate:
     batches = [[examples[index] for index in batch] for batch in plan]
-    tokens = [sum(len(one.input_ids) for one in batch) for batch in batches]
-    labels = [sum(len(one.input_ids) - one.prompt_length for one in batch) for batch in batches]
+    tokens = [sum(map(model.length, batch)) for batch in batches]
+    labels = [sum(len(one.labels) - one.labels.count(NO_LOSS) for one in batch) for batch in batches]
     trained = sum(value.numel() for value in trainable_state(model).values())
     largest = max(
-        probe.bytes_per_token * token_count + _LOGIT_BYTES * model.vocab * label_count
+        probe.bytes_per_token * token_count + _LOGIT_BYTES * model.outputs * label_count
         for token_count, label_count in zip(tokens, labels, strict=True)
     )
     # Gradient and both of Adam's moments, float32.

@@ -17,10 +17,13 @@ _BATCH = 32
 def generate(
     model: Trained, prompts: Sequence[Sequence[int]], *, max_new_tokens: Sequence[int], ends: frozenset[int]
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, up to (not with) one of `ends`, at most its own `max_new_tokens`."""
+    """The tokens that follow each prompt, up to (not with) one of `ends`, at most its own `max_new_tokens`.
+
+    Prompts hold an adapter's virtual tokens already.
+    """
     order = sorted(range(len(prompts)), key=lambda index: (max_new_tokens[index], len(prompts[index])))
     made: dict[int, list[int]] = {}
-    with _inference(model):
+    with inference(model):
         for at in range(0, len(order), _BATCH):
             chosen = order[at : at + _BATCH]
             limits = [max_new_tokens[index] for index in chosen]
@@ -33,19 +36,20 @@ def _batch(
     model: Trained, prompts: Sequence[Sequence[int]], limits: Sequence[int], ends: frozenset[int]
 ) -> list[list[int]]:
     """Padded on the left: all prompts end in the same column."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    seen = torch.tensor(
-        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
-    )
-    cache = DynamicCache(config=model.model.config)
-    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    attached, count, width = model.attached, len(prompts), max(map(len, prompts))
+    pads = [width - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * pad + list(one) for pad, one in zip(pads, prompts, strict=True)], device=model.device)
+    seen = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=model.device)
+    positions = (seen.cumsum(1) - 1).clamp(min=0) + attached.prefix_length
+    with model.precision():
+        cache = attached.prefix(count) if attached.prefix else DynamicCache(config=model.model.config)
+    seen = torch.cat([seen.new_ones(count, attached.prefix_length), seen], dim=1)
     outputs: list[list[int]] = [[] for _ in prompts]
-    running = [True] * len(prompts)
+    running = [True] * count
     for _ in range(max(limits)):
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.mixed_precision):
+        with model.precision():
             step: Any = model.model(
-                input_ids=ids,
+                **model.embedded(ids),
                 attention_mask=seen,
                 position_ids=positions,
                 past_key_values=cache,
@@ -63,13 +67,13 @@ def _batch(
             running[row] = len(outputs[row]) < limits[row]
         if not any(running):
             break
-        seen = torch.cat([seen, seen.new_ones(len(prompts), 1)], dim=1)
+        seen = torch.cat([seen, seen.new_ones(count, 1)], dim=1)
         positions = positions[:, -1:] + 1
     return outputs
 
 
 @contextmanager
-def _inference(model: Trained) -> Iterator[None]:
+def inference(model: Trained) -> Iterator[None]:
     """Evaluation mode, with an attention that knows padding and a cache."""
     base: PreTrainedModel = model.model
     packed, training = base.config._attn_implementation, model.training

@@ -26,7 +26,6 @@ from transformers import (
 )
 
 from onebase_adapters.paths import staged_directory
-from onebase_training.batches import collate
 from onebase_training.config import TrainConfig
 from onebase_training.data import Encoded
 from onebase_training.evaluate import held_out_loss
@@ -56,14 +55,14 @@ class Loop(Trainer):  # type: ignore[misc]
         self._plan = plan
         self._progress = progress
         steps = count_steps(plan, config)
-        self.watch = Watch(config, progress, [sum(len(examples[i].input_ids) for i in batch) for batch in plan])
+        self.watch = Watch(config, progress, [sum(model.length(examples[i]) for i in batch) for batch in plan])
         super().__init__(
             model=model,
             args=training_arguments(config, work, steps, model.device),
-            data_collator=collate,
+            data_collator=model.collate,
             train_dataset=examples,
             eval_dataset=held_out,
-            callbacks=[self.watch],
+            callbacks=[self.watch, _AfterStep(model)],
         )
         self.loss_is_scaled_for_ga = True
         for needless in (PrinterCallback, ProgressCallback):
@@ -73,7 +72,7 @@ class Loop(Trainer):  # type: ignore[misc]
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
             batch_sampler=self._plan,
-            collate_fn=collate,
+            collate_fn=self.data_collator,
         )
         prepared: DataLoader[Any] = self.accelerator.prepare_data_loader(loader)
         return prepared
@@ -84,7 +83,9 @@ class Loop(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        return model(**inputs) / num_items_in_batch
+        loss = model(**inputs) / num_items_in_batch
+        penalty = self.model.attached.penalty
+        return loss if penalty is None else loss + penalty() / self.args.gradient_accumulation_steps
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Called by the Trainer at its evaluation steps."""
@@ -107,7 +108,7 @@ class Loop(Trainer):  # type: ignore[misc]
             self.state.best_model_checkpoint = str(work / f"checkpoint-{self.state.best_global_step}")
         name = f"checkpoint-{self.state.global_step}"
         with staged_directory(work / name) as scratch:
-            save_file(_detached(self.model), scratch / TRAINED_FILE)
+            save_file(_whole_state(self.model), scratch / TRAINED_FILE)
             self._save_optimizer_and_scheduler(str(scratch))
             self._save_rng_state(str(scratch))
             self.state.save_to_json(str(scratch / _STATE_FILE))
@@ -212,6 +213,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
 
+class _AfterStep(TrainerCallback):  # type: ignore[misc]
+    """What a method does between steps."""
+
+    def __init__(self, model: Trained) -> None:
+        self._after_step = model.attached.after_step
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._after_step is not None:
+            self._after_step(state.global_step + 1)
+
+
 def held_out_losses(state: TrainerState) -> list[float]:
     """In order; kept in checkpoints, so that a resumed run knows of all of them."""
     return [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -228,11 +240,11 @@ def last_checkpoint(work: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def restore(model: torch.nn.Module, checkpoint: Path) -> None:
+def restore(model: Trained, checkpoint: Path) -> None:
     """Copy a checkpoint's parameters into `model`."""
     stored = load_file(checkpoint / TRAINED_FILE)
     with torch.no_grad():
-        for name, value in trainable_state(model).items():
+        for name, value in _whole_state(model).items():
             value.copy_(stored[name])
 
 
@@ -245,5 +257,7 @@ def history(work: Path) -> list[dict[str, float]]:
     return entries
 
 
-def _detached(model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().contiguous() for name, value in trainable_state(model).items()}
+def _whole_state(model: Trained) -> dict[str, torch.Tensor]:
+    """Trained parameters, and what else the method changes as it goes. No copies, but where memory is shared."""
+    kept = model.attached.state() if model.attached.state else {}
+    return {name: value.detach() for name, value in (trainable_state(model) | kept).items()}

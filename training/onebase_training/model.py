@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from onebase_training.attention import PACKED_ATTENTION, Bounds, Packing
+from onebase_training.batches import Collator
+from onebase_training.data import Encoded
 from onebase_training.methods.attached import Attached
 
 
@@ -22,15 +24,27 @@ class Trained(nn.Module):
         super().__init__()
         self.attached = attached
         self.model = attached.model
+        self.extra = attached.extra
+        self.head = attached.head.linear if attached.head else None
         self.device = device
         self.mixed_precision = mixed_precision
         """Matrix products in bfloat16 (trained parameters stay float32)."""
+        self.collate = Collator(self.vocab, attached.places, ahead=attached.head is None)
 
     @property
     def vocab(self) -> int:
-        """Logits of a token."""
+        """Rows of the input embedding."""
         size: int = self.model.config.get_text_config().vocab_size
         return size
+
+    @property
+    def outputs(self) -> int:
+        """Logits of a label."""
+        return len(self.attached.head.classes) if self.attached.head else self.vocab
+
+    def length(self, example: Encoded) -> int:
+        """Tokens of an example in a row, virtual ones included."""
+        return len(example.input_ids) + len(self.attached.places)
 
     def recompute_activations(self) -> None:
         """Keep only each layer's input for the backward pass (Chen et al. 2016): slower, far less memory."""
@@ -41,34 +55,73 @@ class Trained(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, bounds: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        """The row's summed loss in nats, a float32 scalar. Shapes as `batches.collate` makes them."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed_precision):
-            logits = self.logits(input_ids, bounds, rows)
-        return cross_entropy(logits.float(), labels, reduction="sum")
+        """The row's summed loss in nats, a float32 scalar. Shapes as `Collator` makes them."""
+        return cross_entropy(self.logits(input_ids, bounds, rows), labels, reduction="sum")
 
     def logits(self, input_ids: torch.Tensor, bounds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[M, vocab] at `rows` of the packed row."""
+        """float32 [M, vocab] or [M, classes] of `rows` of the packed row."""
         places: list[int] = bounds.tolist()
-        examples = list(pairwise(places))
-        inputs = self._inputs(examples, input_ids.device)
-        output = self.model(input_ids=input_ids[None], use_cache=False, logits_to_keep=rows, **inputs)
-        logits: torch.Tensor = output.logits[0]
+        inputs = self._packed(list(pairwise(places)), input_ids.device)
+        with self.precision():
+            inputs |= self.embedded(input_ids[None])
+            if self.attached.prefix is not None:
+                inputs["past_key_values"] = self.attached.prefix(1)
+            if self.attached.head is None:
+                made: torch.Tensor = self.model(use_cache=False, logits_to_keep=rows, **inputs).logits[0]
+            else:
+                made = self._classify(self._hidden(inputs), rows, places)
+        return made.float()
+
+    def precision(self) -> torch.autocast:
+        """The context in which the model computes."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed_precision)
+
+    def embedded(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The model's arguments for ids [B, T], virtual tokens among them or not."""
+        if self.attached.virtual is None:
+            return {"input_ids": ids}
+        embedding: Any = self.model.get_input_embeddings()
+        virtual = ids >= self.vocab
+        embeds = embedding(ids.masked_fill(virtual, 0))
+        own = self.attached.virtual().to(embeds.dtype)
+        return {"inputs_embeds": torch.where(virtual[..., None], own[(ids - self.vocab).clamp(min=0)], embeds)}
+
+    def _hidden(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """[N, hidden] after the last norm."""
+        backbone: Any = self.model.base_model
+        hidden: torch.Tensor = backbone(use_cache=False, **inputs).last_hidden_state[0]
+        return hidden
+
+    def _classify(self, hidden: torch.Tensor, rows: torch.Tensor, places: list[int]) -> torch.Tensor:
+        """[M, classes]. A sequence has one label, at its last token, wherever its head looks."""
+        head = self.attached.head
+        if head is None:
+            raise TypeError("no head")
+        if head.kind == "sequence" and head.pooling == "mean":
+            chosen = torch.stack([hidden[start:end].mean(0) for start, end in pairwise(places)])
+        elif head.kind == "sequence" and head.pooling == "first":
+            chosen = hidden[places[:-1]]
+        else:
+            chosen = hidden[rows]
+        logits: torch.Tensor = head.linear(chosen)
         return logits
 
-    def _inputs(self, examples: Bounds, device: torch.device) -> dict[str, Any]:
+    def _packed(self, examples: Bounds, device: torch.device) -> dict[str, Any]:
         """What tells the model where examples begin and end."""
+        prefix = self.attached.prefix_length
         lengths = torch.tensor([end - start for start, end in examples], device=device)
         starts = torch.tensor([start for start, _ in examples], device=device)
-        positions = torch.arange(int(lengths.sum()), device=device) - starts.repeat_interleave(lengths)
+        positions = torch.arange(int(lengths.sum()), device=device) - starts.repeat_interleave(lengths) + prefix
         if self.model.config._attn_implementation == PACKED_ATTENTION:
             return {"position_ids": positions[None], "packing": Packing(examples)}
-        return {"position_ids": positions[None], "attention_mask": _block_mask(lengths)}
+        return {"position_ids": positions[None], "attention_mask": _block_mask(lengths, prefix)}
 
 
-def _block_mask(lengths: torch.Tensor) -> torch.Tensor:
-    """[1, 1, N, N], true where a query may see a key: causal, within its example."""
+def _block_mask(lengths: torch.Tensor, prefix: int) -> torch.Tensor:
+    """[1, 1, N, prefix + N], true where a query may see a key: the prefix, and before it within its example."""
     owner = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-    return (owner[:, None] == owner[None, :]).tril()[None, None]
+    own = (owner[:, None] == owner[None, :]).tril()
+    return nn.functional.pad(own, (prefix, 0), value=True)[None, None]
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
