@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 
 from onebase_server.engine.engine import Engine
 from support.engines import Driver, Result, engine_config
@@ -32,6 +33,11 @@ def requests() -> dict[str, Request]:
         "watched": (SHARED[:41], 1, {"logprobs": 3, "max_tokens": 27}),
         "prompted": (SHARED[:35], 0, {"prompt_logprobs": 2, "logprobs": 0, "max_tokens": 30}),
         "biased": (SHARED[10:30], 2, {**drawn, "min_p": 0.05, "logit_bias": {17: 3.0}, "max_tokens": 29}),
+        "guided": (
+            SHARED[:25],
+            1,
+            {**drawn, "grammar": LLMatcher.grammar_from_regex("[a-z ]{30}[0-9]{30}"), "max_tokens": 45},
+        ),
         "stopping": (SHARED[:16], None, {**drawn, "ignore_eos": False, "min_tokens": 3, "max_tokens": 67}),
     }
 

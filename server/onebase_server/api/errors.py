@@ -75,6 +75,7 @@ _GENERATION: Mapping[str, tuple[int, str, int | None]] = {
     "too_large": (400, _INVALID, None),
     "adapter": (400, _INVALID, None),
     "task": (400, _INVALID, None),
+    "grammar": (400, _INVALID, None),
     "engine_died": (503, "server_error", 5),
     "shutting_down": (503, "server_error", 5),
     "out_of_memory": (503, "server_error", 1),

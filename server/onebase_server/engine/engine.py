@@ -24,6 +24,7 @@ from onebase_adapters.model.served import ServedModel
 from onebase_adapters.packages import Progress
 from onebase_adapters.primitives import LoweredAdapter
 from onebase_server.engine.config import EngineConfig
+from onebase_server.engine.grammar import GrammarError, Grammars
 from onebase_server.engine.kv_cache import BlockPool
 from onebase_server.engine.messages import EngineInfo, EngineStats
 from onebase_server.engine.reading import PromptReader
@@ -69,6 +70,12 @@ class Engine:
         )
         self.residency = Residency(self.model, wake)
         self._reader = PromptReader(self.model)
+        self._grammars = Grammars(
+            base.tokenizer.backend_tokenizer.to_str,
+            base.shape.vocab,
+            _eos_tokens(base.model, base.tokenizer.eos_token_id),
+            wake,
+        )
         self._sequences: dict[str, Sequence] = {}
         self._aside: list[Sequence] = []
         self._oldest: Sequence | None = None
@@ -115,6 +122,8 @@ class Engine:
             return Output(request.id, finish_reason="error", error=refusal[1], error_kind=refusal[0])
         self._arrivals += 1
         sequence = Sequence(request, self._arrivals, self._eos)
+        if request.sampling.grammar is not None:
+            sequence.grammar = self._grammars.start(request.sampling.grammar)
         self._sequences[request.id] = sequence
         self._aside.append(sequence)
         return None
@@ -126,6 +135,7 @@ class Engine:
     def close(self) -> None:
         """Let go of what runs beside the steps."""
         self.residency.close()
+        self._grammars.close()
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; nothing if it has ended."""
@@ -206,7 +216,7 @@ class Engine:
         return None
 
     def _call_in_those_aside(self) -> list[Output]:
-        """Queue the sequences whose adapter has become resident."""
+        """Queue the sequences whose grammar is compiled and whose adapter has become resident."""
         outputs = []
         waiting, self._aside = self._aside, []
         impatient = self._impatient(waiting)
@@ -216,10 +226,14 @@ class Engine:
                 self._aside.append(sequence)
                 continue
             try:
+                if sequence.grammar is not None and not sequence.grammar.ready:
+                    self._aside.append(sequence)
+                    continue
                 resident = self.residency.acquire(digest) if digest is not None else (0, NO_LAYOUT)
-            except AdapterError as error:
+            except (AdapterError, GrammarError) as error:
                 del self._sequences[sequence.request.id]
-                outputs.append(_failure(sequence, "adapter", error.message))
+                kind = "grammar" if isinstance(error, GrammarError) else "adapter"
+                outputs.append(_failure(sequence, kind, error.message))
                 continue
             if resident is None:
                 self._aside.append(sequence)
@@ -246,6 +260,8 @@ class Engine:
         first = sequence.generated == 0
         if choice.token < 0:
             self._end(sequence)
+            if sequence.grammar is not None and (why := sequence.grammar.error) is not None:
+                return _failure(sequence, "grammar", f"The grammar failed: {why}")
             return _failure(sequence, "adapter", "The logits are not finite: the adapter's numbers overflow.")
         reason = sequence.append(choice.token)
         if reason is not None:

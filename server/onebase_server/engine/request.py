@@ -33,6 +33,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """None: no logprobs; n: the chosen token's, and those of the n most likely."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens (the first has none)."""
+    grammar: str | None = None
+    """What the output has to follow, as llguidance writes it; the end is chosen where the grammar allows it."""
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
@@ -89,4 +91,4 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str | None = None
     """Why, where `finish_reason` is `error`."""
     error_kind: str | None = None
-    """`too_large`, `engine_died`, `out_of_memory`, `adapter`, `task` or `internal`."""
+    """`too_large`, `engine_died`, `out_of_memory`, `adapter`, `grammar`, `task` or `internal`."""

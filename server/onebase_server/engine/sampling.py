@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from onebase_adapters.model.head import Scores
@@ -24,7 +25,7 @@ class Choice:
     """A row's chosen token, with logprobs if they were asked for."""
 
     token: int
-    """-1 where the logits are not finite, so that no token can be chosen."""
+    """-1 where no token can be chosen: the logits are not finite, or the request's grammar failed."""
     logprobs: TokenLogprobs | None = None
 
 
@@ -56,7 +57,7 @@ def sample(scores: Scores, rows: Rows[int], sequences: Rows[Sequence]) -> list[C
 
 
 def _draw(raw: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """Choose from raw logits [n, vocab], float32; -1 where they are not finite."""
+    """Choose from raw logits [n, vocab], float32; -1 where they are not finite, or where a grammar failed."""
     scores = raw
     if any(_changes_scores(s) for s in sequences):
         scores = raw.clone()
@@ -65,6 +66,9 @@ def _draw(raw: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     chosen = _choose(scores, [s.request.sampling for s in sequences], [_uniform(s) for s in sequences])
     # Not the penalised scores: those are -inf on purpose here and there.
     tokens: list[int] = torch.where(raw.max(-1).values.isfinite(), chosen, -1).tolist()
+    for row, sequence in enumerate(sequences):
+        if sequence.grammar is not None and not sequence.grammar.take(tokens[row]):
+            tokens[row] = -1
     return tokens
 
 
@@ -94,6 +98,7 @@ def _changes_scores(sequence: Sequence) -> bool:
         or sampling.presence_penalty
         or sampling.frequency_penalty
         or sequence.generated < sampling.min_tokens
+        or sequence.grammar
     )
 
 
@@ -112,8 +117,13 @@ def _apply_penalties(scores: torch.Tensor, sequence: Sequence) -> None:
         scores -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
     for token, bias in sampling.logit_bias.items():
         scores[token] += bias
-    if sequence.generated < sampling.min_tokens:
+    grammar = sequence.grammar
+    if sequence.generated < sampling.min_tokens and not (grammar and grammar.over):
         scores[sorted(t for t in sequence.stop_tokens if t < vocab)] = float("-inf")
+    if grammar is not None:
+        bits = np.frombuffer(grammar.allowed(), np.uint8)
+        allowed = np.unpackbits(bits, count=vocab, bitorder="little")
+        scores.masked_fill_(torch.from_numpy(allowed == 0).to(scores.device), float("-inf"))
 
 
 def _uniform(sequence: Sequence) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from onebase_adapters.layout import NO_LAYOUT, Layout
+from onebase_server.engine.grammar import Grammar
 from onebase_server.engine.kv_cache import BlockHash
 from onebase_server.engine.request import EngineRequest, FinishReason, TokenLogprobs
 
@@ -26,6 +27,8 @@ class Sequence:
     hashes: list[BlockHash] = field(default_factory=list)
     """Of the full blocks of `tokens`, as far as they have been needed."""
     salt: bytes = b""
+    grammar: Grammar | None = None
+    """What its output has to follow."""
     layout: Layout = NO_LAYOUT
     """The adapter's virtual tokens, which stand among `tokens`."""
     own: Items[int] = ()
