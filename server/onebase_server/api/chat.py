@@ -13,6 +13,7 @@ from starlette.responses import Response
 from onebase_server.api.auth import Tenant
 from onebase_server.api.choices import Choice, make_choices, run_all, usage_of
 from onebase_server.api.disconnect import unless_disconnected
+from onebase_server.api.grammar import grammar_of
 from onebase_server.api.logprobs import for_chat
 from onebase_server.api.requests import check_prompt, encode, fit, render_chat, sampling
 from onebase_server.api.schemas import ChatRequest
@@ -117,6 +118,7 @@ async def _prepare(services: Services, body: ChatRequest, tenant: str) -> _Chat:
         body,
         max_tokens=max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=await grammar_of(body),
     )
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     request = EngineRequest(request_id, tuple(tokens), params, target.adapter, tenant, body.priority or 0)

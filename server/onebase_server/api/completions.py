@@ -15,6 +15,7 @@ from onebase_server.api.choices import Choice, make_choices, run_all, usage_of
 from onebase_server.api.directory import Target
 from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.errors import InvalidRequestError
+from onebase_server.api.grammar import grammar_of
 from onebase_server.api.logprobs import CompletionLogprobs, joined
 from onebase_server.api.requests import fit, prompt_tokens, sampling, templated
 from onebase_server.api.schemas import MOST_SEQUENCES, CompletionRequest
@@ -170,6 +171,7 @@ async def _prepare(services: Services, body: CompletionRequest, tenant: str) -> 
         body,
         max_tokens=generated,
         logprobs=logprobs,
+        grammar=await grammar_of(body),
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     request_id = f"cmpl-{uuid.uuid4().hex}"

@@ -124,6 +124,7 @@ def sampling(
     *,
     max_tokens: int,
     logprobs: int | None,
+    grammar: str | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The engine's parameters for a body. Raises InvalidRequestError."""
@@ -150,6 +151,7 @@ def sampling(
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

@@ -119,6 +119,40 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+class JsonSchema(Body):
+    """What `response_format` says of a JSON schema."""
+
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+    """Accepted for compatibility: the schema is always followed."""
+
+
+class ResponseFormat(Body):
+    """What the output is: any text, a JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise InvalidRequestError(
+                "json_schema goes with type 'json_schema', and with no other.", field="response_format.json_schema"
+            )
+        return self
+
+
+def _schema_or_text(value: Any) -> Any:
+    if not isinstance(value, dict | str):
+        raise ValueError("must be a JSON schema, or one as a string")
+    return value
+
+
+AnyJsonSchema = Annotated[Any, BeforeValidator(_schema_or_text), WithJsonSchema({"type": ["object", "string"]})]
+
+
 class Generation(Body):
     """What completions and chats have in common. Null means the default everywhere, as some clients send it."""
 
@@ -153,6 +187,13 @@ class Generation(Body):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
+
+    response_format: ResponseFormat | None = None
+    guided_json: AnyJsonSchema | None = None
+    guided_regex: str | None = None
+    guided_choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=1000)
+    guided_grammar: str | None = None
+    """In llguidance's Lark notation."""
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
@@ -211,7 +252,6 @@ class ChatRequest(Generation):
         "parallel_tool_calls": Refused(_NO_TOOLS, False, True),
         "functions": Refused(_NO_TOOLS, []),
         "function_call": Refused(_NO_TOOLS, "none", "auto"),
-        "response_format": Refused("only {'type': 'text'} is", {"type": "text"}),
         "modalities": Refused("only text comes back", ["text"]),
         "audio": Refused("only text comes back"),
         "store": Refused("completions are not stored", False),

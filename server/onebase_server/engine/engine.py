@@ -71,7 +71,7 @@ class Engine:
         self.residency = Residency(self.model, wake)
         self._reader = PromptReader(self.model)
         self._grammars = Grammars(
-            base.tokenizer.backend_tokenizer.to_str,
+            lambda: str(base.tokenizer.backend_tokenizer.to_str()),
             base.shape.vocab,
             _eos_tokens(base.model, base.tokenizer.eos_token_id),
             wake,

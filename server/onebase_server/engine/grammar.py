@@ -33,6 +33,8 @@ class Grammar:
         """Whether it is compiled. Raises GrammarError if it cannot be."""
         if not self._compiled.done():
             return False
+        if (failure := self._compiled.exception()) is not None:
+            raise GrammarError(f"Grammars do not work with this base's tokenizer: {failure}")
         if self._compiled.result().is_error():
             raise GrammarError(f"The grammar cannot be compiled: {self._compiled.result().get_error()}")
         return True
