@@ -23,6 +23,7 @@ from onebase_adapters.base.catalog import fetch_base
 from onebase_adapters.base.shape import BaseShape, describe_base, fingerprint_folder, is_encoder
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.errors import BaseModelError
+from onebase_adapters.kernels.cpu import quantize as quantize  # bitsandbytes' kernel from here on
 from onebase_adapters.kernels.cpu.matmul4bit import packable
 from onebase_adapters.packages import Progress
 

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
+from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, fits_packed
 from onebase_adapters.kernels.cpu.screen import best_tokens
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,10 @@ head that leaves a few for the full product; `nf4` from the 4-bit head alone, wh
 _DEVIATIONS = 6.0
 """Margin of the screen, in standard deviations of the 4-bit head's error. To lose the best token, the
 difference of two errors would have to be 8.5 of its own standard deviations."""
+
+
+_ROWS = 4096
+"""Of the head, that are held in float32 at a time while their errors are taken."""
 
 
 class Scores(Protocol):
@@ -64,17 +68,20 @@ class Screen:
 
     def __init__(self, head: Any) -> None:
         copy = nf4_copy(head)
-        error = head.weight.float() - dequantize_4bit(copy.weight.data, copy.weight.quant_state).float()
+        approximate = dequantize_4bit(copy.weight.data, copy.weight.quant_state)
+        pairs = zip(head.weight.split(_ROWS), approximate.split(_ROWS), strict=True)
+        errors = torch.cat([(exact.float() - rows.float()).norm(dim=1) for exact, rows in pairs])
         # The error of a logit is a sum of `in_features` products: its deviation is |x| |e| / sqrt(in_features).
-        deviation = error.norm(dim=1) / math.sqrt(head.in_features)
-        self._margins = (_DEVIATIONS * deviation).numpy().copy()
+        self._margins = (_DEVIATIONS / math.sqrt(head.in_features) * errors).numpy()
         self._weight = head.weight
         self._packed = PackedLinear([copy])
 
     @staticmethod
     def fits(head: Any) -> bool:
         """Whether the head can be screened on this machine."""
-        return type(head) is torch.nn.Linear and head.bias is None and packable(nf4_copy(head))
+        return (
+            type(head) is torch.nn.Linear and head.bias is None and fits_packed(head.in_features, head.out_features)
+        )
 
     def best(self, hidden: torch.Tensor) -> list[int]:
         """Best token for each row of hidden [n, width], bfloat16."""

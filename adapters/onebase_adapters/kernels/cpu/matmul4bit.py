@@ -21,11 +21,14 @@ def packable(module: nn.Module) -> bool:
     """Whether this machine and this weight can use the packed product."""
     return (
         isinstance(module, Linear4bit)
-        and has_avx512bf16()
-        and module.out_features % _ROWS == 0
-        and module.in_features % module.weight.quant_state.blocksize == 0
+        and fits_packed(module.in_features, module.out_features, module.weight.quant_state.blocksize)
         and module.weight.device.type == "cpu"
     )
+
+
+def fits_packed(in_features: int, out_features: int, blocksize: int = 64) -> bool:
+    """Whether a weight of this size, once in 4 bit, could use the packed product on this machine."""
+    return has_avx512bf16() and out_features % _ROWS == 0 and in_features % blocksize == 0
 
 
 class PackedLinear:
