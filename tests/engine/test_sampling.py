@@ -25,8 +25,12 @@ def sequence(name: str = "a", prompt: Items[int] = (1, 2), output: Items[int] = 
     return made
 
 
+def scores(logits: torch.Tensor) -> LogitScores:
+    return LogitScores(logits, torch.empty(len(logits), 0))
+
+
 def choose(logits: torch.Tensor, sequences: Items[Sequence]) -> list[int]:
-    return [choice.token for choice in sample(LogitScores(logits), range(len(sequences)), sequences)]
+    return [choice.token for choice in sample(scores(logits), range(len(sequences)), sequences)]
 
 
 def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
@@ -128,9 +132,9 @@ def test_a_row_is_chosen_as_if_it_were_alone(data: st.DataObject) -> None:
         )
         for row in range(rows)
     ]  # fmt: skip
-    together = sample(LogitScores(logits), range(rows), sequences)
+    together = sample(scores(logits), range(rows), sequences)
     for row, each in enumerate(sequences):
-        assert sample(LogitScores(logits[row : row + 1]), [0], [each]) == [together[row]]
+        assert sample(scores(logits[row : row + 1]), [0], [each]) == [together[row]]
 
 
 def test_a_filter_finds_its_end_far_down_a_flat_distribution() -> None:
@@ -172,7 +176,7 @@ def test_what_is_not_finite_chooses_nothing_and_harms_no_other(
     right = choose(logits, rows)
     logits[1, 7] = bad
     assert choose(logits, rows) == [right[0], -1, right[2]]
-    assert sample(LogitScores(logits), range(3), rows)[1].logprobs is None
+    assert sample(scores(logits), range(3), rows)[1].logprobs is None
 
 
 def test_greedy_tokens_are_the_same_with_logprobs_and_without() -> None:
@@ -189,7 +193,7 @@ def test_logprobs_are_of_the_model_whatever_the_settings() -> None:
         sequence("greedy", temperature=0.0, logprobs=2),
         sequence("drawn", temperature=1.5, seed=3, logprobs=4, presence_penalty=2.0, output=HISTORY, top_k=9),
     ]
-    for row, choice in enumerate(sample(LogitScores(logits), range(2), rows)):
+    for row, choice in enumerate(sample(scores(logits), range(2), rows)):
         found = choice.logprobs
         assert found is not None
         assert found.token == choice.token

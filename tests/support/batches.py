@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from onebase_adapters.base.shape import Site
-from onebase_adapters.batch import Batch, Owners
+from onebase_adapters.batch import Batch, Chunk, Owners, Traits
 from onebase_adapters.kernels import Kernels
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.table import Arena, LowRankTable
 from onebase_adapters.kernels.tiles import low_rank_tiles
+from onebase_adapters.model import batching
 from onebase_adapters.primitives import LowRank
 
 CPU = torch.device("cpu")
@@ -31,28 +32,8 @@ def make_batch(
     runs: Sequence[tuple[int, int]], kernels: Kernels, kv_heads: int, pages: Sequence[Sequence[int]]
 ) -> Batch:
     """A batch of `runs` (start, count) of sequences; `pages`: each one's cache blocks."""
-    starts, counts = np.array(runs, np.int64).reshape(-1, 2).T
-    query_start = np.concatenate([[0], np.cumsum(counts)])
-    rows = np.repeat(np.arange(len(runs)), counts)
-    positions = np.arange(query_start[-1]) - query_start[rows] + starts[rows]
-    tables = np.zeros((len(runs), max(map(len, pages))), np.int32)
-    for row, blocks in enumerate(pages):
-        tables[row, : len(blocks)] = blocks
-    nobody = make_owners([0] * len(rows), kernels)
-    return Batch(
-        token_ids=torch.zeros(len(rows), dtype=torch.int64),
-        positions=positions,
-        visible=positions,
-        owners=nobody,
-        head_owners=nobody,
-        query_start=query_start,
-        tables=tables,
-        cache_slots=tables[rows, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
-        sample_rows=torch.empty(0, dtype=torch.int64),
-        virtual_rows=np.empty(0, np.int64),
-        virtual_indices=np.empty(0, np.int64),
-        items=kernels.attention_items(query_start, positions, kv_heads),
-    )
+    chunks = [Chunk([0] * count, start, blocks) for (start, count), blocks in zip(runs, pages, strict=True)]
+    return batching.make_batch(chunks, kernels, Traits.none(1), CPU, vocab=1, kv_heads=kv_heads)
 
 
 def deal_pages(lengths: Sequence[int], seed: int, total: int) -> list[list[int]]:
