@@ -219,10 +219,12 @@ class ProcessEngine:
         try:
             message = await read_frame_async(reader)
         except asyncio.CancelledError:
+            self._writer.close()
             self._child.kill()
             raise
         first = decode_event(message) if message is not None else None
         if not isinstance(first, Ready):
+            self._writer.close()
             await self._child.wait()
             why = first.message if isinstance(first, StartFailed) else f"exit code {self._child.returncode}"
             raise BaseModelError(f"The engine did not start: {why}")

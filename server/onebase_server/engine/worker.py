@@ -6,6 +6,7 @@ It ends when it has drained, or when the API's end of the socket closes: nothing
 
 import enum
 import logging
+import os
 import queue
 import signal
 import socket
@@ -68,7 +69,6 @@ class Worker:
 
     def run(self) -> None:
         """Serve until drained or hung up."""
-        threading.Thread(target=self._read, name="command-reader", daemon=True).start()
         while True:
             if not self._take_commands():
                 return
@@ -90,11 +90,6 @@ class Worker:
             self._connection.sendall(frame(encode(event)))
         except (BrokenPipeError, ConnectionError):
             self._inbox.put(_Signal.HANGUP)
-
-    def _read(self) -> None:
-        while (message := read_frame(self._connection)) is not None:
-            self._inbox.put(decode_command(message))
-        self._inbox.put(_Signal.HANGUP)
 
     def _take_commands(self) -> bool:
         """Handle what has come in; sleep for the first if there is nothing else to do. False after a hang-up."""
@@ -151,6 +146,15 @@ class Worker:
             self.send(Done(command.id))
 
 
+def _read(connection: socket.socket, inbox: _Inbox, ready: threading.Event) -> None:
+    """Bring the commands into the inbox. A hang-up while the model is still being loaded ends the process here."""
+    while (message := read_frame(connection)) is not None:
+        inbox.put(decode_command(message))
+    if not ready.is_set():
+        os._exit(1)
+    inbox.put(_Signal.HANGUP)
+
+
 def main() -> None:
     """Read the configuration from the socket, load the engine, serve."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s engine %(levelname)s %(name)s: %(message)s")
@@ -163,6 +167,8 @@ def main() -> None:
         return
     config = msgspec.json.decode(first, type=EngineConfig)
     inbox: _Inbox = queue.SimpleQueue()
+    ready = threading.Event()
+    threading.Thread(target=_read, args=(connection, inbox, ready), name="command-reader", daemon=True).start()
     try:
         engine = Engine(
             config,
@@ -172,6 +178,7 @@ def main() -> None:
     except OneBaseError as error:
         connection.sendall(frame(encode(StartFailed(error.message))))
         return
+    ready.set()
     worker = Worker(engine, connection, inbox)
     worker.send(Ready(engine.info))
     worker.run()
