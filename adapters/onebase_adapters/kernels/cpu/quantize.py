@@ -45,7 +45,7 @@ def _quantize(
             target[i] = (order[below[2 * i]] << 4) | order[below[2 * i + 1]]
 
 
-@torch.library.register_kernel("bitsandbytes::quantize_4bit", "cpu")
+@torch.library.register_kernel("bitsandbytes::quantize_4bit", "cpu")  # type: ignore[untyped-decorator]
 def quantize_4bit(
     weight: torch.Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
