@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from onebase_training.attention import PACKED_ATTENTION
-from onebase_training.batches import collate, pack, plan_batches
+from onebase_training.batches import Collator, pack, plan_batches
 from onebase_training.data import NO_LOSS, Encoded, Example
 from onebase_training.methods.attached import Attached
 from onebase_training.model import Trained, trainable_state
@@ -60,7 +60,7 @@ def test_a_packed_row_has_the_losses_and_gradients_of_its_examples_alone(
 
     base.set_attn_implementation(attention)
     trained = Trained(Attached(base, lambda _: None), torch.device("cpu"), mixed_precision=False)
-    loss = trained(**collate(examples))
+    loss = trained(**Collator()(examples))
     loss.backward()
     torch.testing.assert_close(loss, total)
     for name, value in trainable_state(base).items():
@@ -68,7 +68,7 @@ def test_a_packed_row_has_the_losses_and_gradients_of_its_examples_alone(
 
 
 def test_a_label_stands_in_the_row_before_its_token() -> None:
-    batch = collate([example(7, 8, 9, prompt=2), example(4, 5, prompt=1)])
+    batch = Collator()([example(7, 8, 9, prompt=2), example(4, 5, prompt=1)])
     assert batch["input_ids"].tolist() == [7, 8, 9, 4, 5]
     assert batch["bounds"].tolist() == [0, 3, 5]
     assert batch["rows"].tolist() == [1, 3]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from onebase_training.batches import collate, pack
+from onebase_training.batches import pack
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded
 from onebase_training.generate import generate
@@ -72,7 +72,9 @@ def held_out_loss(model: Trained, examples: Sequence[Encoded]) -> float:
     model.eval()
     total, count = 0.0, 0
     for indices in pack(range(len(examples)), [len(one.input_ids) for one in examples], _BATCH_TOKENS):
-        batch = {name: value.to(model.device) for name, value in collate([examples[i] for i in indices]).items()}
+        batch = {
+            name: value.to(model.device) for name, value in model.collate([examples[i] for i in indices]).items()
+        }
         total += float(model(**batch))
         count += batch["labels"].numel()
     model.train(training)
