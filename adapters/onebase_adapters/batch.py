@@ -35,13 +35,20 @@ class Owners:
     """Whether any row's adapter has Rescale or Shift."""
     bottleneck: bool = False
     """Whether any row's adapter has Bottleneck."""
-    _copies: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _copies: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def slots_on(self, device: torch.device) -> torch.Tensor:
+        """`slots` on a device, copied there at the first call."""
+        return self._on(device, "slots", self.slots)
 
     def tiles_on(self, device: torch.device) -> torch.Tensor:
         """`tiles` on a device, copied there at the first call."""
-        if device not in self._copies:
-            self._copies[device] = torch.from_numpy(self.tiles).to(device, non_blocking=True)
-        return self._copies[device]
+        return self._on(device, "tiles", self.tiles)
+
+    def _on(self, device: torch.device, name: str, array: np.ndarray) -> torch.Tensor:
+        if name not in self._copies:
+            self._copies[name] = torch.from_numpy(array).to(device, non_blocking=True)
+        return self._copies[name]
 
 
 @dataclass(frozen=True)
@@ -89,18 +96,18 @@ class Batch:
     @cached_property
     def on_device(self) -> DeviceArrays:
         """Copies on the device, in one transfer."""
-        arrays = (self.positions, self.cache_slots, self.tables, self.items)
+        arrays = (self.positions, self.visible, self.cache_slots, self.tables, self.items)
         starts = np.cumsum([0] + [_aligned(array.size) for array in arrays])
         packed = np.zeros(starts[-1], np.int32)
         for start, array in zip(starts, arrays, strict=False):
             packed[start : start + array.size] = array.ravel()
         there = torch.from_numpy(packed).to(self.token_ids.device, non_blocking=True)
-        positions, cache_slots, tables, items = (
+        positions, visible, cache_slots, tables, items = (
             there[start : start + array.size].view(array.shape)
             for start, array in zip(starts, arrays, strict=False)
         )
         most_tokens = int(np.diff(self.query_start).max())
-        return DeviceArrays(positions, positions, cache_slots, tables, items, most_tokens)
+        return DeviceArrays(positions, visible, cache_slots, tables, items, most_tokens)
 
 
 def _aligned(elements: int) -> int:

@@ -5,6 +5,7 @@ Activations are float32, where the interpreter rounds as a GPU does; its bfloat1
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,15 @@ from onebase_adapters.kernels.cuda import backend
 from onebase_adapters.model import served
 from onebase_adapters.model.served import ServedModel
 from onebase_adapters.primitives import LoweredAdapter, LowRank
-from support.batches import deal_pages, make_batch, make_owners, make_table, random_bf16
+from support.batches import (
+    deal_pages,
+    make_batch,
+    make_bottlenecks,
+    make_owners,
+    make_table,
+    make_vectors,
+    random_bf16,
+)
 from support.models import save_model
 
 PAGES = 160
@@ -111,6 +120,32 @@ def test_an_overflow_stays_in_its_row() -> None:
     assert torch.equal(changed[rest], expected[rest])
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_bottlenecks_equal_their_definition(parallel: bool) -> None:
+    slots = [0, 1, 2, 3, 4, 5, 6, 12, 7, 8, 9, 10, 11, 13, 13, *[3] * 17, 2, 2]
+    ranks = [3, 17, 64, 8, 8, 1, 5, 8, 9, 10, 40, 12, 0]
+    x, y = normal(1, len(slots), 1100), normal(2, len(slots), 1100)
+    ours, definition = y.clone(), y.clone()
+    for kernels, changed in ((backend, ours), (reference, definition)):
+        table = make_bottlenecks(kernels, 1100, ranks)
+        kernels.add_bottleneck(x, changed, make_owners(slots, kernels), table, parallel=parallel)
+    torch.testing.assert_close(ours, definition, rtol=1e-5, atol=1e-5)
+    untouched = torch.tensor([slot in (0, 13) or bool(slot % 2) != parallel for slot in slots])
+    assert torch.equal(ours[untouched], y[untouched])
+
+
+def test_rows_are_scaled_and_shifted_by_slot() -> None:
+    slots, y = [0, 1, 2, 3, 1, 4, 0], normal(1, 7, 1300)
+    scales, shifts = make_vectors(1300, 5, [1, 2]), make_vectors(1300, 5, [2, 3])
+    ours, definition = y.clone(), y.clone()
+    backend.affine_rows(ours, make_owners(slots, backend), scales, shifts)
+    reference.affine_rows(definition, make_owners(slots, reference), scales, shifts)
+    torch.testing.assert_close(ours, definition, rtol=1e-6, atol=1e-6)
+    scales.clear(1)
+    backend.affine_rows(ours, make_owners([1, 0, 0, 0, 1, 0, 0], backend), scales, shifts)
+    torch.testing.assert_close(ours, definition, rtol=1e-6, atol=1e-6)
+
+
 class Cache:
     """Pages full of NaN, and sequences' queries, keys and values."""
 
@@ -164,6 +199,18 @@ def test_attention_equals_its_definition(
         found = ours.run(runs, backend, window, softcap)
         for mine, right in zip(found, definition.run(runs, reference, window, softcap), strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_sees_as_far_as_it_is_told_to() -> None:
+    ours, definition = Cache([70, 20], 1, 2, 16), Cache([70, 20], 1, 2, 16)
+    found = []
+    for cache, kernels in ((ours, backend), (definition, reference)):
+        batch = make_batch([(0, 70), (0, 20)], kernels, 1, cache.pages)
+        batch = replace(batch, visible=np.repeat([69, 19], [70, 20]))
+        kernels.write_kv(torch.cat(cache.keys), torch.cat(cache.values), cache.k, cache.v, batch)
+        found.append(kernels.attend(torch.cat(cache.q), cache.k, cache.v, batch, 0.3))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[0][:5], Cache([70], 1, 2, 16).run([(0, 0, 70)])[0][:5])
 
 
 def test_a_long_table_is_read_to_its_end() -> None:

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from support.batches import deal_pages, make_batch, make_owners, make_table, random_bf16
+from support.batches import (
+    deal_pages,
+    make_batch,
+    make_bottlenecks,
+    make_owners,
+    make_table,
+    make_vectors,
+    random_bf16,
+)
 
 triton = pytest.importorskip("triton", reason="triton is made for Linux")
 
@@ -18,7 +26,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 
-from onebase_adapters.kernels.cuda import attention, backend, lowrank  # noqa: E402
+from onebase_adapters.kernels.cuda import attention, backend, elementwise, lowrank  # noqa: E402
 
 SHARED = 99 * 1024
 """Bytes of fast memory for a block of threads that every GPU since Ampere has."""
@@ -75,6 +83,14 @@ def test_low_rank_compiles(build: Callable[..., Built], in_features: int, outs: 
     x, y = random_bf16(1, 2, in_features), random_bf16(2, 2, sum(outs))
     backend.add_low_rank(x, y, make_owners([1, 1], backend), table)
     assert shrink.programs == expand.programs == 1
+
+
+def test_bottlenecks_and_vectors_compile(build: Callable[..., Built]) -> None:
+    kernels = [build(lowrank, "_shrink"), build(lowrank, "_expand"), build(elementwise, "_affine_rows")]
+    y, owners = random_bf16(1, 2, 512), make_owners([1, 2], backend)
+    backend.add_bottleneck(y, y, owners, make_bottlenecks(backend, 512, [8, 8]), parallel=False)
+    backend.affine_rows(y, owners, make_vectors(512, 3, [1]), make_vectors(512, 3, [2]))
+    assert [kernel.programs for kernel in kernels] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

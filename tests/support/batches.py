@@ -8,11 +8,14 @@ import torch
 from onebase_adapters.base.shape import Site
 from onebase_adapters.batch import Batch, Chunk, Owners, Traits
 from onebase_adapters.kernels import Kernels
+from onebase_adapters.kernels.affine_table import Vectors
 from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.bottleneck_table import BottleneckTable
 from onebase_adapters.kernels.table import Arena, LowRankTable
 from onebase_adapters.kernels.tiles import low_rank_tiles
 from onebase_adapters.model import batching
-from onebase_adapters.primitives import LowRank
+from onebase_adapters.parts import Parts
+from onebase_adapters.primitives import ACTIVATIONS, Bottleneck, LowRank
 
 CPU = torch.device("cpu")
 
@@ -61,3 +64,31 @@ def make_table(
         }
         table.put(slot, updates, Arena(table.size(updates), CPU))
     return table
+
+
+def make_bottlenecks(kernels: Kernels, width: int, ranks: Sequence[int]) -> BottleneckTable:
+    """A table of bottlenecks of these ranks by slot, 0 for none: each activation in turn, every second parallel."""
+    table = BottleneckTable("block", len(ranks) + 1, CPU, transposed=kernels.TRANSPOSED_A)
+    for slot, rank in enumerate(ranks, start=1):
+        if rank:
+            part = Bottleneck(
+                "block",
+                random_bf16(slot, rank, width, scale=width**-0.5),
+                random_bf16(slot + 20, rank).float(),
+                random_bf16(slot + 40, width, rank, scale=rank**-0.5),
+                random_bf16(slot + 60, width).float(),
+                ACTIVATIONS[slot % len(ACTIVATIONS)],
+                scale=0.5 + slot / 4,
+                parallel=bool(slot % 2),
+            )
+            parts = Parts({}, {}, {}, {}, {"block": part})
+            table.put(slot, parts, Arena(table.size(parts), CPU))
+    return table
+
+
+def make_vectors(width: int, slots: int, having: Sequence[int]) -> Vectors:
+    """Random vectors for the slots in `having`."""
+    vectors = Vectors(slots, CPU)
+    for slot in having:
+        vectors.put(slot, random_bf16(slot + width, width))
+    return vectors

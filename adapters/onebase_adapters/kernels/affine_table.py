@@ -17,16 +17,25 @@ class Vectors:
         self.addresses = np.zeros(slots, np.int64)
         """0 for none."""
         self._device = device
+        self._there: torch.Tensor | None = None
 
     def put(self, slot: int, vector: torch.Tensor) -> None:
         """Keep a vector for the slot."""
         held = self.by_slot[slot] = vector.float().contiguous().to(self._device)
         self.addresses[slot] = held.data_ptr()
+        self._there = None
 
     def clear(self, slot: int) -> None:
         """Forget the slot's vector."""
         self.addresses[slot] = 0
         self.by_slot.pop(slot, None)
+        self._there = None
+
+    def addresses_on_device(self) -> torch.Tensor:
+        """[slots] int64, where the vectors are."""
+        if self._there is None:
+            self._there = torch.from_numpy(self.addresses.copy()).to(self._device)
+        return self._there
 
     def touch(self, slots: np.ndarray) -> bool:
         """Whether any of these slots has one."""

@@ -171,7 +171,10 @@ def fuse(
             tables = SiteTables(group, slots, kernels, device)
             projections.append(Projection([layer.get_submodule(f"{owner}.{name}") for name in names], tables))
             sites.append(tables)
-        behind = [BottleneckTable(f"model.layers.{index}.{owner}", slots, device) for owner in ("self_attn", "mlp")]
+        behind = [
+            BottleneckTable(f"model.layers.{index}.{owner}", slots, device, transposed=kernels.TRANSPOSED_A)
+            for owner in ("self_attn", "mlp")
+        ]
         layers.append(FusedLayer(layer, projections, behind, cache))
         sublayers += behind
     return FusedModel(model, layers, scratch), sites, sublayers

@@ -182,7 +182,10 @@ def _hook_linears(
 
 def _hook_sublayers(base: LoadedBase, slots: int, kernels: Kernels, context: Context) -> list[BottleneckTable]:
     """Let each sublayer's output pass its bottlenecks."""
-    tables = [BottleneckTable(name, slots, base.device) for name in sorted(base.shape.sublayers)]
+    tables = [
+        BottleneckTable(name, slots, base.device, transposed=kernels.TRANSPOSED_A)
+        for name in sorted(base.shape.sublayers)
+    ]
     for table in tables:
         hook_sublayer(base.model.get_submodule(table.name), table, kernels, context)
     return tables

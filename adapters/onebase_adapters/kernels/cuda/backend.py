@@ -4,10 +4,9 @@ import numpy as np
 import torch
 
 from onebase_adapters.batch import Batch, Owners
-from onebase_adapters.kernels import reference
 from onebase_adapters.kernels.affine_table import Vectors
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
-from onebase_adapters.kernels.cuda import attention, lowrank
+from onebase_adapters.kernels.cuda import attention, elementwise, lowrank
 from onebase_adapters.kernels.table import LowRankTable
 from onebase_adapters.kernels.tiles import query_tiles
 
@@ -28,14 +27,14 @@ def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRan
 
 def affine_rows(y: torch.Tensor, owners: Owners, scales: Vectors, shifts: Vectors) -> None:
     """As `reference.affine_rows`."""
-    reference.affine_rows(y, owners, scales, shifts)
+    elementwise.affine_rows(y, owners.slots_on(y.device), scales, shifts)
 
 
 def add_bottleneck(
     x: torch.Tensor, y: torch.Tensor, owners: Owners, table: BottleneckTable, *, parallel: bool
 ) -> None:
     """As `reference.add_bottleneck`."""
-    reference.add_bottleneck(x, y, owners, table, parallel=parallel)
+    lowrank.add_bottleneck(x, y, owners.tiles_on(y.device), table, parallel=parallel)
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Batch) -> None:

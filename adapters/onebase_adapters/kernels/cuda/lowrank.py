@@ -4,7 +4,8 @@ The idea is SGMV's and BGMV's (Punica, Chen et al. 2023, section 4; S-LoRA, Shen
 one slot share a tile and so one load of its weights, and a slot's matrices are found through its addresses and its
 own ranks, so nothing is padded to the largest. Decode is tiles with one row, prefill tiles with sixteen.
 
-Two launches: `_shrink` computes A x in spans of the input, `_expand` adds the spans up and multiplies by B.
+Two launches: `_shrink` computes A x in spans of the input, `_expand` adds the spans up and multiplies by B. With
+biases, and an activation between the two, the same is a bottleneck.
 
 Invariant: a row's sums do not depend on the other rows. The shape of every product is the same in each launch, the
 spans are cut by the site's width alone and added up in order, and nothing is accumulated with atomics.
@@ -17,12 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
+from onebase_adapters.kernels.bottleneck_table import BottleneckTable
 from onebase_adapters.kernels.cuda.operand import OPERAND
 from onebase_adapters.kernels.table import LowRankTable
 
 TILE = 16
 """Rows in a tile, at most: what a tensor core takes at least."""
-SPAN = 1024
+_SPAN = 1024
 """Input columns that one program of `_shrink` sums over: enough programs for a whole GPU with a single tile."""
 _DEPTH = 128
 """Input columns in one product."""
@@ -42,6 +44,7 @@ def _shrink(
     rows: tl.tensor,
     width: tl.tensor,
     SITES: tl.constexpr,
+    FIELDS: tl.constexpr,
     TILE: tl.constexpr,
     SPAN: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -50,11 +53,11 @@ def _shrink(
 ) -> None:
     """hidden[span, t, r] = A[r, span] x[t, span] for the rows t of a tile: program (tile, block of ranks, span).
 
-    `weights` as `LowRankTable.rows_on`.
+    `weights` [slots, FIELDS] as `LowRankTable.rows_on` has them.
     """
     tile = tl.program_id(0)
     slot = tl.load(tiles + tile * (1 + TILE)).to(tl.int64)
-    entry = weights + slot * (2 + 4 * SITES)
+    entry = weights + slot * FIELDS
     total = tl.load(entry + 1 + SITES)
     for site in tl.static_range(1, SITES):
         total += tl.load(entry + 1 + SITES + site)
@@ -83,6 +86,23 @@ def _shrink(
         tl.store(target, sums, mask=(row[:, None] >= 0) & (rank[None, :] < total))
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _activate(x: tl.tensor, code: tl.tensor) -> tl.tensor:
+    """`code` is the activation's place in `ACTIVATIONS`."""
+    result = x
+    if code == 1:
+        result = tl.maximum(x, 0.0)
+    elif code == 2:
+        result = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif code == 3:  # x (1 + tanh(u)) / 2 is x / (1 + exp(-2 u))
+        result = x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif code == 4:
+        result = x / (1 + tl.exp(-x))
+    elif code == 5:
+        result = 2 / (1 + tl.exp(-2 * x)) - 1
+    return result
+
+
 @triton.jit(do_not_specialize=["rows", "width"])  # type: ignore[untyped-decorator]
 def _expand(
     hidden: tl.tensor,
@@ -94,6 +114,8 @@ def _expand(
     y_stride: tl.tensor,
     SPANS: tl.constexpr,
     SITES: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ACTIVATED: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     RANKS: tl.constexpr,
@@ -102,11 +124,12 @@ def _expand(
 ) -> None:
     """y[t, columns] += scale * B (sum of the spans of hidden[t]): program (tile, site, block of its columns).
 
-    `ALIGNED`: a number that divides all of the sites' columns.
+    `ALIGNED`: a number that divides all of the sites' columns. `ACTIVATED`: `weights` go on with biases and an
+    activation, as `BottleneckTable.rows_on_device` has them.
     """
     tile, site = tl.program_id(0), tl.program_id(1)
     slot = tl.load(tiles + tile * (1 + TILE)).to(tl.int64)
-    entry = weights + slot * (2 + 4 * SITES)
+    entry = weights + slot * FIELDS
     rank = tl.load(entry + 1 + SITES + site).to(tl.int32)
     site_column = tl.multiple_of(tl.load(entry + 1 + 3 * SITES + site), ALIGNED)
     out_features = tl.multiple_of(tl.load(entry + 2 + 3 * SITES + site) - site_column, ALIGNED)
@@ -129,12 +152,19 @@ def _expand(
             for _ in range(1, SPANS):
                 source += rows * width
                 inner += tl.load(source, mask=known, other=0.0)
+            if ACTIVATED:
+                bias = tl.load(entry + 2 + 4 * SITES).to(tl.pointer_type(tl.float32))
+                inner += tl.load(bias + r, mask=r < rank, other=0.0)[None, :]
+                inner = _activate(inner, tl.load(entry + 4 + 4 * SITES))
             matrix = tl.load(
                 b + r[:, None] * out_features + column[None, :],
                 mask=(r[:, None] < rank) & (column[None, :] < out_features),
                 other=0.0,
             )
             sums = tl.dot(inner.to(OPERAND), matrix.to(OPERAND), sums, input_precision="ieee")
+        if ACTIVATED:
+            bias = tl.load(entry + 3 + 4 * SITES).to(tl.pointer_type(tl.float32))
+            sums += tl.load(bias + column, mask=column < out_features, other=0.0)[None, :]
         target = y + row[:, None] * y_stride + site_column + column[None, :]
         inside = (row[:, None] >= 0) & (column[None, :] < out_features)
         base = tl.load(target, mask=inside, other=0.0).to(tl.float32)
@@ -142,18 +172,40 @@ def _expand(
 
 
 def add_low_rank(x: torch.Tensor, y: torch.Tensor, tiles: torch.Tensor, table: LowRankTable) -> None:
-    """As `reference.add_low_rank`; x, y contiguous bfloat16, `tiles` [n, 1 + TILE] int32 on their device."""
+    """As `reference.add_low_rank`; `tiles` [n, 1 + TILE] int32 on the device of x and y."""
+    _update(x, y, tiles, table.rows_on(x.device), table.columns, table.widest, activated=False)
+
+
+def add_bottleneck(
+    x: torch.Tensor, y: torch.Tensor, tiles: torch.Tensor, table: BottleneckTable, *, parallel: bool
+) -> None:
+    """As `reference.add_bottleneck`; `tiles` [n, 1 + TILE] int32 on the device of x and y."""
+    columns, widest = np.array([0, y.shape[1]]), int(table.ranks.max())
+    weights = table.rows_on_device(parallel=parallel)
+    _update(x if parallel else y, y, tiles, weights, columns, widest, activated=True)
+
+
+def _update(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    tiles: torch.Tensor,
+    weights: torch.Tensor,
+    columns: np.ndarray,
+    width: int,
+    *,
+    activated: bool,
+) -> None:
     rows, in_features = x.shape
-    sites, width = len(table.sites), table.widest
-    spans = triton.cdiv(in_features, SPAN)
-    weights = table.rows_on(x.device)
+    sites, fields = len(columns) - 1, weights.shape[1]
+    spans = triton.cdiv(in_features, _SPAN)
     hidden = torch.empty(spans * rows * width, dtype=torch.float32, device=x.device)
     _shrink[len(tiles), triton.cdiv(width, _RANKS), spans](
-        x, hidden, tiles, weights, in_features, rows, width, SITES=sites, TILE=TILE, SPAN=SPAN, DEPTH=_DEPTH,
-        RANKS=_RANKS, OPERAND=OPERAND,
+        x, hidden, tiles, weights, in_features, rows, width, SITES=sites, FIELDS=fields, TILE=TILE, SPAN=_SPAN,
+        DEPTH=_DEPTH, RANKS=_RANKS, OPERAND=OPERAND,
     )  # fmt: skip
-    widest_site = int(np.diff(table.columns).max())
+    widest_site = int(np.diff(columns).max())
     _expand[len(tiles), sites, triton.cdiv(widest_site, _COLUMNS)](
-        hidden, y, tiles, weights, rows, width, y.shape[1], SPANS=spans, SITES=sites,
-        ALIGNED=math.gcd(16, *table.columns.tolist()), TILE=TILE, RANKS=_RANKS, COLUMNS=_COLUMNS, OPERAND=OPERAND,
+        hidden, y, tiles, weights, rows, width, y.shape[1], SPANS=spans, SITES=sites, FIELDS=fields,
+        ACTIVATED=activated, ALIGNED=math.gcd(16, *columns.tolist()), TILE=TILE, RANKS=_RANKS, COLUMNS=_COLUMNS,
+        OPERAND=OPERAND,
     )  # fmt: skip
