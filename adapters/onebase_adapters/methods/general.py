@@ -11,15 +11,13 @@ import torch
 from torch import nn
 
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
+from onebase_adapters.factorise import factorise
 from onebase_adapters.methods.source import Lowered, Source
-from onebase_adapters.primitives import LowRank
 
 MOST_RANK = 128
 """A larger rank would cost more than merging the adapter into a base of its own."""
 MOST_ERROR = 0.05
 """Relative error, in the Frobenius norm over all sites together, above which an adapter is refused."""
-_EXACT = 1e-5
-"""Below that a singular value is rounding, relative to the largest."""
 
 
 def lower(source: Source) -> Lowered:
@@ -29,7 +27,7 @@ def lower(source: Source) -> Lowered:
         raise AdapterMismatchError(f"No tensor belongs to a linear site of {source.base.name}.", field="path")
     updates, lost, total = [], 0.0, 0.0
     for name, delta in _changes(source, sites):
-        update = _factorise(name, delta)
+        update = factorise(name, delta, MOST_RANK)
         if update is None:
             continue
         updates.append(update)
@@ -96,20 +94,3 @@ def _skeleton(source: Source, sites: list[str]) -> nn.Module:
         linear.weight = nn.Parameter(source.weights.weight(name), requires_grad=False)
         module.add_module(leaf, linear)
     return root
-
-
-def _factorise(site: str, delta: torch.Tensor) -> LowRank | None:
-    """The best LowRank of at most MOST_RANK for a change [out, in]; None for no change."""
-    rank = min(MOST_RANK, *delta.shape)
-    if rank == min(delta.shape):
-        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(delta, q=min(rank + 16, *delta.shape), niter=4)
-        vh = v.t()
-    if not s[0] > 0:
-        return None
-    kept = int((s[:rank] > _EXACT * s[0]).sum())
-    root = s[:kept].sqrt()
-    return LowRank(site, root[:, None] * vh[:kept], u[:, :kept] * root, 1.0)
