@@ -44,9 +44,16 @@ def resolve_device(device: str) -> torch.device:
     """`auto` is cuda where there is one. Raises BaseModelError for a device the machine lacks."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise BaseModelError(f"No device {device!r}; use cpu, cuda, cuda:N or auto.", field="device") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BaseModelError("No CUDA device on this machine; use --device cpu.", field="device")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise BaseModelError(
+            f"No device {device}: this machine has {torch.cuda.device_count()}, from cuda:0 on.", field="device"
+        )
     return chosen
 
 
@@ -60,6 +67,8 @@ def load_base(
     """
     folder = fetch_base(spec.model, progress=progress)
     device = resolve_device(spec.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where kernels are launched that name no device
     options: dict[str, Any] = {}
     if spec.quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
