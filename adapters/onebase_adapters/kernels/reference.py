@@ -23,14 +23,18 @@ def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int)
     return query_tiles(query_start)
 
 
+def _rows_of(slot: int, owners: Owners, device: torch.device) -> torch.Tensor:
+    # Found on the host: asking a device for them would wait for all that it has to do.
+    return torch.from_numpy(np.flatnonzero(owners.slots == slot)).to(device)
+
+
 def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRankTable) -> None:
     """y[t, columns of site s] += scale * B (A x[t]) with the weights of row t's slot, for each site s of the table.
 
     x [T, in], y [T, all columns].
     """
-    slots = torch.as_tensor(owners.slots, device=x.device)
     for slot, updates in table.updates.items():
-        rows = torch.nonzero(slots == slot).flatten()
+        rows = _rows_of(slot, owners, x.device)
         if not len(rows):
             continue
         inputs = x[rows].float()
@@ -43,9 +47,8 @@ def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRan
 
 def affine_rows(y: torch.Tensor, owners: Owners, scales: Vectors, shifts: Vectors) -> None:
     """y[t] = y[t] * scale + shift, in place, with the vectors [width] of row t's slot, where it has them."""
-    slots = torch.as_tensor(owners.slots, device=y.device)
     for slot in scales.by_slot.keys() | shifts.by_slot.keys():
-        rows = torch.nonzero(slots == slot).flatten()
+        rows = _rows_of(slot, owners, y.device)
         if slot in scales.by_slot:
             y[rows] = (y[rows].float() * scales.by_slot[slot]).to(y.dtype)
         if slot in shifts.by_slot:
@@ -69,10 +72,9 @@ def add_bottleneck(
 
     Of the table's sequential parts with s = y, or of its parallel ones with s = x. x, y [T, hidden].
     """
-    slots = torch.as_tensor(owners.slots, device=y.device)
     source = x if parallel else y
     for slot, part in table.parts.items():
-        rows = torch.nonzero(slots == slot).flatten()
+        rows = _rows_of(slot, owners, y.device)
         if len(rows) and part.parallel == parallel:
             hidden = F.linear(source[rows].float(), part.down.float(), part.down_bias)
             delta = F.linear(_ACTIVATIONS[part.activation](hidden), part.up.float(), part.up_bias)

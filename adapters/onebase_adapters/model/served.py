@@ -25,7 +25,7 @@ from onebase_adapters.model.prefix import PrefixTable
 from onebase_adapters.model.weights import ModelWeights
 from onebase_adapters.packages import Progress
 from onebase_adapters.parts import Parts
-from onebase_adapters.primitives import Bottleneck, Head, KVPrefix, LoweredAdapter, LowRank
+from onebase_adapters.primitives import Bottleneck, Head, KVPrefix, LoweredAdapter, LowRank, Primitive, Shift
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +127,10 @@ class ServedModel:
 
     def warm_up(self) -> None:
         """Compile (or read from the cache) every kernel that serving needs, on pages that nobody uses yet."""
-        for length in (1, 8):
-            self.forward([Chunk([0] * length, 0, [0], slot=self._free_slots[-1])])
+        slot = self.put(_of_every_kind(self.shape))
+        for chunk in (Chunk([0], 0, [0]), Chunk([0], 0, [0], slot=slot), Chunk([0] * 8, 0, [0], slot=slot)):
+            self.forward([chunk])
+        self.remove(slot)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Scores:
@@ -189,3 +191,15 @@ def _hook_sublayers(base: LoadedBase, slots: int, kernels: Kernels, context: Con
     for table in tables:
         hook_sublayer(base.model.get_submodule(table.name), table, kernels, context)
     return tables
+
+
+def _of_every_kind(shape: BaseShape) -> LoweredAdapter:
+    """An adapter with a primitive for each kernel, everywhere, that changes nothing."""
+    primitives: list[Primitive] = []
+    for site in shape.sites.values():
+        a, b = torch.zeros(1, site.in_features), torch.zeros(site.out_features, 1)
+        primitives += [LowRank(site.name, a, b, 1.0), Shift(site.name, b[:, 0])]
+    for name in shape.sublayers:
+        down, up = torch.zeros(1, shape.hidden), torch.zeros(shape.hidden, 1)
+        primitives.append(Bottleneck(name, down, down[:, 0], up, up[:, 0], "relu", 1.0, parallel=False))
+    return LoweredAdapter("", "", tuple(primitives))
