@@ -113,7 +113,7 @@ def our_loop(examples: Sequence[Encoded], steps: int, work: Path) -> Side:
     config = TrainConfig(data=work, output=work, max_steps=steps, eval_every=10**6, learning_rate=1e-3)
     method = find_method("qlora")
     base = load_for_training(config, method, silent)
-    model = Trained(method.attach(base, config), base.device)
+    model = Trained(method.attach(base, config, steps), base.device)
     lengths = [len(one.input_ids) for one in examples]
     plan = plan_batches(lengths, budget=BATCH_TOKENS, epochs=20, seed=0)[:steps]
     loop = Loop(model, config, work=work, examples=examples, held_out=examples[:1], plan=plan, progress=silent)

@@ -60,7 +60,7 @@ def test_a_packed_row_has_the_losses_and_gradients_of_its_examples_alone(
 
     base.set_attn_implementation(attention)
     trained = Trained(Attached(base, lambda _: None), torch.device("cpu"), mixed_precision=False)
-    loss = trained(**Collator()(examples))
+    loss = trained(**trained.collate(examples))
     loss.backward()
     torch.testing.assert_close(loss, total)
     for name, value in trainable_state(base).items():

@@ -249,6 +249,9 @@ def _forward(
         raise ConfigError("Packed attention takes one row and its packing.")
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out = _Packed.apply(query[0], key[0], value[0], packing, scale, causal, sliding_window, softcap)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1).unsqueeze(0), None
 

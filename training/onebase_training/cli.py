@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from onebase_adapters.base.catalog import DEFAULT_BASE
+from onebase_adapters.errors import ConfigError
 
 
 class Schedule(enum.StrEnum):
@@ -33,23 +34,89 @@ class Choice(enum.StrEnum):
     NEVER = "never"
 
 
+class Bias(enum.StrEnum):
+    """Which biases are trained."""
+
+    NONE = "none"
+    ALL = "all"
+    LORA_ONLY = "lora_only"
+
+
+class PromptInit(enum.StrEnum):
+    """What prompt tuning begins with."""
+
+    RANDOM = "random"
+    VOCAB = "vocab"
+    TEXT = "text"
+
+
+class Encoder(enum.StrEnum):
+    """What makes virtual tokens while training."""
+
+    LSTM = "lstm"
+    MLP = "mlp"
+    NONE = "none"
+
+
+class Placement(enum.StrEnum):
+    """Where bottleneck adapters go."""
+
+    HOULSBY = "houlsby"
+    PFEIFFER = "pfeiffer"
+    PARALLEL = "parallel"
+
+
+class Activation(enum.StrEnum):
+    """Of bottleneck adapters."""
+
+    RELU = "relu"
+    GELU = "gelu"
+    SILU = "silu"
+    TANH = "tanh"
+
+
+class Pooling(enum.StrEnum):
+    """What a classifier reads."""
+
+    FIRST = "first"
+    LAST = "last"
+    MEAN = "mean"
+
+
 def train(
     *,
-    data: Annotated[Path, typer.Option(help="Training examples.")],
+    data: Annotated[list[Path], typer.Option(help="Training examples; may be given several times.")],
     output: Annotated[Path, typer.Option(help="Folder of the result.")],
-    method: Annotated[str, typer.Option(help="What is trained: lora, qlora.")] = "qlora",
+    method: Annotated[str, typer.Option(help="See `onebase methods`.")] = "qlora",
     model: Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")] = DEFAULT_BASE,
     eval_data: Annotated[Path | None, typer.Option(help="Held-out examples; default: a part of the data.")] = None,
     eval_fraction: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
     format: Annotated[str | None, typer.Option(help="The data's format; default: seen from its columns.")] = None,
     max_length: Annotated[int, typer.Option(help="Most tokens of an example.")] = 1024,
     too_long: Annotated[TooLong, typer.Option(help="What happens to a longer one.")] = TooLong.ERROR,
-    rank: Annotated[int, typer.Option(help="Of low-rank updates.")] = 16,
+    rank: Annotated[int | None, typer.Option(help="Of updates that have one; default: the method's.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale of low-rank updates, times rank.")] = None,
     dropout: Annotated[float, typer.Option(help="On the input of low-rank updates.")] = 0.0,
-    targets: Annotated[
-        str, typer.Option(help="Modules to update, e.g. q_proj,v_proj; default: all linear ones.")
+    targets: Annotated[str, typer.Option(help="Modules to update, e.g. q_proj,v_proj; default: by method.")] = "",
+    rank_pattern: Annotated[str, typer.Option(help="Other ranks for some, e.g. q_proj=32,layers.0.mlp=4.")] = "",
+    alpha_pattern: Annotated[str, typer.Option(help="Other alphas, likewise.")] = "",
+    modules_to_save: Annotated[str, typer.Option(help="Modules to train whole, e.g. lm_head.")] = "",
+    bias: Annotated[Bias, typer.Option(help="Which of the base's biases are trained.")] = Bias.NONE,
+    prompt_length: Annotated[int, typer.Option(help="Virtual tokens.")] = 20,
+    prompt_init: Annotated[PromptInit, typer.Option(help="What prompt tuning begins with.")] = PromptInit.VOCAB,
+    prompt_text: Annotated[str, typer.Option(help="For --prompt-init text.")] = "",
+    places: Annotated[
+        str, typer.Option(help="Of P-tuning's tokens, e.g. 0,0,3,-1: before the first, third, after the last.")
     ] = "",
+    encoder: Annotated[Encoder | None, typer.Option(help="What makes virtual tokens while training.")] = None,
+    encoder_size: Annotated[int | None, typer.Option(help="Its width; default: the base's.")] = None,
+    placement: Annotated[Placement, typer.Option(help="Of bottleneck adapters.")] = Placement.PFEIFFER,
+    bottleneck: Annotated[int, typer.Option(help="Their width.")] = 48,
+    activation: Annotated[Activation, typer.Option(help="Inside them.")] = Activation.GELU,
+    scale: Annotated[float, typer.Option(help="Of their output.")] = 1.0,
+    head: Annotated[bool, typer.Option("--head", help="Train a classifier on labels or tags.")] = False,
+    pooling: Annotated[Pooling | None, typer.Option(help="What it reads; on encoders only.")] = None,
+    candidates: Annotated[Path | None, typer.Option(help="Wordings for hard-prompt, JSON lines.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
     max_steps: Annotated[int | None, typer.Option(help="Most optimiser steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Most seconds of training.")] = None,
@@ -79,7 +146,7 @@ def train(
     from onebase_training.config import TrainConfig
 
     config = TrainConfig(
-        data=data,
+        data=tuple(data),
         output=output,
         method=method,
         model=model,
@@ -91,7 +158,24 @@ def train(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
-        targets=tuple(name.strip() for name in targets.split(",") if name.strip()),
+        targets=_names(targets),
+        rank_pattern={name: int(value) for name, value in _pairs(rank_pattern, "rank_pattern").items()},
+        alpha_pattern=_pairs(alpha_pattern, "alpha_pattern"),
+        modules_to_save=_names(modules_to_save),
+        bias=bias.value,
+        prompt_length=prompt_length,
+        prompt_init=prompt_init.value,
+        prompt_text=prompt_text,
+        places=_integers(places, "places"),
+        encoder=encoder.value if encoder else None,
+        encoder_size=encoder_size,
+        placement=placement.value,
+        bottleneck=bottleneck,
+        activation=activation.value,
+        scale=scale,
+        head=head,
+        pooling=pooling.value if pooling else None,
+        candidates=candidates,
         epochs=epochs,
         max_steps=max_steps,
         time_limit=time_limit,
@@ -119,3 +203,21 @@ def train(
     with watched() as progress:
         result = run(config, progress)
     show(result)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _integers(text: str, field: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, _names(text)))
+    except ValueError as error:
+        raise ConfigError(f"{field} must be integers with commas between, found {text!r}.", field=field) from error
+
+
+def _pairs(text: str, field: str) -> dict[str, float]:
+    try:
+        return {name: float(value) for name, value in (pair.split("=") for pair in _names(text))}
+    except ValueError as error:
+        raise ConfigError(f"{field} must read NAME=NUMBER,..., found {text!r}.", field=field) from error

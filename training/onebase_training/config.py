@@ -1,6 +1,7 @@
 """What a training run is: one plain value, documented per field, that a file or a command line can write down."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,8 @@ Choice = Literal["auto", "always", "never"]
 class TrainConfig:
     """Everything that decides a run's result, and where it goes. Fields of None take the method's default."""
 
-    data: Path
-    """Training examples; see `onebase data check` for the formats."""
+    data: Path | tuple[Path, ...]
+    """Training examples, of one file or of several tasks; see `onebase data check` for the formats."""
     output: Path
     """Folder of the result. Must not exist, unless `overwrite` or `resume` says what to do with it."""
     method: str = "qlora"
@@ -36,15 +37,54 @@ class TrainConfig:
     too_long: Literal["error", "skip", "cut"] = "error"
     """What happens to an example of more tokens."""
 
-    rank: int = 16
-    """Of low-rank updates (LoRA, section 4.1)."""
+    rank: int | None = None
+    """Of updates that have one. None: the method's default."""
     alpha: float | None = None
     """LoRA's scale is alpha / rank. None: twice the rank."""
     dropout: float = 0.0
     """On the input of low-rank updates, in [0, 1)."""
     targets: tuple[str, ...] = ()
     """Ends of the names of the modules that get an update, e.g. `q_proj`. Empty: all linear layers but the head
-    (QLoRA, section 4: needed to match full fine-tuning)."""
+    (QLoRA, section 4: needed to match full fine-tuning), or what the method names."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks for some modules: ends of their names, as regular expressions, to ranks."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Other alphas, likewise."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside the update, e.g. `lm_head`, `embed_tokens`."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which of the base's biases are trained, too."""
+
+    prompt_length: int = 20
+    """Virtual tokens of prompt tuning and P-tuning, or of the prefix."""
+    prompt_init: Literal["random", "vocab", "text"] = "vocab"
+    """Prompt tuning begins with noise, with random tokens' embeddings, or with those of `prompt_text` (Lester et
+    al. 2021, section 3.2: the latter two are better)."""
+    prompt_text: str = ""
+    """For `prompt_init="text"`; repeated or cut to `prompt_length` tokens."""
+    places: tuple[int, ...] = ()
+    """Where P-tuning's tokens stand, one number each: k before the prompt's k-th token, -1 after its last one.
+    Empty: all `prompt_length` in front."""
+    encoder: Literal["lstm", "mlp", "none"] | None = None
+    """What makes virtual tokens or a prefix from learned vectors while training; folded away when written."""
+    encoder_size: int | None = None
+    """Its hidden width. None: the base's."""
+
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
+    """Of bottleneck adapters: behind attention and MLP, behind the MLP, or beside it."""
+    bottleneck: int = 48
+    """Their width."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
+    """Between down and up."""
+    scale: float = 1.0
+    """Of a bottleneck's output."""
+
+    head: bool = False
+    """Train a classifier on labels or tags in place of the language model's head. On encoders always."""
+    pooling: Literal["first", "last", "mean"] | None = None
+    """What a text's classifier reads. None: the last token of decoders, the mean over encoders' tokens."""
+    candidates: Path | None = None
+    """Wordings for `hard-prompt`, JSON lines of {"before", "after"} or {"messages"}. None: some usual ones."""
 
     epochs: float = 3.0
     """Passes over the training part."""
@@ -92,7 +132,12 @@ class TrainConfig:
         rules = {
             "eval_fraction": 0 < self.eval_fraction < 1,
             "max_length": self.max_length >= 2,
-            "rank": self.rank >= 1,
+            "rank": self.rank is None or self.rank >= 1,
+            "prompt_length": self.prompt_length >= 1,
+            "places": all(place >= -1 for place in self.places),
+            "encoder_size": self.encoder_size is None or self.encoder_size >= 1,
+            "bottleneck": self.bottleneck >= 1,
+            "scale": self.scale > 0,
             "alpha": self.alpha is None or self.alpha > 0,
             "dropout": 0 <= self.dropout < 1,
             "epochs": self.epochs > 0,
@@ -109,21 +154,31 @@ class TrainConfig:
             "metric_examples": self.metric_examples >= 0,
             "max_new_tokens": self.max_new_tokens >= 1,
         }
-        for field, holds in rules.items():
+        for name, holds in rules.items():
             if not holds:
-                raise ConfigError(f"{field} cannot be {getattr(self, field)!r}.", field=field)
+                raise ConfigError(f"{name} cannot be {getattr(self, name)!r}.", field=name)
+        if self.prompt_init == "text" and not self.prompt_text:
+            raise ConfigError("prompt_init = text needs a prompt_text.", field="prompt_text")
         if self.overwrite and self.resume:
             raise ConfigError("overwrite starts again, resume goes on: choose one.", field="resume")
 
     def settings(self) -> dict[str, Any]:
         """As JSON, without what does not decide the result."""
         left_out = ("output", "overwrite", "resume", "device")
-        values = {key: value for key, value in asdict(self).items() if key not in left_out}
-        return {
-            key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            for key, value in values.items()
-        }
+        values = asdict(self) | {"data": self.files}
+        return {key: _json(value) for key, value in values.items() if key not in left_out}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """`data` as several files."""
+        return self.data if isinstance(self.data, tuple) else (self.data,)
 
     def resolved(self, **values: Any) -> "TrainConfig":
         """With `values` in the place of fields that are None."""
         return replace(self, **{key: value for key, value in values.items() if getattr(self, key) is None})
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_json(one) for one in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,6 +1,6 @@
 """How good a model is on held-out examples: its loss on all of them, and the task's metric on some."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,12 @@ class Evaluation:
 def evaluate(model: Trained, examples: Sequence[Encoded], tokenizer: Any, config: TrainConfig) -> Evaluation:
     """Loss and metric of the model as it stands."""
     loss = held_out_loss(model, examples)
-    chosen = examples[: config.metric_examples]
-    samples = generate_samples(model, chosen, tokenizer, config)
+    if not config.metric_examples:
+        samples: list[Sample] = []
+    elif model.attached.head is not None:
+        samples = classify(model, examples, tokenizer)
+    else:
+        samples = generate_samples(model, examples[: config.metric_examples], tokenizer, config)
     return Evaluation(loss, mark(samples, examples), samples)
 
 
@@ -71,14 +75,39 @@ def held_out_loss(model: Trained, examples: Sequence[Encoded]) -> float:
     training = model.training
     model.eval()
     total, count = 0.0, 0
-    for indices in pack(range(len(examples)), [len(one.input_ids) for one in examples], _BATCH_TOKENS):
-        batch = {
-            name: value.to(model.device) for name, value in model.collate([examples[i] for i in indices]).items()
-        }
+    for batch in _batches(model, examples):
         total += float(model(**batch))
         count += batch["labels"].numel()
     model.train(training)
     return total / count
+
+
+@torch.no_grad()
+def classify(model: Trained, examples: Sequence[Encoded], tokenizer: Any) -> list[Sample]:
+    """The head's most likely class for each label, beside the label; an example's tags in one string."""
+    head = model.attached.head
+    if head is None:
+        raise TypeError("The model has no head.")
+    training = model.training
+    model.eval()
+    found: list[int] = []
+    for batch in _batches(model, examples):
+        labels = batch.pop("labels")
+        found += model.logits(**batch).argmax(-1).tolist()[: labels.numel()]
+    model.train(training)
+    samples, rest = [], iter(found)
+    for example in examples:
+        wanted = [label for label in example.labels if label != NO_LOSS]
+        names = [[head.classes[index] for index in (next(rest), label)] for label in wanted]
+        prompt: str = tokenizer.decode(example.input_ids, skip_special_tokens=True)
+        samples.append(Sample(prompt, " ".join(want for _, want in names), " ".join(ours for ours, _ in names)))
+    return samples
+
+
+def _batches(model: Trained, examples: Sequence[Encoded]) -> Iterator[dict[str, torch.Tensor]]:
+    for indices in pack(range(len(examples)), [model.length(one) for one in examples], _BATCH_TOKENS):
+        batch = model.collate([examples[index] for index in indices])
+        yield {name: value.to(model.device) for name, value in batch.items()}
 
 
 def generate_samples(
@@ -91,7 +120,12 @@ def generate_samples(
     answers = [_answer(example) for example in examples]
     limits = [min(config.max_new_tokens, len(answer) + 8) for answer in answers]
     prompts = [example.input_ids[: example.prompt_length] for example in examples]
-    made = generate(model, prompts, max_new_tokens=limits, ends=ends)
+    arranged = [model.collate.arrange(example)[0] for example in examples]
+    starts = [
+        tokens[: len(tokens) - (len(example.input_ids) - example.prompt_length)]
+        for tokens, example in zip(arranged, examples, strict=True)
+    ]
+    made = generate(model, starts, max_new_tokens=limits, ends=ends)
 
     def text(tokens: Sequence[int]) -> str:
         decoded: str = tokenizer.decode(tokens, skip_special_tokens=True)

@@ -20,13 +20,22 @@ from onebase_training.methods.attached import Attached
 class Trained(nn.Module):
     """What the trainer optimises. Parameters that take no gradient are the base's."""
 
-    def __init__(self, attached: Attached, device: torch.device, *, mixed_precision: bool = True) -> None:
+    def __init__(
+        self,
+        attached: Attached,
+        device: torch.device,
+        *,
+        first_position: int = 0,
+        mixed_precision: bool = True,
+    ) -> None:
         super().__init__()
         self.attached = attached
         self.model = attached.model
         self.extra = attached.extra
         self.head = attached.head.linear if attached.head else None
         self.device = device
+        self.first_position = first_position
+        """Of a sequence, in the model's table of positions."""
         self.mixed_precision = mixed_precision
         """Matrix products in bfloat16 (trained parameters stay float32)."""
         self.collate = Collator(self.vocab, attached.places, ahead=attached.head is None)
@@ -109,9 +118,10 @@ class Trained(nn.Module):
     def _packed(self, examples: Bounds, device: torch.device) -> dict[str, Any]:
         """What tells the model where examples begin and end."""
         prefix = self.attached.prefix_length
+        first = prefix + self.first_position
         lengths = torch.tensor([end - start for start, end in examples], device=device)
         starts = torch.tensor([start for start, _ in examples], device=device)
-        positions = torch.arange(int(lengths.sum()), device=device) - starts.repeat_interleave(lengths) + prefix
+        positions = torch.arange(int(lengths.sum()), device=device) - starts.repeat_interleave(lengths) + first
         if self.model.config._attn_implementation == PACKED_ATTENTION:
             return {"position_ids": positions[None], "packing": Packing(examples)}
         return {"position_ids": positions[None], "attention_mask": _block_mask(lengths, prefix)}

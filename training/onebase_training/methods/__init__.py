@@ -1,14 +1,29 @@
-"""The methods by their names: one file each, one line here."""
+"""The methods by their names: one line each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import peft
 
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.base.spec import Quantization
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
-from onebase_training.methods import lora
+from onebase_training.methods import (
+    adalora,
+    bottleneck,
+    dora,
+    full,
+    ia3,
+    lora,
+    p_tuning,
+    pissa,
+    prefix_tuning,
+    prompt_tuning,
+    rslora,
+)
 from onebase_training.methods.attached import Attached
+from onebase_training.methods.deltas import delta
 
 
 @dataclass(frozen=True)
@@ -16,16 +31,39 @@ class Method:
     """How a method is trained."""
 
     about: str
-    quantization: Quantization
-    """Of the base while it trains."""
     learning_rate: float
-    """The default; its source stands in the method's file."""
-    attach: Callable[[LoadedBase, TrainConfig], Attached]
+    """The default."""
+    attach: Callable[[LoadedBase, TrainConfig, int], Attached]
+    """Puts it on the base, given the run's number of steps. Raises ConfigError."""
+    quantization: Quantization = "nf4"
+    """Of the base while it trains."""
+    expanded: bool = False
+    """Needs the base's weights as plain matrices, not in 4 bits."""
+    head: bool = False
+    """Always trains a classifier."""
 
 
 METHODS: dict[str, Method] = {
-    "qlora": Method("low-rank updates on the 4-bit base", "nf4", lora.LEARNING_RATE, lora.attach),
-    "lora": Method("low-rank updates on the bfloat16 base", "none", lora.LEARNING_RATE, lora.attach),
+    "qlora": Method("low-rank updates on the 4-bit base", lora.LEARNING_RATE, lora.attach),
+    "lora": Method("low-rank updates on the bfloat16 base", lora.LEARNING_RATE, lora.attach, "none"),
+    "rslora": Method("LoRA with a scale for large ranks", lora.LEARNING_RATE, rslora.attach),
+    "dora": Method("LoRA with trained magnitudes", dora.LEARNING_RATE, dora.attach, expanded=True),
+    "pissa": Method("LoRA from principal components", pissa.LEARNING_RATE, pissa.attach, expanded=True),
+    "adalora": Method("LoRA with ranks by need", adalora.LEARNING_RATE, adalora.attach, expanded=True),
+    "ia3": Method("trained factors of activations", ia3.LEARNING_RATE, ia3.attach, expanded=True),
+    "prompt-tuning": Method("embeddings before the prompt", prompt_tuning.LEARNING_RATE, prompt_tuning.attach),
+    "p-tuning": Method("embeddings in the prompt, by an encoder", p_tuning.LEARNING_RATE, p_tuning.attach),
+    "prefix-tuning": Method("keys and values in every layer", prefix_tuning.LEARNING_RATE, prefix_tuning.attach),
+    "p-tuning-v2": Method(
+        "a prefix and a classifier", prefix_tuning.LEARNING_RATE, prefix_tuning.attach, head=True
+    ),
+    "bottleneck": Method("small layers behind the blocks", bottleneck.LEARNING_RATE, bottleneck.attach),
+    "loha": Method("Hadamard products of low ranks", 1e-3, delta(peft.LoHaConfig, 8, alpha=16), expanded=True),
+    "lokr": Method("Kronecker products", 1e-3, delta(peft.LoKrConfig, 8, alpha=16), expanded=True),
+    "vera": Method("scales of fixed random matrices", 1e-2, delta(peft.VeraConfig, 256), expanded=True),
+    "oft": Method("rotations", 1e-3, delta(peft.OFTConfig, oft_block_size=32), expanded=True),
+    "hra": Method("reflections", 1e-3, delta(peft.HRAConfig, 8), expanded=True),
+    "full": Method("all weights", full.LEARNING_RATE, full.attach, "none"),
 }
 
 

@@ -1,28 +1,40 @@
 """LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023), which is LoRA on a 4-bit base."""
 
+from typing import Any
+
 from peft import LoraConfig
-from transformers.pytorch_utils import Conv1D
 
 from onebase_adapters.base import LoadedBase
 from onebase_training.config import TrainConfig
 from onebase_training.fast_lora import speed_up
 from onebase_training.methods.attached import Attached
-from onebase_training.methods.peft import attach_peft
+from onebase_training.methods.peft_parts import attach_peft, is_transposed, target_modules
 
 LEARNING_RATE = 1e-3
+RANK = 16
+ROUNDED = ("lora_A", "lora_B")
 
 
-def attach(base: LoadedBase, config: TrainConfig) -> Attached:
+def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     """Low-rank updates on the chosen linear modules, float32, B at zero."""
-    alpha = 2.0 * config.rank if config.alpha is None else config.alpha
-    settings = LoraConfig(
-        r=config.rank,
-        lora_alpha=alpha,
-        lora_dropout=config.dropout,
-        target_modules=list(config.targets) or "all-linear",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.model.modules()),
-        task_type="CAUSAL_LM",
-    )
-    attached = attach_peft(base, settings)
+    attached = attach_peft(base, lora_config(base, config), rounded=ROUNDED)
     speed_up(attached.model)
     return attached
+
+
+def lora_config(base: LoadedBase, config: TrainConfig, **options: Any) -> LoraConfig:
+    """PEFT's configuration, with a variant's `options`."""
+    rank = config.rank or RANK
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2.0 * rank if config.alpha is None else config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=target_modules(config),
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        modules_to_save=list(config.modules_to_save) or None,
+        bias=config.bias,
+        fan_in_fan_out=is_transposed(base),
+        task_type=None if base.shape.encoder else "CAUSAL_LM",
+        **options,
+    )

@@ -1,0 +1,108 @@
+"""Every method: it learns, and what is served is what was trained."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from onebase_adapters.base import BaseSpec
+from onebase_adapters.methods import load_adapter
+from onebase_adapters.model.served import ServedModel
+from onebase_training.config import TrainConfig
+from onebase_training.data import NO_LOSS, encode, read_dataset
+from onebase_training.methods import METHODS
+from onebase_training.train import TrainResult, train
+from support.serving import Feeder, Stream
+
+ANIMALS = ("cat", "dog", "cow", "owl")
+RUNS: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in METHODS if name not in ("p-tuning-v2", "hard-prompt")},
+    "lora-patterns": {"method": "qlora", "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"down_proj": 3.0}},
+    "lora-saved-head": {"method": "qlora", "modules_to_save": ("lm_head",), "targets": ("q_proj",)},
+    "prompt-random": {"method": "prompt-tuning", "prompt_init": "random"},
+    "prompt-text": {"method": "prompt-tuning", "prompt_init": "text", "prompt_text": "Name the animal."},
+    "p-tuning-mlp-places": {"method": "p-tuning", "encoder": "mlp", "places": (0, 2, 2, -1, -1)},
+    "prefix-mlp": {"method": "prefix-tuning", "encoder": "mlp", "encoder_size": 32},
+    "houlsby": {"method": "bottleneck", "placement": "houlsby", "activation": "tanh"},
+    "parallel": {"method": "bottleneck", "placement": "parallel", "activation": "relu", "scale": 4.0},
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "vera": {"rank": 32},
+    "oft": {"learning_rate": 0.01},
+    "ia3": {"learning_rate": 0.1},
+    "prompt-tuning": {"learning_rate": 0.1},
+}
+
+
+def write(path: Path, count: int) -> Path:
+    rows = [
+        {"prompt": f"{index} {ANIMALS[index % 4]} =", "completion": f" {ANIMALS[index % 4]}"}
+        for index in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(tmp_path: Path, model: Path, options: dict[str, Any]) -> tuple[TrainResult, TrainConfig]:
+    config = TrainConfig(
+        data=write(tmp_path / "train.jsonl", 40),
+        eval_data=write(tmp_path / "eval.jsonl", 8),
+        output=tmp_path / "out",
+        model=str(model),
+        prompt_length=5,
+        bottleneck=8,
+        batch_tokens=128,
+        max_steps=24,
+        epochs=30,
+        eval_every=12,
+        metric_examples=0,
+        device="cpu",
+        **({"rank": 4, "learning_rate": 0.02} | CHANGES.get(options["method"], {}) | options),
+    )
+    return train(config), config
+
+
+def served_loss(model: ServedModel, config: TrainConfig, adapter: Path | None) -> float:
+    """The held-out part's mean loss per learned token, through the engine's model."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    assert config.eval_data is not None
+    examples = encode(read_dataset(config.eval_data).examples, tokenizer, max_length=128)
+    lowered = load_adapter(adapter, "digest", model.shape, model.weights) if adapter else None
+    slot = model.put(lowered) if lowered else 0
+    losses: list[float] = []
+    for one in examples:
+        tokens = list(one.input_ids)
+        before = tokens[: one.prompt_length]
+        if lowered is not None:
+            before = lowered.layout.arrange(before, model.shape.vocab)
+        whole = before + tokens[one.prompt_length :]
+        prefix = lowered.layout.prefix if lowered else 0
+        (logits,) = Feeder(model).logits([Stream(whole, slot, prefix=prefix)])
+        logprobs = logits.float().log_softmax(-1)
+        labels = [label for label in one.labels if label != NO_LOSS]
+        rows = logprobs[-len(labels) - 1 : -1]
+        losses += [-float(row[label]) for row, label in zip(rows, labels, strict=True)]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_method_learns_and_is_served_as_it_was_trained(
+    name: str, tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    options = RUNS[name]
+    result, config = run(tmp_path, tiny_model("llama"), options)
+    assert result.after.loss < 0.9 * result.before.loss
+    method = METHODS[options["method"]]
+    whole = options["method"] == "full"
+    spec = BaseSpec(str(config.output) if whole else config.model, quantization=method.quantization, device="cpu")
+    served = ServedModel.load(spec, slots=2, blocks=64)
+    loss = served_loss(served, config, None if whole else config.output)
+    assert loss == pytest.approx(result.after.loss, rel=0.03, abs=0.02)
+    if not whole:
+        assert served_loss(served, config, None) == pytest.approx(result.before.loss, rel=0.03)
+        assert all(torch.isfinite(torch.tensor(loss)) for loss in (result.before.loss, result.after.loss))

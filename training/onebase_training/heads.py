@@ -1,0 +1,53 @@
+"""Classifiers on labels and tags: which classes there are, and a linear head on top of any method."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from onebase_adapters.base import LoadedBase
+from onebase_adapters.errors import ConfigError, DataError
+from onebase_adapters.files import WEIGHTS_FILE
+from onebase_training.config import TrainConfig
+from onebase_training.data import Dataset
+from onebase_training.methods.attached import Attached, ClassHead
+from onebase_training.methods.peft_parts import rewrite
+
+
+def classes_of(dataset: Dataset) -> tuple[str, ...]:
+    """The labels or tags of training data. Raises DataError where there is nothing to tell apart."""
+    classes = dataset.labels
+    if not classes:
+        raise DataError(
+            f"{dataset.source} ({dataset.format}) has neither labels nor tags: a classifier cannot learn from it.",
+            field="data",
+        )
+    if len(classes) == 1:
+        raise DataError(f"Every example of {dataset.source} has the same label, {classes[0]!r}.", field="data")
+    return classes
+
+
+def with_head(attached: Attached, base: LoadedBase, dataset: Dataset, config: TrainConfig) -> Attached:
+    """`attached` with a classifier, float32, which is written beside its tensors."""
+    classes = classes_of(dataset)
+    kind: Literal["sequence", "token"] = "token" if dataset.examples[0].words else "sequence"
+    pooling = config.pooling or ("mean" if base.shape.encoder else "last")
+    if pooling != "last" and not base.shape.encoder:
+        raise ConfigError("A decoder's classifier reads the last token, which alone has seen all.", field="pooling")
+    linear = nn.Linear(base.shape.hidden, len(classes), device=base.device)
+    nn.init.normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+
+    def save(folder: Path) -> None:
+        attached.save(folder)
+        tensors = {f"score.{name}": value.detach().cpu() for name, value in linear.state_dict().items()}
+        rewrite(folder / WEIGHTS_FILE, (), **tensors)
+
+    head = {"kind": kind, "pooling": pooling, "labels": list(classes)}
+    return replace(
+        attached,
+        save=save,
+        head=ClassHead(linear, kind, pooling, classes),
+        notes={**attached.notes, "head": head},
+    )

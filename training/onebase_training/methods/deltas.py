@@ -1,0 +1,32 @@
+"""Methods that PEFT puts wholly into the base's linear modules, and that differ only by their configuration."""
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+
+from onebase_adapters.base import LoadedBase
+from onebase_training.config import TrainConfig
+from onebase_training.methods.attached import Attached
+from onebase_training.methods.peft_parts import attach_peft, target_names
+
+Attach = Callable[[LoadedBase, TrainConfig, int], Attached]
+
+
+def delta(
+    settings: Callable[..., peft.PeftConfig], rank: int | None = None, rank_field: str = "r", **options: Any
+) -> Attach:
+    """A method by its PEFT configuration; `rank` is its default, `rank_field` what PEFT calls it."""
+
+    def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
+        ranks = {} if rank is None else {rank_field: config.rank or rank}
+        scales = {} if config.alpha is None or "alpha" not in options else {"alpha": config.alpha}
+        made = settings(
+            target_modules=target_names(base, config),
+            modules_to_save=list(config.modules_to_save) or None,
+            task_type=None if base.shape.encoder else "CAUSAL_LM",
+            **(options | ranks | scales),
+        )
+        return attach_peft(base, made)
+
+    return attach

@@ -1,0 +1,14 @@
+"""DoRA (Liu et al. 2024): LoRA for a weight's direction, and a trained magnitude for each of its rows."""
+
+from onebase_adapters.base import LoadedBase
+from onebase_training.config import TrainConfig
+from onebase_training.methods import lora
+from onebase_training.methods.attached import Attached
+from onebase_training.methods.peft_parts import attach_peft
+
+LEARNING_RATE = lora.LEARNING_RATE
+
+
+def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
+    """As LoRA, with magnitudes in float32."""
+    return attach_peft(base, lora.lora_config(base, config, use_dora=True), rounded=lora.ROUNDED)

@@ -1,0 +1,28 @@
+"""Full fine-tuning: all weights are trained, and a whole model is written, for `onebase serve --model`."""
+
+from pathlib import Path
+
+import torch
+
+from onebase_adapters.base import LoadedBase
+from onebase_adapters.base.load import quiet_loading
+from onebase_training.config import TrainConfig
+from onebase_training.methods.attached import Attached
+
+LEARNING_RATE = 1e-4
+
+
+def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
+    """Trained weights are float32, products run in bfloat16, and bfloat16 is written."""
+    model = base.model.float()
+    model.requires_grad_(True)
+
+    def save(folder: Path) -> None:
+        kept = model.config._attn_implementation
+        model.set_attn_implementation("sdpa")
+        with quiet_loading():
+            model.to(torch.bfloat16).save_pretrained(folder)
+        model.float().set_attn_implementation(kept)
+        base.tokenizer.save_pretrained(folder)
+
+    return Attached(model, save)

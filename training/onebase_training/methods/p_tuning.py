@@ -1,0 +1,41 @@
+"""P-tuning (Liu et al. 2021, "GPT Understands, Too"): embeddings among the prompt's tokens, made by a small LSTM or
+MLP while training. What is written is what the encoder gave."""
+
+from typing import Any
+
+from peft import PromptEncoderConfig
+
+from onebase_adapters.base import LoadedBase
+from onebase_adapters.errors import ConfigError
+from onebase_training.config import TrainConfig
+from onebase_training.methods.attached import Attached
+from onebase_training.methods.peft_parts import put_peft
+
+LEARNING_RATE = 3e-3
+
+
+def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
+    """As many tokens as there are `places`, else `prompt_length` in front."""
+    if config.encoder == "none":
+        raise ConfigError("p-tuning without an encoder is prompt-tuning.", field="encoder")
+    places = config.places or (0,) * config.prompt_length
+    settings = PromptEncoderConfig(
+        num_virtual_tokens=len(places),
+        encoder_reparameterization_type=(config.encoder or "lstm").upper(),
+        encoder_hidden_size=config.encoder_size or base.shape.hidden,
+        encoder_num_layers=2,
+        task_type="CAUSAL_LM",
+    )
+    parts = put_peft(base, settings, rounded=("prompt_embeddings",))
+    encoder: Any = parts.peft.prompt_encoder["default"]
+    # PEFT begins with noise of spread 1 behind the encoder; embeddings' own spread is far smaller.
+    spread = float(base.model.get_input_embeddings().weight.float().std())
+    encoder.embedding.weight.data.mul_(spread)
+    return Attached(
+        base.model,
+        parts.save,
+        extra=parts.peft.prompt_encoder,
+        virtual=lambda: parts.peft.get_prompt(1)[0],
+        places=places,
+        notes={"places": list(places)} if config.places else {},
+    )

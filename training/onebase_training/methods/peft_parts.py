@@ -1,0 +1,90 @@
+"""What all of PEFT's methods share: putting its modules on the base, and writing its two files."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from onebase_adapters.base import LoadedBase
+from onebase_adapters.errors import ConfigError
+from onebase_adapters.files import WEIGHTS_FILE
+from onebase_training.config import TrainConfig
+from onebase_training.methods.attached import Attached
+
+
+@dataclass(frozen=True)
+class PeftParts:
+    """PEFT's model, and what of it `Attached` needs."""
+
+    peft: Any
+    model: PreTrainedModel
+    save: Callable[[Path], None]
+
+
+def put_peft(base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] = ()) -> PeftParts:
+    """Put a method's modules on the base. Tensors whose names hold one of `rounded` are written in bfloat16: those
+    that each forward pass of training rounded to it, so that the adapter stays the same at half the size.
+
+    Raises ConfigError where PEFT refuses, e.g. for target modules that the base lacks.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Of a head that shares the embedding's weights. Ours are served apart, whichever is trained.
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")
+            peft: Any = get_peft_model(base.model, config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"PEFT refuses this: {error}") from error
+    # Else PEFT names the cache folder that the base was read from.
+    peft.peft_config["default"].base_model_name_or_path = base.shape.name
+
+    def save(folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)
+        rewrite(folder / WEIGHTS_FILE, rounded)
+
+    return PeftParts(peft, peft.get_base_model(), save)
+
+
+def attach_peft(base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] = ()) -> Attached:
+    """A method that lives in the base's modules. Raises ConfigError as `put_peft` does."""
+    parts = put_peft(base, config, rounded=rounded)
+    return Attached(parts.model, parts.save)
+
+
+def rewrite(weights: Path, rounded: tuple[str, ...], **added: torch.Tensor) -> None:
+    """Round the named tensors of a safetensors file to bfloat16, and add others."""
+    tensors = load_file(weights)
+    for name, value in tensors.items():
+        if any(part in name for part in rounded):
+            tensors[name] = value.to(torch.bfloat16)
+    save_file(tensors | added, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)
+
+
+def target_modules(config: TrainConfig) -> list[str] | str:
+    """In PEFT's words: the chosen ones, else all linear modules but the head."""
+    return list(config.targets) or "all-linear"
+
+
+def target_names(base: LoadedBase, config: TrainConfig) -> list[str]:
+    """As `target_modules`, for methods that take no "all-linear"."""
+    if config.targets:
+        return list(config.targets)
+    head = base.model.get_output_embeddings()
+    return sorted(
+        {name.rpartition(".")[2] for name in base.shape.sites if base.model.get_submodule(name) is not head}
+    )
+
+
+def is_transposed(base: LoadedBase) -> bool:
+    """Whether the base's linear modules are GPT-2's Conv1D, whose weights lie the other way round."""
+    return any(isinstance(module, Conv1D) for module in base.model.modules())

@@ -1,0 +1,54 @@
+"""PiSSA (Meng et al. 2024): LoRA that begins with the weights' principal components, taken out of the base.
+
+What is written is a LoRA of twice the rank for the untouched base: the trained part, minus what was taken out.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from onebase_adapters.base import LoadedBase
+from onebase_adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from onebase_training.config import TrainConfig
+from onebase_training.fast_lora import speed_up
+from onebase_training.methods import lora
+from onebase_training.methods.attached import Attached
+from onebase_training.methods.peft_parts import put_peft
+
+LEARNING_RATE = lora.LEARNING_RATE
+_ITERATIONS = 4
+"""Of the fast decomposition (Halko et al. 2011), as in the paper's experiments."""
+
+
+def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
+    """alpha is the rank, as the initialisation needs."""
+    config = config.resolved(alpha=float(config.rank or lora.RANK))
+    parts = put_peft(base, lora.lora_config(base, config, init_lora_weights=f"pissa_niter_{_ITERATIONS}"))
+    speed_up(parts.model)
+    taken_out = {
+        f"base_model.model.{name.replace('.default', '')}": value.detach().clone()
+        for name, value in parts.model.named_parameters()
+        if "lora_" in name
+    }
+
+    def save(folder: Path) -> None:
+        parts.save(folder)
+        _as_lora(folder, taken_out)
+
+    return Attached(parts.model, save)
+
+
+def _as_lora(folder: Path, taken_out: dict[str, torch.Tensor]) -> None:
+    """B A - B0 A0 as one product of twice the rank. Kept in float32: the two halves nearly cancel."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    for name, start in taken_out.items():
+        pair = [tensors[name], start] if "lora_A" in name else [tensors[name], -start]
+        tensors[name] = torch.cat(pair, dim=0 if "lora_A" in name else 1)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    settings = json.loads((folder / CONFIG_FILE).read_text())
+    settings |= {"r": 2 * settings["r"], "lora_alpha": 2 * settings["lora_alpha"], "init_lora_weights": True}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        settings[pattern] = {key: 2 * value for key, value in (settings.get(pattern) or {}).items()}
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2))

@@ -1,0 +1,43 @@
+"""Prompt tuning (Lester et al. 2021): learned embeddings in front of the prompt."""
+
+import torch
+from peft import PromptTuningConfig, PromptTuningInit
+
+from onebase_adapters.base import LoadedBase
+from onebase_training.config import TrainConfig
+from onebase_training.methods.attached import Attached
+from onebase_training.methods.peft_parts import put_peft
+
+LEARNING_RATE = 3e-2
+
+
+def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
+    """`prompt_length` embeddings, float32."""
+    settings = PromptTuningConfig(
+        num_virtual_tokens=config.prompt_length,
+        prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+        task_type="CAUSAL_LM",
+    )
+    parts = put_peft(base, settings, rounded=("prompt_embeddings",))
+    encoder = parts.peft.prompt_encoder["default"]
+    _initialise(encoder.embedding.weight, base, config)
+    return Attached(
+        base.model,
+        parts.save,
+        extra=parts.peft.prompt_encoder,
+        virtual=lambda: parts.peft.get_prompt(1)[0],
+        places=(0,) * config.prompt_length,
+    )
+
+
+def _initialise(weight: torch.Tensor, base: LoadedBase, config: TrainConfig) -> None:
+    """In place; PEFT has put random tokens' embeddings there."""
+    embedding = base.model.get_input_embeddings()
+    with torch.no_grad():
+        if config.prompt_init == "random":
+            # PEFT's own noise has spread 1, many times that of real embeddings.
+            weight.normal_(std=float(embedding.weight.float().std()))
+        elif config.prompt_init == "text":
+            ids = base.tokenizer(config.prompt_text, add_special_tokens=False)["input_ids"]
+            repeated = (ids * -(-len(weight) // len(ids)))[: len(weight)]
+            weight.copy_(embedding(torch.tensor(repeated, device=weight.device)))

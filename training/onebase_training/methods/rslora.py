@@ -1,0 +1,17 @@
+"""rsLoRA (Kalajdzievski 2023): LoRA scaled by alpha / sqrt(rank), so that large ranks learn as they should."""
+
+from onebase_adapters.base import LoadedBase
+from onebase_training.config import TrainConfig
+from onebase_training.fast_lora import speed_up
+from onebase_training.methods import lora
+from onebase_training.methods.attached import Attached
+from onebase_training.methods.peft_parts import attach_peft
+
+
+def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
+    """As LoRA; alpha is the rank's root times two by default, which makes the scale LoRA's."""
+    rank = config.rank or lora.RANK
+    config = config.resolved(alpha=2.0 * rank**0.5)
+    attached = attach_peft(base, lora.lora_config(base, config, use_rslora=True), rounded=lora.ROUNDED)
+    speed_up(attached.model)
+    return attached
