@@ -156,7 +156,21 @@ async def test_bad_completions(
         ({}, "messages", "Field 'messages' is required."),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": "hi"}, "messages", "valid list"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+        ({"messages": [{"role": "user"}]}, "messages[0]", "content is required"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a", "tool_calls": []},
+                    {
+                        "role": "user",
+                        "content": "a",
+                        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+                    },
+                ]
+            },
+            "messages[1]",
+            "has no tool_calls",
+        ),
         ({"messages": [{"content": "a"}]}, "messages[0].role", "required"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role", "'user'"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "valid string"),

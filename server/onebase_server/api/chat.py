@@ -19,6 +19,7 @@ from onebase_server.api.requests import check_prompt, encode, fit, render_chat, 
 from onebase_server.api.schemas import ChatRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import ChunkFormat, SseResponse, Write, event
+from onebase_server.api.tools import ToolCall, ToolParser, tools_of
 from onebase_server.engine.request import EngineRequest, TokenLogprobs
 from onebase_server.logs import note
 
@@ -47,12 +48,11 @@ class _Chat:
 
     async def collect(self) -> dict[str, Any]:
         """The whole response."""
-        texts: dict[int, list[str]] = {choice.index: [] for choice in self.choices}
-        logprobs: dict[int, list[TokenLogprobs]] = {choice.index: [] for choice in self.choices}
+        answers = {choice.index: _Answer(self.body) for choice in self.choices}
 
         async def show(choice: Choice, text: str) -> None:
-            texts[choice.index].append(text)
-            logprobs[choice.index] += choice.new_logprobs
+            answers[choice.index].take(choice, text)
+            answers[choice.index].logprobs += choice.new_logprobs
 
         await run_all(self.services.engine, self.choices, show)
         return {
@@ -61,9 +61,9 @@ class _Chat:
             "choices": [
                 {
                     "index": choice.index,
-                    "message": {"role": "assistant", "content": "".join(texts[choice.index]), "refusal": None},
-                    "logprobs": self._logprobs(logprobs[choice.index]) if self.body.logprobs else None,
-                    "finish_reason": choice.finish_reason,
+                    "message": answers[choice.index].message(),
+                    "logprobs": self._logprobs(answers[choice.index].logprobs) if self.body.logprobs else None,
+                    "finish_reason": answers[choice.index].finish_reason(choice),
                     "stop_reason": choice.stop_reason,
                 }
                 for choice in self.choices
@@ -81,14 +81,18 @@ class _Chat:
             before=b'"delta":{"content":',
             after=b"}",
         )
+        answers = {choice.index: _Answer(self.body) for choice in self.choices}
 
         async def show(choice: Choice, text: str) -> None:
+            answer = answers[choice.index]
+            shown, calls = answer.take(choice, text)
             logprobs = self._logprobs(choice.new_logprobs) if choice.new_logprobs else None
-            if choice.finish_reason is not None or logprobs is not None:
-                reason, stop = choice.finish_reason, choice.stop_reason
-                await write(chunks.full(choice.index, text, logprobs, reason, stop))
-            elif text:
-                await write(chunks.chunk(choice.index, text))
+            if choice.finish_reason is not None or logprobs is not None or calls:
+                reason, stop = answer.finish_reason(choice), choice.stop_reason
+                content = None if calls and not shown else shown
+                await write(chunks.full(choice.index, content, logprobs, reason, stop, _delta_of(calls)))
+            elif shown:
+                await write(chunks.chunk(choice.index, shown))
 
         await run_all(self.services.engine, self.choices, show)
         if not with_usage:
@@ -99,12 +103,58 @@ class _Chat:
         return for_chat(self.services.codec, entries, self.body.top_logprobs or 0)
 
 
+class _Answer:
+    """One choice's message as it grows."""
+
+    def __init__(self, body: ChatRequest) -> None:
+        tools = tools_of(body)
+        self._parser = ToolParser(tools) if tools else None
+        self._texts: list[str] = []
+        self._calls: list[ToolCall] = []
+        self.logprobs: list[TokenLogprobs] = []
+
+    def take(self, choice: Choice, text: str) -> tuple[str, list[tuple[int, ToolCall]]]:
+        """The choice has got `text`: what of it is shown, and the calls that it completes, numbered."""
+        if self._parser is None:
+            self._texts.append(text)
+            return text, []
+        parts = self._parser.push(text)
+        if choice.finish_reason is not None:
+            parts += self._parser.finish()
+        shown = "".join(part for part in parts if isinstance(part, str))
+        calls = [part for part in parts if isinstance(part, ToolCall)]
+        numbered = list(enumerate(calls, len(self._calls)))
+        self._texts.append(shown)
+        self._calls += calls
+        return shown, numbered
+
+    def message(self) -> dict[str, Any]:
+        """The whole."""
+        text = "".join(self._texts)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self._calls:
+            message |= {"content": text or None, "tool_calls": [call.document() for call in self._calls]}
+        return message
+
+    def finish_reason(self, choice: Choice) -> str | None:
+        """The choice's, but for calls."""
+        return "tool_calls" if self._calls and choice.finish_reason == "stop" else choice.finish_reason
+
+
+def _delta_of(calls: Sequence[tuple[int, ToolCall]]) -> bytes:
+    """What calls add to a chunk's delta."""
+    if not calls:
+        return b""
+    return b',"tool_calls":' + msgspec.json.encode([{"index": n, **call.document()} for n, call in calls])
+
+
 async def _prepare(services: Services, body: ChatRequest, tenant: str) -> _Chat:
     target = services.adapters.resolve(body.model)
     prompt = render_chat(
         services,
         target,
         body.messages,
+        tools=tools_of(body),
         add_generation_prompt=body.add_generation_prompt,
         variables=body.chat_template_kwargs,
     )

@@ -8,13 +8,12 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits
 
 from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.schemas import Generation
+from onebase_server.api.schemas import ChatRequest, Generation
+from onebase_server.api.tools import SPACES, tool_grammar, tools_of
 
 _LONG = 10_000
 """Characters from which checking is worth a thread: the event loop serves everybody's streams."""
 _LIMITS = LLParserLimits(verbose_errors=False)
-# Some space for people, and an end to it: a small model can get lost in white space.
-_SPACES = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
 _Given = tuple[str, str]
 """The field, and its grammar."""
 
@@ -22,38 +21,56 @@ _Given = tuple[str, str]
 async def grammar_of(body: Generation) -> str | None:
     """The grammar that a request asks for. Raises InvalidRequestError, naming the field."""
     given = [found for found in (_response_format(body), *_guided(body)) if found is not None]
-    if not given:
-        return None
     if len(given) > 1:
         raise InvalidRequestError(
             f"{given[0][0]} and {given[1][0]} cannot both say how the output is to be.", field=given[1][0]
         )
-    field, grammar = given[0]
-    if len(grammar) < _LONG:
-        error = LLMatcher.validate_grammar(grammar, limits=_LIMITS)
-    else:
-        error = await asyncio.to_thread(LLMatcher.validate_grammar, grammar, limits=_LIMITS)
-    if error and not error.startswith("WARNING"):
-        raise InvalidRequestError(f"{field} cannot be followed: {error}", field=field)
-    return grammar
+    if isinstance(body, ChatRequest) and tools_of(body):
+        given = _with_tools(body, given)
+    for field, grammar in given:
+        check = LLMatcher.validate_grammar_with_warnings
+        if len(grammar) < _LONG:
+            wrong, messages = check(grammar, limits=_LIMITS)
+        else:
+            wrong, messages = await asyncio.to_thread(check, grammar, limits=_LIMITS)
+        if wrong:
+            raise InvalidRequestError(f"{field} cannot be followed: {messages[0]}", field=field)
+        return grammar
+    return None
+
+
+def _with_tools(body: ChatRequest, given: list[_Given]) -> list[_Given]:
+    """Calls have a grammar of their own; an answer without any still follows `response_format`."""
+    schema = _response_schema(body)
+    if given and schema is None:
+        raise InvalidRequestError(f"{given[0][0]} does not go with tools.", field=given[0][0])
+    final = None if schema is None else f"%json {json.dumps({**schema, 'x-guidance': SPACES})}"
+    grammar = tool_grammar(body, final)
+    return given if grammar is None else [("tools", grammar)]
 
 
 def json_grammar(schema: Any, field: str) -> str:
     """Texts that a JSON schema describes. Raises InvalidRequestError."""
     try:
-        return LLMatcher.grammar_from_json_schema(schema, overrides=_SPACES)  # type: ignore[arg-type]
+        return LLMatcher.grammar_from_json_schema(schema, overrides=SPACES)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
         raise InvalidRequestError(f"{field} is not a JSON schema: {error}", field=field) from error
 
 
 def _response_format(body: Generation) -> _Given | None:
+    schema = _response_schema(body)
+    if schema is None:
+        return None
+    given = body.response_format is not None and body.response_format.json_schema is not None
+    field = "response_format.json_schema.schema" if given else "response_format"
+    return field, json_grammar(schema, field)
+
+
+def _response_schema(body: Generation) -> dict[str, Any] | None:
     form = body.response_format
     if form is None or form.type == "text":
         return None
-    if form.json_schema is None:
-        return "response_format", json_grammar({"type": "object"}, "response_format")
-    field = "response_format.json_schema.schema"
-    return field, json_grammar(form.json_schema.schema_ or {}, field)
+    return {"type": "object"} if form.json_schema is None else form.json_schema.schema_ or {}
 
 
 def _guided(body: Generation) -> Sequence[_Given | None]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from onebase_server.api.directory import Target
 from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.schemas import Generation, Message
+from onebase_server.api.schemas import Generation, Message, Tool
 from onebase_server.api.services import Services
+from onebase_server.api.tools import instructions, spelled_out
 from onebase_server.engine.request import SamplingParams
 
 _LONG_TEXT = 20_000
@@ -63,6 +64,7 @@ def render_chat(
     target: Target,
     messages: Sequence[Message],
     *,
+    tools: Sequence[Tool] = (),
     add_generation_prompt: bool | None,
     variables: Mapping[str, Any] | None,
 ) -> str:
@@ -70,20 +72,44 @@ def render_chat(
 
     Raises ChatTemplateError."""
     turns: list[dict[str, Any]] = [] if target.template is None else list(target.template.messages)
-    for message in messages:
-        # `developer` is OpenAI's later name for `system`; templates know the earlier one.
-        role = "system" if message.role == "developer" else message.role
-        named = {} if message.name is None else {"name": message.name}
-        turns.append({"role": role, "content": message.content, **named})
+    known = services.codec.template_knows_tools
+    turns += [_turn(message, known) for message in messages]
+    if tools and not known:
+        turns.append({"role": "system", "content": instructions(tools)})
+    own = target.template is not None or (tools and not known)
     return services.codec.render_chat(
-        _one_system_turn(turns) if target.template is not None else turns,
+        _one_system_turn(turns) if own else turns,
+        tools=[tool.document() for tool in tools] if tools and known else None,
         add_generation_prompt=add_generation_prompt is not False,
         **(variables or {}),
     )
 
 
+def _turn(message: Message, template_knows_tools: bool) -> dict[str, Any]:
+    if not template_knows_tools and (message.role == "tool" or message.tool_calls):
+        return spelled_out(message)
+    # `developer` is OpenAI's later name for `system`; templates know the earlier one.
+    turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    turn["content"] = message.content or ""
+    for key in ("name", "tool_call_id"):
+        if getattr(message, key) is not None:
+            turn[key] = getattr(message, key)
+    if message.tool_calls:
+        # Templates write arguments out themselves, so they get them as objects.
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": call.function.parsed()},
+            }
+            for call in message.tool_calls
+        ]
+    return turn
+
+
 def _one_system_turn(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The adapter's system text and the request's become one: most chat templates take only one, and only first."""
+    """All system texts (the adapter's, the request's, the tools') become one: most chat templates take only one, at
+    the beginning."""
     system = [turn["content"] for turn in turns if turn["role"] == "system"]
     rest = [turn for turn in turns if turn["role"] != "system"]
     return [{"role": "system", "content": "\n\n".join(system)}, *rest] if system else rest

@@ -3,6 +3,7 @@
 Names and meanings are OpenAI's, and vLLM's for what goes beyond.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -217,17 +218,53 @@ class CompletionRequest(Generation):
     add_special_tokens: bool | None = None
 
 
+class CalledFunction(Body):
+    """A function's name and arguments, in an earlier turn."""
+
+    name: str
+    arguments: str
+
+    def parsed(self) -> Any:
+        """The arguments, or their text where it is not JSON."""
+        try:
+            return json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            return self.arguments
+
+
+class MessageToolCall(Body):
+    """A call in an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    """As streams have it; changes nothing."""
+
+
 class Message(Body):
     """One turn of a conversation."""
 
     refused = {
-        "tool_calls": Refused("tools are not supported", []),
         "refusal": Refused("leave it out"),
+        "function_call": Refused("use tool_calls"),
+        "audio": Refused("only text is read"),
+        "annotations": Refused("leave it out", []),
     }
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | None = None
     name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a turn of role {self.role!r} has no tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is required")
+        return self
 
 
 def _template_variables(value: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +276,65 @@ def _template_variables(value: dict[str, Any]) -> dict[str, Any]:
 
 
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(_template_variables)]
-_NO_TOOLS = "tools are not supported yet"
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of its arguments."""
+    strict: bool | None = None
+    """Whether calls follow the schema to the letter."""
+
+
+class Tool(Body):
+    """A tool: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+    def document(self) -> dict[str, Any]:
+        """As prompts show it."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+
+
+class FunctionName(Body):
+    """A function by name."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """`tool_choice` for one function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+def _tool_choice(value: Any) -> Any:
+    if isinstance(value, dict):
+        return NamedTool.model_validate(value)
+    if value not in (None, "none", "auto", "required"):
+        raise ValueError("must be 'none', 'auto', 'required', or {'type': 'function', 'function': {'name': ...}}")
+    return value
+
+
+_TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"], "type": "string"},
+        {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+            },
+        },
+    ]
+}
+ToolChoice = Annotated[Any, BeforeValidator(_tool_choice), WithJsonSchema(_TOOL_CHOICE_SCHEMA)]
 
 
 class ChatRequest(Generation):
@@ -247,11 +342,8 @@ class ChatRequest(Generation):
 
     refused = {
         **Generation.refused,
-        "tools": Refused(_NO_TOOLS, []),
-        "tool_choice": Refused(_NO_TOOLS, "none", "auto"),
-        "parallel_tool_calls": Refused(_NO_TOOLS, False, True),
-        "functions": Refused(_NO_TOOLS, []),
-        "function_call": Refused(_NO_TOOLS, "none", "auto"),
+        "functions": Refused("use tools", []),
+        "function_call": Refused("use tool_choice", "none", "auto"),
         "modalities": Refused("only text comes back", ["text"]),
         "audio": Refused("only text comes back"),
         "store": Refused("completions are not stored", False),
@@ -264,6 +356,9 @@ class ChatRequest(Generation):
     }
 
     messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -280,6 +375,16 @@ class ChatRequest(Generation):
             raise InvalidRequestError(
                 "max_tokens and max_completion_tokens differ; send max_completion_tokens only.", field="max_tokens"
             )
+        names = [tool.function.name for tool in self.tools or ()]
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            raise InvalidRequestError("tool_choice needs tools.", field="tool_choice")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise InvalidRequestError(
+                f"tool_choice names {self.tool_choice.function.name!r}; the tools are: {', '.join(names)}.",
+                field="tool_choice",
+            )
+        if len(set(names)) < len(names):
+            raise InvalidRequestError("Two tools have the same name.", field="tools")
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true.", field="top_logprobs")
         return self

@@ -56,12 +56,19 @@ class ChunkFormat:
         return self._head(index) + _encode(text) + self._plain
 
     def full(
-        self, index: int, text: str, logprobs: object, finish_reason: str | None, stop_reason: object
+        self,
+        index: int,
+        text: str | None,
+        logprobs: object,
+        finish_reason: str | None,
+        stop_reason: object,
+        more: bytes = b"",
     ) -> bytes:
-        """A chunk with more to say than text."""
-        return b'%b%b%b,"logprobs":%b,"finish_reason":%b,"stop_reason":%b}]}\n\n' % (
+        """A chunk with more to say than text; `more` is JSON that stands right behind the text."""
+        return b'%b%b%b%b,"logprobs":%b,"finish_reason":%b,"stop_reason":%b}]}\n\n' % (
             self._head(index),
             _encode(text),
+            more,
             self._after,
             _encode(logprobs),
             _encode(finish_reason),

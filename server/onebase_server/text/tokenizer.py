@@ -1,6 +1,7 @@
 """The base's tokenizer and chat template, read from its folder with the `tokenizers` library alone."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,6 +71,11 @@ class TextCodec:
             return value.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)
+
+    @cached_property
+    def template_knows_tools(self) -> bool:
+        """Whether the chat template shows tools, and turns that call them, by itself."""
+        return self.chat_template is not None and re.search(r"\btools\b", self.chat_template) is not None
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
