@@ -62,3 +62,12 @@ def test_logits_and_greedy_tokens_of_a_mixed_batch(
     for p, ours, owner in zip(prompts, Feeder(served).greedy(streams, 16), owners, strict=True):
         compared += check_greedy(plain, p, ours, owner)
     assert compared >= 32
+
+
+def test_gemma_speaks_as_transformers_lets_it() -> None:
+    folder = fetch_base("gemma-3-270m")
+    served = ServedModel.load(BaseSpec("gemma-3-270m", device="cpu"), slots=1, blocks=64)
+    plain = load_plain(folder)
+    prompt = served.base.tokenizer.encode(TEXTS[0])
+    (ours,) = Feeder(served).greedy([Stream(list(prompt))], 16)
+    assert check_greedy(plain, prompt, ours, None) >= 4

@@ -96,7 +96,9 @@ def _generate(model: Any, prompt: Sequence[int], new: int, adapter: Path | None)
     ids = torch.tensor([prompt])
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
     options |= {"max_new_tokens": new, "min_new_tokens": new}
-    if adapter is None:
+    if not isinstance(model, PeftModel):
+        out = model.generate(input_ids=ids, **options)
+    elif adapter is None:
         with model.disable_adapter():
             out = model.generate(input_ids=ids, **options)
     else:

