@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.model.served import ServedModel
+from support.methods import save_bottleneck
 from support.peers import check_as_exact, load_exact, logits
 from support.serving import Feeder, Stream, put
 
-HIDDEN, LAYERS = 64, 3
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "relu": torch.relu,
@@ -22,24 +22,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
 }
 CASES = [("houlsby", "gelu", 9), ("pfeiffer", "relu", 16), ("parallel", "silu", 5), ("houlsby", "tanh", 64)]
-
-
-def save_bottleneck(folder: Path, placement: str, activation: str, size: int) -> Path:
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(size)
-    tensors = {}
-    for layer in range(LAYERS):
-        for block in ("self_attn", "mlp") if placement == "houlsby" else ("mlp",):
-            site = f"model.layers.{layer}.{block}"
-            shapes = {"down.weight": (size, HIDDEN), "down.bias": (size,)}
-            shapes |= {"up.weight": (HIDDEN, size), "up.bias": (HIDDEN,)}
-            for leaf, shape in shapes.items():
-                noise = torch.randn(shape, generator=generator) * 0.6 / shape[-1] ** 0.5
-                tensors[f"{site}.{leaf}"] = noise.bfloat16().float()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "BOTTLENECK", "placement": placement, "activation": activation, "scale": 0.75}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"bottleneck_size": size}))
-    return folder
 
 
 def with_bottlenecks(model: Any, folder: Path) -> Any:

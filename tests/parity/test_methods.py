@@ -14,17 +14,26 @@ from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.layout import Layout
 from onebase_adapters.methods import load_adapter
 from onebase_adapters.model.served import ServedModel
-from support.methods import CONFIGS, save_method
+from support.methods import CONFIGS, save_bottleneck, save_method
 from support.peers import check_as_exact, load_exact
 from support.serving import Feeder, Stream
 
 Adapters = Callable[[str], Path]
+BOTTLENECKS = {"houlsby": ("gelu", 8), "pfeiffer": ("relu", 12), "parallel": ("silu", 5)}
+"""Checked against their formula elsewhere; here they share the batch."""
+EVERYTHING = [*CONFIGS, *BOTTLENECKS]
 
 
 @pytest.fixture(scope="module")
 def adapters(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Adapters:
     root = tmp_path_factory.mktemp("methods")
-    return cache(lambda name: save_method(root / name, tiny_model("llama"), CONFIGS[name](), seed=len(name)))
+
+    def make(name: str) -> Path:
+        if name in BOTTLENECKS:
+            return save_bottleneck(root / name, name, *BOTTLENECKS[name])
+        return save_method(root / name, tiny_model("llama"), CONFIGS[name](), seed=len(name))
+
+    return cache(make)
 
 
 @pytest.fixture(scope="module", params=["fused", "plain"])
@@ -33,7 +42,7 @@ def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> 
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
             patch.setattr("onebase_adapters.model.fused._MODELS", ())
-        return ServedModel.load(BaseSpec(str(tiny_model("llama")), device="cpu"), slots=len(CONFIGS), blocks=512)
+        return ServedModel.load(BaseSpec(str(tiny_model("llama")), device="cpu"), slots=len(EVERYTHING), blocks=512)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +90,7 @@ def test_all_methods_in_one_batch_give_the_same_bits_as_alone(
     model: ServedModel, adapters: Adapters, prompt: Any
 ) -> None:
     tokens = tuple(prompt(40, 5))
-    resident = [(0, Layout()), *(put(model, adapters(name)) for name in CONFIGS)]
+    resident = [(0, Layout()), *(put(model, adapters(name)) for name in EVERYTHING)]
     try:
         alone = [Feeder(model).logits([stream(model, tokens, *entry)])[0] for entry in resident]
         streams = [stream(model, tokens, *entry) for entry in resident]
@@ -92,5 +101,5 @@ def test_all_methods_in_one_batch_give_the_same_bits_as_alone(
     for ours, mixed in zip(alone, together, strict=True):
         assert torch.equal(ours, mixed)
     base = alone[0]
-    for name, ours in zip(CONFIGS, alone[1:], strict=True):
+    for name, ours in zip(EVERYTHING, alone[1:], strict=True):
         assert not torch.allclose(base, ours[-len(tokens) :], atol=0.05), f"{name} changes nothing"

@@ -1,5 +1,6 @@
 """Adapters of every PEFT method for the tiny models: made and saved by PEFT, with every number random."""
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,10 +8,13 @@ from typing import Any
 
 import peft
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from onebase_adapters.base.load import quiet_loading
 
+_HIDDEN, _LAYERS = 64, 3
+"""Of the tiny Llama."""
 _COMMON: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 _SITES = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 
@@ -84,3 +88,22 @@ def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator) -
         else:
             parameter.copy_(noise * 0.4 / parameter.shape[-1] ** 0.5)
         parameter.copy_(parameter.bfloat16().float())
+
+
+def save_bottleneck(folder: Path, placement: str, activation: str, size: int) -> Path:
+    """A bottleneck adapter for the tiny Llama, in our format. Returns `folder`."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(size)
+    tensors = {}
+    for layer in range(_LAYERS):
+        for block in ("self_attn", "mlp") if placement == "houlsby" else ("mlp",):
+            site = f"model.layers.{layer}.{block}"
+            shapes = {"down.weight": (size, _HIDDEN), "down.bias": (size,)}
+            shapes |= {"up.weight": (_HIDDEN, size), "up.bias": (_HIDDEN,)}
+            for leaf, shape in shapes.items():
+                noise = torch.randn(shape, generator=generator) * 0.6 / shape[-1] ** 0.5
+                tensors[f"{site}.{leaf}"] = noise.bfloat16().float()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "BOTTLENECK", "placement": placement, "activation": activation, "scale": 0.75}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"bottleneck_size": size}))
+    return folder
