@@ -11,7 +11,7 @@ from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
 from onebase_training.methods import lora
 from onebase_training.methods.attached import Attached
-from onebase_training.methods.peft_parts import is_transposed, put_peft, target_modules
+from onebase_training.methods.peft_parts import is_transposed, put_peft, target_modules, task_type
 
 LEARNING_RATE = lora.LEARNING_RATE
 _RANK = 8
@@ -36,7 +36,7 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
         target_modules=target_modules(config),
         modules_to_save=list(config.modules_to_save) or None,
         fan_in_fan_out=is_transposed(base),
-        task_type=None if base.shape.encoder else "CAUSAL_LM",
+        task_type=task_type(base),
     )
     parts = put_peft(base, settings)
     tuner, allocator = parts.peft.base_model, parts.peft.base_model.rankallocator

@@ -8,7 +8,7 @@ import peft
 from onebase_adapters.base import LoadedBase
 from onebase_training.config import TrainConfig
 from onebase_training.methods.attached import Attached
-from onebase_training.methods.peft_parts import attach_peft, target_names
+from onebase_training.methods.peft_parts import attach_peft, target_names, task_type
 
 Attach = Callable[[LoadedBase, TrainConfig, int], Attached]
 
@@ -24,7 +24,7 @@ def delta(
         made = settings(
             target_modules=target_names(base, config),
             modules_to_save=list(config.modules_to_save) or None,
-            task_type=None if base.shape.encoder else "CAUSAL_LM",
+            task_type=task_type(base),
             **(options | ranks | scales),
         )
         return attach_peft(base, made)

@@ -11,7 +11,7 @@ from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
 from onebase_training.methods.attached import Attached
-from onebase_training.methods.peft_parts import attach_peft, is_transposed
+from onebase_training.methods.peft_parts import attach_peft, is_transposed, task_type
 
 LEARNING_RATE = 1e-2
 
@@ -33,6 +33,6 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
         feedforward_modules=inputs,
         modules_to_save=list(config.modules_to_save) or None,
         fan_in_fan_out=is_transposed(base),
-        task_type=None if base.shape.encoder else "CAUSAL_LM",
+        task_type=task_type(base),
     )
     return attach_peft(base, settings)

@@ -8,7 +8,7 @@ from onebase_adapters.base import LoadedBase
 from onebase_training.config import TrainConfig
 from onebase_training.fast_lora import speed_up
 from onebase_training.methods.attached import Attached
-from onebase_training.methods.peft_parts import attach_peft, is_transposed, target_modules
+from onebase_training.methods.peft_parts import attach_peft, is_transposed, target_modules, task_type
 
 LEARNING_RATE = 1e-3
 RANK = 16
@@ -35,6 +35,6 @@ def lora_config(base: LoadedBase, config: TrainConfig, **options: Any) -> LoraCo
         modules_to_save=list(config.modules_to_save) or None,
         bias=config.bias,
         fan_in_fan_out=is_transposed(base),
-        task_type=None if base.shape.encoder else "CAUSAL_LM",
+        task_type=task_type(base),
         **options,
     )

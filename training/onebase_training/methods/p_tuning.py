@@ -9,7 +9,7 @@ from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
 from onebase_training.methods.attached import Attached
-from onebase_training.methods.peft_parts import put_peft
+from onebase_training.methods.peft_parts import put_peft, task_type
 
 LEARNING_RATE = 3e-3
 
@@ -24,7 +24,7 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
         encoder_reparameterization_type=(config.encoder or "lstm").upper(),
         encoder_hidden_size=config.encoder_size or base.shape.hidden,
         encoder_num_layers=2,
-        task_type="CAUSAL_LM",
+        task_type=task_type(base),
     )
     parts = put_peft(base, settings, rounded=("prompt_embeddings",))
     encoder: Any = parts.peft.prompt_encoder["default"]

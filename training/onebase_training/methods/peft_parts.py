@@ -88,3 +88,8 @@ def target_names(base: LoadedBase, config: TrainConfig) -> list[str]:
 def is_transposed(base: LoadedBase) -> bool:
     """Whether the base's linear modules are GPT-2's Conv1D, whose weights lie the other way round."""
     return any(isinstance(module, Conv1D) for module in base.model.modules())
+
+
+def task_type(base: LoadedBase) -> str:
+    """What PEFT calls the base's kind."""
+    return "FEATURE_EXTRACTION" if base.shape.encoder else "CAUSAL_LM"

@@ -9,7 +9,7 @@ from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
 from onebase_training.methods.attached import Attached
-from onebase_training.methods.peft_parts import put_peft
+from onebase_training.methods.peft_parts import put_peft, task_type
 
 LEARNING_RATE = 1e-2
 
@@ -26,7 +26,7 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
         num_virtual_tokens=config.prompt_length,
         prefix_projection=config.encoder == "mlp",
         encoder_hidden_size=config.encoder_size or base.shape.hidden,
-        task_type="CAUSAL_LM",
+        task_type=task_type(base),
     )
     parts = put_peft(base, settings, rounded=("prompt_embeddings",))
     encoder: Any = parts.peft.prompt_encoder["default"]

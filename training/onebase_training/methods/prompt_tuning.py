@@ -6,7 +6,7 @@ from peft import PromptTuningConfig, PromptTuningInit
 from onebase_adapters.base import LoadedBase
 from onebase_training.config import TrainConfig
 from onebase_training.methods.attached import Attached
-from onebase_training.methods.peft_parts import put_peft
+from onebase_training.methods.peft_parts import put_peft, task_type
 
 LEARNING_RATE = 3e-2
 
@@ -16,7 +16,7 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     settings = PromptTuningConfig(
         num_virtual_tokens=config.prompt_length,
         prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
-        task_type="CAUSAL_LM",
+        task_type=task_type(base),
     )
     parts = put_peft(base, settings, rounded=("prompt_embeddings",))
     encoder = parts.peft.prompt_encoder["default"]

@@ -1,0 +1,160 @@
+"""Classifiers on labels and tags, on decoders and encoders: they learn, and are served as they were trained."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, BertConfig, RobertaConfig
+
+from onebase_adapters.base import BaseSpec
+from onebase_adapters.base.load import quiet_loading
+from onebase_adapters.errors import ConfigError, DataError
+from onebase_server.engine.config import EngineConfig
+from onebase_server.engine.engine import Engine
+from onebase_server.engine.request import EngineRequest, Output, SamplingParams
+from onebase_training.config import TrainConfig
+from onebase_training.data import NO_LOSS, encode_for_head, read_dataset
+from onebase_training.methods import METHODS
+from onebase_training.train import train
+from support.tokenizer import save_tokenizer
+
+COLOURS = ("red", "green", "blue")
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "p-tuning-v2": ("text", {"method": "p-tuning-v2"}),
+    "p-tuning-v2-tags": ("tags", {"method": "p-tuning-v2", "encoder": "mlp", "encoder_size": 32}),
+    "qlora": ("text", {"method": "qlora", "head": True}),
+    "bottleneck-tags": ("tags", {"method": "bottleneck", "head": True}),
+    "prompt-tuning": ("text", {"method": "prompt-tuning", "head": True}),
+}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("text", {"method": "lora"}),
+    "lora-first": ("text", {"method": "lora", "pooling": "first"}),
+    "lora-tags": ("tags", {"method": "lora"}),
+    "prefix": ("text", {"method": "p-tuning-v2"}),
+    "houlsby": ("text", {"method": "bottleneck", "placement": "houlsby"}),
+    "ia3": ("tags", {"method": "ia3", "learning_rate": 0.05}),
+}
+
+
+def write(path: Path, kind: str, count: int) -> Path:
+    rows: list[dict[str, Any]] = []
+    for index in range(count):
+        colour = COLOURS[index % 3]
+        if kind == "text":
+            rows.append({"text": f"{index} {colour}", "label": colour.upper()})
+        else:
+            rows.append({"tokens": ["a", colour, str(index)], "tags": ["O", colour.upper(), "N"]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_config(tmp_path: Path, model: Path, kind: str, options: dict[str, Any]) -> TrainConfig:
+    return TrainConfig(
+        data=write(tmp_path / "train.jsonl", kind, 42),
+        eval_data=write(tmp_path / "eval.jsonl", kind, 9),
+        output=tmp_path / "out",
+        model=str(model),
+        prompt_length=5,
+        bottleneck=8,
+        batch_tokens=128,
+        max_steps=30,
+        epochs=60,
+        eval_every=15,
+        device="cpu",
+        **({"rank": 4, "learning_rate": 0.02} | options),
+    )
+
+
+def served_loss(config: TrainConfig, quantization: Any) -> float:
+    """The held-out part's loss per label, of the engine's probabilities."""
+    base = BaseSpec(config.model, quantization=quantization, device="cpu")
+    engine = Engine(EngineConfig(base=base, cache_gib=0.01, max_batch_tokens=32, max_adapters=2))
+    adapter = engine.read_adapter("mine", str(config.output)).result()
+    info = engine.residency.admit("mine", adapter)
+    assert info.head is not None
+    assert config.eval_data is not None
+    dataset = read_dataset(config.eval_data)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    examples = encode_for_head(dataset.examples, tokenizer, info.head.labels, max_length=100)
+    for number, example in enumerate(examples):
+        sampling = SamplingParams(max_tokens=1, temperature=0)
+        request = EngineRequest(str(number), example.input_ids, sampling, "mine", task="classify")
+        assert engine.submit(request) is None
+    done: dict[str, Output] = {}
+    while engine.busy:
+        done.update({out.id: out for out in engine.step() if out.finish_reason is not None})
+    losses = []
+    for number, example in enumerate(examples):
+        rows = done[str(number)].probabilities
+        assert rows is not None
+        for place, label in enumerate(example.labels):
+            if label != NO_LOSS:
+                losses.append(-math.log(rows[0 if info.head.kind == "sequence" else place][label]))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_on_a_decoder(name: str, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    kind, options = RUNS[name]
+    config = make_config(tmp_path, tiny_model("llama"), kind, options)
+    result = train(config)
+    assert result.after.loss < 0.6 * result.before.loss
+    assert result.after.score is not None
+    assert result.after.score.metric == ("accuracy" if kind == "text" else "entity_f1")
+    assert result.after.score.value > 0.6
+    notes = json.loads((config.output / "onebase.json").read_text())["head"]
+    assert notes["kind"] == ("sequence" if kind == "text" else "token")
+    assert served_loss(config, METHODS[config.method].quantization) == pytest.approx(result.after.loss, abs=0.03)
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta"])
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder") / request.param
+    folder.mkdir()
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {
+        "num_attention_heads": 4,
+        "max_position_embeddings": 130,
+        "vocab_size": -(-save_tokenizer(folder) // 32) * 32,
+    }
+    # Else a BERT's would be read as WordPiece.
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(named))
+    torch.manual_seed(1)
+    made = BertConfig(**sizes) if request.param == "bert" else RobertaConfig(pad_token_id=1, **sizes)
+    model = AutoModel.from_config(made, dtype=torch.float32)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    with quiet_loading():
+        model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_on_an_encoder(name: str, tmp_path: Path, encoder: Path) -> None:
+    kind, options = ENCODERS[name]
+    config = make_config(tmp_path, encoder, kind, options)
+    result = train(config)
+    assert result.after.loss < 0.8 * result.before.loss
+    assert served_loss(config, METHODS[config.method].quantization) == pytest.approx(result.after.loss, abs=0.05)
+
+
+def test_what_a_head_cannot_learn_from_is_refused(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    config = make_config(tmp_path, tiny_model("llama"), "text", {"method": "p-tuning-v2"})
+    same = tmp_path / "same.jsonl"
+    same.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "x"}\n')
+    with pytest.raises(DataError, match="same"):
+        train(replace(config, data=same))
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"prompt": "a", "completion": "x"}\n' * 9)
+    with pytest.raises(DataError, match="labels"):
+        train(replace(config, data=chats, eval_data=chats))
+    with pytest.raises(ConfigError, match="last token"):
+        train(replace(config, pooling="mean"))
