@@ -53,8 +53,13 @@ def read_adapter(folder: Path) -> AdapterFiles:
         raise AdapterFormatError(
             f"{WEIGHTS_FILE} is not a whole safetensors file: {error}", field="path"
         ) from error
+    except OSError as error:
+        raise AdapterPathError(f"{WEIGHTS_FILE} cannot be read: {error}", field="path") from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_complex():
+            raise AdapterFormatError(f"Tensor {name!r} is {tensor.dtype}: weights are real.", field="path")
+        # In the float32 that it is computed in, where a float64 may not fit.
+        if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterFormatError(f"Tensor {name!r} holds NaN or infinity.", field="path")
     return AdapterFiles(config, tensors, _read_json(folder / SIDECAR_FILE) or {})
 
@@ -64,8 +69,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{path.name} is not JSON: {error}", field="path") from error
+    except OSError as error:
+        raise AdapterPathError(f"{path.name} cannot be read: {error}", field="path") from error
     if not isinstance(value, dict):
         raise AdapterFormatError(f"{path.name} is not a JSON object.", field="path")
     return value

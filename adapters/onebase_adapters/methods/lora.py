@@ -16,6 +16,7 @@ _KEY = re.compile(
     r"^(?P<site>.+)\.(?P<part>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<leaf>weight|bias))?$"
 )
+_LARGEST = torch.finfo(torch.float32).max
 _UNSERVED = {"use_qalora": "QALoRA", "alora_invocation_tokens": "activated LoRA", "lora_ga_config": "LoRA-GA"}
 
 
@@ -81,6 +82,8 @@ def _pair(
             f"Site {name!r}: lora_{first} {list(a.shape)} and lora_{second} {list(b.shape)} do not share a rank.",
             field="path",
         )
+    if not a.shape[0]:
+        raise AdapterFormatError(f"Site {name!r}: rank 0 changes nothing; leave the site out.", field="path")
     if (a.shape[1], b.shape[0]) != sizes:
         raise AdapterMismatchError(
             f"Site {name!r}: the adapter maps {a.shape[1]} -> {b.shape[0]}, the base's site "
@@ -93,19 +96,33 @@ def _pair(
 def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
     if str(config.get("peft_type")).upper() == "ADALORA":
         # PEFT divides by the rank that training began with, whatever is left of it.
-        return float(config.get("lora_alpha", 8)) / (float(config.get("init_r", rank)) + 1e-5)
-    stated = _pattern(config.get("rank_pattern"), site, config.get("r"))
-    if stated is not None and stated != rank:
-        raise AdapterFormatError(
-            f"Site {site!r}: adapter_config.json says rank {stated}, tensors have {rank}.", field="r"
-        )
-    alpha = float(_pattern(config.get("alpha_pattern"), site, config.get("lora_alpha", rank)))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        alpha, divisor = config.get("lora_alpha", 8), _number(config.get("init_r", rank), "init_r") + 1e-5
+    else:
+        stated = _pattern(config, "rank_pattern", site, config.get("r"))
+        if stated is not None and stated != rank:
+            raise AdapterFormatError(
+                f"Site {site!r}: adapter_config.json says rank {stated}, tensors have {rank}.", field="r"
+            )
+        alpha = _pattern(config, "alpha_pattern", site, config.get("lora_alpha", rank))
+        divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+    return _number(alpha, "lora_alpha") / divisor
 
 
-def _pattern(patterns: Mapping[str, Any] | None, site: str, default: Any) -> Any:
+def _number(value: Any, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        raise AdapterFormatError(f"adapter_config.json: {field} {value!r} is not a number.", field=field)
+    return float(value)
+
+
+def _pattern(config: Mapping[str, Any], field: str, site: str, default: Any) -> Any:
     """PEFT's rule: a pattern is a regular expression for the end of the site's name, at a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", site):
-            return value
+    patterns = config.get(field) or {}
+    try:
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", site):
+                return value
+    except (AttributeError, re.error) as error:
+        raise AdapterFormatError(
+            f"adapter_config.json: {field} maps regular expressions to numbers: {error}", field=field
+        ) from error
     return default
