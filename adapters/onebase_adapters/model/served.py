@@ -11,6 +11,7 @@ from onebase_adapters.base.load import LoadedBase, load_base
 from onebase_adapters.base.shape import BaseShape, Site, cache_shape
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.batch import Chunk, Context, Traits
+from onebase_adapters.errors import AdapterError
 from onebase_adapters.kernels import Kernels, choose_kernels
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
 from onebase_adapters.kernels.table import Arena
@@ -93,8 +94,19 @@ class ServedModel:
         return len(self._free_slots)
 
     def put(self, adapter: LoweredAdapter) -> int:
-        """Make an adapter resident and return its slot. Raises IndexError when no slot is free."""
+        """Make an adapter resident and return its slot.
+
+        Raises IndexError when no slot is free, AdapterError when no memory is left; nothing of it stays then.
+        """
         slot = self._free_slots.pop()
+        try:
+            self._fill(slot, adapter)
+        except (MemoryError, OSError, RuntimeError) as error:
+            self.remove(slot)
+            raise AdapterError(f"The adapter cannot be brought into memory: {error}") from error
+        return slot
+
+    def _fill(self, slot: int, adapter: LoweredAdapter) -> None:
         parts = Parts.of(adapter)
         stores: list[SiteTables | BottleneckTable] = [*self._sites, *self._sublayers]
         arena = self._arenas[slot] = Arena(sum(store.size(parts) for store in stores), self._device)
@@ -107,14 +119,14 @@ class ServedModel:
         self._heads.put(slot, adapter.one(Head))
         packed = sum(p.parameters for p in adapter.of(LowRank)) + sum(p.parameters for p in adapter.of(Bottleneck))
         self._slot_bytes[slot] = arena.bytes + 4 * (adapter.parameters - packed)
-        return slot
 
     def remove(self, slot: int) -> None:
         """Free a slot that no running sequence uses."""
         stores: list[_Store] = [*self._sites, *self._sublayers, self._inputs, self._prefixes, self._heads]
         for store in stores:
             store.clear(slot)
-        del self._arenas[slot], self._slot_bytes[slot]
+        self._arenas.pop(slot, None)
+        self._slot_bytes.pop(slot, None)
         self._free_slots.append(slot)
 
     def slot_bytes(self, slot: int) -> int:
