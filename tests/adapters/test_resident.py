@@ -1,7 +1,5 @@
 """Adapters coming into memory and leaving it."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
