@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
 from onebase_adapters.store import AdapterStore
-from onebase_server.api.schemas import ChatRequest, Tool
+from onebase_server.api.schemas.chat import ChatRequest, Tool
 from onebase_server.api.services import ApiSettings, Services
 from onebase_server.api.tools import ToolCall, ToolParser
 from onebase_server.text.tokenizer import TextCodec

@@ -14,7 +14,7 @@ from onebase_server.api.adapter_sources import Stage, from_files, from_path
 from onebase_server.api.auth import require_admin
 from onebase_server.api.directory import AdapterDirectory, Entry
 from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.schemas import (
+from onebase_server.api.schemas.adapters import (
     PromoteRequest,
     RegisterFields,
     RegisterRequest,

@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from onebase_adapters.errors import OneBaseError
-from onebase_server.api import adapters, chat, completions, health, lora, models, pooling, tokens
+from onebase_server.api import adapters, chat, completions, health, lora, models, pooling, responses, tokens
 from onebase_server.api.errors import handle
 from onebase_server.api.middleware import RequestGuard
 from onebase_server.api.services import Services
@@ -21,7 +21,7 @@ def create_app(services: Services) -> FastAPI:
         summary="One frozen base model, many adapters, one batch; OpenAI-compatible.",
     )
     app.state.services = services
-    for topic in (completions, chat, pooling, models, adapters, lora, tokens, health):
+    for topic in (completions, chat, responses, pooling, models, adapters, lora, tokens, health):
         app.include_router(topic.router)
     for error in (OneBaseError, RequestValidationError, HTTPException):
         app.add_exception_handler(error, handle)

@@ -16,7 +16,7 @@ from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.grammar import grammar_of
 from onebase_server.api.logprobs import for_chat
 from onebase_server.api.requests import check_prompt, encode, fit, render_chat, sampling
-from onebase_server.api.schemas import ChatRequest
+from onebase_server.api.schemas.chat import ChatRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import ChunkFormat, SseResponse, Write, event
 from onebase_server.api.tools import ToolCall, ToolParser, tools_of
@@ -29,7 +29,7 @@ router = APIRouter(tags=["inference"])
 @router.post("/v1/chat/completions", summary="Answer a conversation", response_model=None)
 async def create_chat_completion(body: ChatRequest, request: Request, tenant: Tenant) -> Response:
     """OpenAI's chat endpoint; `model` is an adapter's name or the base's."""
-    job = await _prepare(services_of(request), body, tenant)
+    job = await prepare_chat(services_of(request), body, tenant)
     if body.stream:
         return SseResponse(job.stream)
     document = await unless_disconnected(request.receive, job.collect())
@@ -37,7 +37,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, tenant: Te
 
 
 @dataclass(frozen=True)
-class _Chat:
+class Chat:
     """A checked request, ready to run."""
 
     services: Services
@@ -48,7 +48,7 @@ class _Chat:
 
     async def collect(self) -> dict[str, Any]:
         """The whole response."""
-        answers = {choice.index: _Answer(self.body) for choice in self.choices}
+        answers = {choice.index: Answer(self.body) for choice in self.choices}
 
         async def show(choice: Choice, text: str) -> None:
             answers[choice.index].take(choice, text)
@@ -62,7 +62,7 @@ class _Chat:
                 {
                     "index": choice.index,
                     "message": answers[choice.index].message(),
-                    "logprobs": self._logprobs(answers[choice.index].logprobs) if self.body.logprobs else None,
+                    "logprobs": self.logprobs(answers[choice.index].logprobs) if self.body.logprobs else None,
                     "finish_reason": answers[choice.index].finish_reason(choice),
                     "stop_reason": choice.stop_reason,
                 }
@@ -81,12 +81,12 @@ class _Chat:
             before=b'"delta":{"content":',
             after=b"}",
         )
-        answers = {choice.index: _Answer(self.body) for choice in self.choices}
+        answers = {choice.index: Answer(self.body) for choice in self.choices}
 
         async def show(choice: Choice, text: str) -> None:
             answer = answers[choice.index]
             shown, calls = answer.take(choice, text)
-            logprobs = self._logprobs(choice.new_logprobs) if choice.new_logprobs else None
+            logprobs = self.logprobs(choice.new_logprobs) if choice.new_logprobs else None
             if choice.finish_reason is not None or logprobs is not None or calls:
                 reason, stop = answer.finish_reason(choice), choice.stop_reason
                 content = None if calls and not shown else shown
@@ -99,11 +99,12 @@ class _Chat:
             return b""
         return event({**envelope, "choices": [], "usage": usage_of([self.choices])})
 
-    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """OpenAI's object for some tokens."""
         return for_chat(self.services.codec, entries, self.body.top_logprobs or 0)
 
 
-class _Answer:
+class Answer:
     """One choice's message as it grows."""
 
     def __init__(self, body: ChatRequest) -> None:
@@ -148,7 +149,8 @@ def _delta_of(calls: Sequence[tuple[int, ToolCall]]) -> bytes:
     return b',"tool_calls":' + msgspec.json.encode([{"index": n, **call.document()} for n, call in calls])
 
 
-async def _prepare(services: Services, body: ChatRequest, tenant: str) -> _Chat:
+async def prepare_chat(services: Services, body: ChatRequest, tenant: str) -> Chat:
+    """Check a body and make its sequences. Raises an error of ours that names the field."""
     target = services.adapters.resolve(body.model)
     prompt = render_chat(
         services,
@@ -179,4 +181,4 @@ async def _prepare(services: Services, body: ChatRequest, tenant: str) -> _Chat:
         "model": target.name,
         "system_fingerprint": services.engine.info.fingerprint,
     }
-    return _Chat(services, body, envelope, make_choices(services, body, target, request, body.n or 1, 0))
+    return Chat(services, body, envelope, make_choices(services, body, target, request, body.n or 1, 0))

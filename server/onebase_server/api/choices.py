@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from onebase_server.api.directory import Target
 from onebase_server.api.errors import GenerationError, generation_error
 from onebase_server.api.metrics import SequenceTimer
-from onebase_server.api.schemas import Generation
+from onebase_server.api.schemas.generation import Generation
 from onebase_server.api.services import Services
 from onebase_server.engine.client import EngineClient
 from onebase_server.engine.request import EngineRequest, Output, TokenLogprobs

@@ -18,7 +18,8 @@ from onebase_server.api.errors import InvalidRequestError
 from onebase_server.api.grammar import grammar_of
 from onebase_server.api.logprobs import CompletionLogprobs, joined
 from onebase_server.api.requests import fit, prompt_tokens, sampling, templated
-from onebase_server.api.schemas import MOST_SEQUENCES, CompletionRequest
+from onebase_server.api.schemas.base import MOST_SEQUENCES
+from onebase_server.api.schemas.generation import CompletionRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import ChunkFormat, SseResponse, Write, event
 from onebase_server.engine.request import EngineRequest, TokenLogprobs

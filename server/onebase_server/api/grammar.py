@@ -8,7 +8,8 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits
 
 from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.schemas import ChatRequest, Generation
+from onebase_server.api.schemas.chat import ChatRequest
+from onebase_server.api.schemas.generation import Generation
 from onebase_server.api.tools import SPACES, tool_grammar, tools_of
 
 _LONG = 10_000

@@ -7,7 +7,7 @@ from onebase_adapters.errors import AdapterExistsError
 from onebase_server.api.adapter_sources import from_path
 from onebase_server.api.auth import require_admin
 from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.schemas import LoadLoraRequest, UnloadLoraRequest
+from onebase_server.api.schemas.adapters import LoadLoraRequest, UnloadLoraRequest
 from onebase_server.api.services import services_of
 
 router = APIRouter(prefix="/v1", tags=["adapters"], dependencies=[Depends(require_admin)])

@@ -18,7 +18,8 @@ from onebase_server.api.directory import Target
 from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.errors import GenerationError, InvalidRequestError, generation_error
 from onebase_server.api.requests import check_prompt, check_unicode, fit, prompt_tokens, templated
-from onebase_server.api.schemas import MOST_SEQUENCES, ClassificationRequest, EmbeddingRequest, PooledRequest
+from onebase_server.api.schemas.base import MOST_SEQUENCES
+from onebase_server.api.schemas.prompts import ClassificationRequest, EmbeddingRequest, PooledRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.engine.messages import HeadInfo
 from onebase_server.engine.request import EngineRequest, Output, SamplingParams, Task

@@ -6,7 +6,8 @@ from typing import Any
 
 from onebase_server.api.directory import Target
 from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.schemas import Generation, Message, Tool
+from onebase_server.api.schemas.chat import Message, Tool
+from onebase_server.api.schemas.generation import Generation
 from onebase_server.api.services import Services
 from onebase_server.api.tools import instructions, spelled_out
 from onebase_server.engine.request import SamplingParams

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Request
 
 from onebase_server.api.auth import require_key
 from onebase_server.api.requests import check_prompt, encode, render_chat, templated
-from onebase_server.api.schemas import DetokenizeRequest, TokenizeRequest
+from onebase_server.api.schemas.prompts import DetokenizeRequest, TokenizeRequest
 from onebase_server.api.services import services_of
 
 router = APIRouter(tags=["tokens"], dependencies=[Depends(require_key)])

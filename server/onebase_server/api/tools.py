@@ -12,7 +12,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from onebase_server.api.schemas import ChatRequest, Message, NamedTool, Tool
+from onebase_server.api.schemas.chat import ChatRequest, Message, NamedTool, Tool
 
 # Some space for people, and an end to it: a small model can get lost in white space.
 SPACES = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}

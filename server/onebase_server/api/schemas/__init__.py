@@ -1,0 +1,1 @@
+"""The bodies of requests, one file for each topic."""

@@ -1,0 +1,184 @@
+"""Conversations and their tools."""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
+
+from onebase_server.api.errors import InvalidRequestError
+from onebase_server.api.schemas.base import Body, Logprobs, Refused, Text
+from onebase_server.api.schemas.generation import Generation
+
+
+class CalledFunction(Body):
+    """A function's name and arguments, in an earlier turn."""
+
+    name: str
+    arguments: str
+
+    def parsed(self) -> Any:
+        """The arguments, or their text where it is not JSON."""
+        try:
+            return json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            return self.arguments
+
+
+class MessageToolCall(Body):
+    """A call in an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    """As streams have it; changes nothing."""
+
+
+class Message(Body):
+    """One turn of a conversation."""
+
+    refused: ClassVar[Mapping[str, Refused]] = {
+        "refusal": Refused("leave it out"),
+        "function_call": Refused("use tool_calls"),
+        "audio": Refused("only text is read"),
+        "annotations": Refused("leave it out", []),
+    }
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | None = None
+    name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a turn of role {self.role!r} has no tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is required")
+        return self
+
+
+def _template_variables(value: dict[str, Any]) -> dict[str, Any]:
+    taken = {"messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message"}
+    taken |= {"tools", "documents", "return_assistant_tokens_mask"}
+    if bad := sorted(taken & value.keys()):
+        raise ValueError(f"may not set {', '.join(bad)}")
+    return value
+
+
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_template_variables)]
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of its arguments."""
+    strict: bool | None = None
+    """Whether calls follow the schema to the letter."""
+
+
+class Tool(Body):
+    """A tool: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+    def document(self) -> dict[str, Any]:
+        """As prompts show it."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+
+
+class FunctionName(Body):
+    """A function by name."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """`tool_choice` for one function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+def tool_choice(value: Any) -> Any:
+    """The three words, or a NamedTool. Raises ValueError."""
+    if isinstance(value, dict):
+        return NamedTool.model_validate(value)
+    if value not in (None, "none", "auto", "required"):
+        raise ValueError("must be 'none', 'auto', 'required', or {'type': 'function', 'function': {'name': ...}}")
+    return value
+
+
+_TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"], "type": "string"},
+        {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+            },
+        },
+    ]
+}
+ToolChoice = Annotated[Any, BeforeValidator(tool_choice), WithJsonSchema(_TOOL_CHOICE_SCHEMA)]
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions."""
+
+    refused: ClassVar[Mapping[str, Refused]] = {
+        **Generation.refused,
+        "functions": Refused("use tools", []),
+        "function_call": Refused("use tool_choice", "none", "auto"),
+        "modalities": Refused("only text comes back", ["text"]),
+        "audio": Refused("only text comes back"),
+        "store": Refused("completions are not stored", False),
+        "reasoning_effort": Refused("use chat_template_kwargs for what the base's template knows", "none"),
+        "verbosity": Refused("the base has no such setting", "medium"),
+        "prediction": Refused("leave it out"),
+        "web_search_options": Refused("leave it out"),
+        "chat_template": Refused("the base's own template is used"),
+        "continue_final_message": Refused("leave it out", False),
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    safety_identifier: str | None = None
+    """Accepted for compatibility; changes nothing."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise InvalidRequestError(
+                "max_tokens and max_completion_tokens differ; send max_completion_tokens only.", field="max_tokens"
+            )
+        names = [tool.function.name for tool in self.tools or ()]
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            raise InvalidRequestError("tool_choice needs tools.", field="tool_choice")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise InvalidRequestError(
+                f"tool_choice names {self.tool_choice.function.name!r}; the tools are: {', '.join(names)}.",
+                field="tool_choice",
+            )
+        if len(set(names)) < len(names):
+            raise InvalidRequestError("Two tools have the same name.", field="tools")
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError("top_logprobs needs logprobs: true.", field="top_logprobs")
+        return self

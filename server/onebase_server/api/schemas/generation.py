@@ -1,0 +1,113 @@
+"""What completions and chats have in common, and completions."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+from onebase_server.api.errors import InvalidRequestError
+from onebase_server.api.schemas.base import Body, LogitBias, Logprobs, Penalty, Prompts, Refused, Stops, TokenId
+
+
+class StreamOptions(Body):
+    """Extras of a stream."""
+
+    include_usage: bool | None = None
+
+
+class JsonSchema(Body):
+    """What `response_format` says of a JSON schema."""
+
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+    """Accepted for compatibility: the schema is always followed."""
+
+
+class ResponseFormat(Body):
+    """What the output is: any text, a JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise InvalidRequestError(
+                "json_schema goes with type 'json_schema', and with no other.", field="response_format.json_schema"
+            )
+        return self
+
+
+def _schema_or_text(value: Any) -> Any:
+    if not isinstance(value, dict | str):
+        raise ValueError("must be a JSON schema, or one as a string")
+    return value
+
+
+AnyJsonSchema = Annotated[Any, BeforeValidator(_schema_or_text), WithJsonSchema({"type": ["object", "string"]})]
+
+
+class Generation(Body):
+    """What completions and chats have in common. Null means the default everywhere, as some clients send it."""
+
+    refused: ClassVar[Mapping[str, Refused]] = {
+        "service_tier": Refused("there is one tier", "auto", "default"),
+        "metadata": Refused("completions are not stored", {}),
+    }
+
+    model: str | None = None
+    """An adapter's name, or the base's; left out, it is the base."""
+    max_tokens: int | None = Field(None, ge=0)
+    n: int | None = Field(None, ge=1, le=128)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Stops | None = None
+    user: str | None = None
+    """Accepted for compatibility; changes nothing."""
+
+    # vLLM's.
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
+
+    response_format: ResponseFormat | None = None
+    guided_json: AnyJsonSchema | None = None
+    guided_regex: str | None = None
+    guided_choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=1000)
+    guided_grammar: str | None = None
+    """In llguidance's Lark notation."""
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options is only allowed with stream: true.", field="stream_options")
+        return self
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions."""
+
+    refused: ClassVar[Mapping[str, Refused]] = {
+        **Generation.refused,
+        "suffix": Refused("the base model does not fill in the middle", ""),
+    }
+
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: Logprobs | None = None
+    best_of: int | None = Field(None, ge=1, le=128)
+    add_special_tokens: bool | None = None
