@@ -220,7 +220,7 @@ RECIPES: dict[str, Recipe] = {
     "alpaca-en": Recipe("instructions", (_llamafactory("alpaca_en_demo.json"),), _alpaca, "rouge_l"),
     "alpaca-zh": Recipe("instructions in Chinese", (_llamafactory("alpaca_zh_demo.json"),), _alpaca, "rouge_l"),
     "addresses": Recipe("US addresses, a tag for each word", (USADDRESS,), _address_tags, "entity_f1"),
-    "address-fields": Recipe("US addresses to JSON", (USADDRESS,), _address_fields, "exact_match"),
+    "address-fields": Recipe("US addresses to JSON", (USADDRESS,), _address_fields, "field_f1"),
     "tweets": Recipe("sentiment of tweets", (VADER,), _vader, "accuracy"),
     "reviews-zh": Recipe(
         "sentiment of Chinese reviews",

@@ -56,6 +56,14 @@ def test_entity_f1_counts_over_all_examples() -> None:
     assert score("entity_f1", ["O", "O"], ["O", "O"]).value == 1.0
 
 
+def test_field_f1_compares_objects_by_key_and_value() -> None:
+    # Hits 1 + 2, predicted 2 + 2, wanted 2 + 2; then an answer that is no object, with 1 wanted.
+    predictions = ['{"a": "x", "b": "z"}', '{"b": {"d": 1, "c": 2}, "a": 1}', '{"a": "x"} and more']
+    references = ['{"a": "x", "c": "z"}', '{"a": 1, "b": {"c": 2, "d": 1}}', '{"a": "x"}']
+    assert score("field_f1", predictions, references).value == pytest.approx(2 * 3 / (4 + 5))
+    assert score("field_f1", ["[1]", "{"], ['{"a": 1}', '{"a": 1}']).value == 0.0
+
+
 def test_perplexity_is_by_token() -> None:
     found = perplexity([3 * math.log(2), math.log(16)], [3, 1])
     assert found.value == pytest.approx(math.exp(7 * math.log(2) / 4))
@@ -120,6 +128,8 @@ def test_the_default_metric_fits_the_answers() -> None:
     assert default_metric([Example(n, prompt="x", label=label) for n, label in enumerate("aaaab")]) == "macro_f1"
     assert default_metric(completions(*[" yes", " no"] * 20)) == "accuracy"
     assert default_metric(completions("SELECT a FROM t", "SELECT b FROM t", "x")) == "exact_match"
+    assert default_metric(completions(' {"a": "x"}', '{"b": "y"}')) == "field_f1"
+    assert default_metric(completions('{"a": "x"}', "none")) == "exact_match"
     long = Turn("assistant", "word " * 40)
     assert default_metric([Example(1, (Turn("user", "q"), long)), *completions("x", "a " * 50)]) == "rouge_l"
     assert default_metric(completions("很" * 31)) == "rouge_l"

@@ -5,6 +5,7 @@ all). So the bootstrap resamples rows by one matrix product, for F1 and perplexi
 compared after outer space is stripped and inner space is made single.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,11 +115,13 @@ def spans(tags: Sequence[str]) -> set[tuple[int, int, str]]:
 def default_metric(examples: Sequence[Example]) -> str:
     """The metric of `METRICS` that fits these examples, by their answers.
 
-    Tags: entity F1. Few different answers (a classification): accuracy, or macro F1 where one of them is more than
-    three quarters. Short ones: exact match. Longer ones: ROUGE-L.
+    Tags: entity F1. JSON objects: F1 of their fields. Few different answers (a classification): accuracy, or macro
+    F1 where one of them is more than three quarters. Short ones: exact match. Longer ones: ROUGE-L.
     """
     if any(example.words for example in examples):
         return "entity_f1"
+    if all(_fields(example.answer) for example in examples):
+        return "field_f1"
     if is_classification(examples):
         answers = Counter(example.answer.strip() for example in examples)
         return "macro_f1" if 4 * max(answers.values()) > 3 * len(examples) else "accuracy"
@@ -147,6 +150,25 @@ def _entity_f1(predictions: Sequence[str], references: Sequence[str]) -> tuple[F
         ours, theirs = spans(mine.split()), spans(wanted.split())
         rows.append((len(ours & theirs), len(ours), len(theirs)))
     return np.array(rows, dtype=np.float64), _f1
+
+
+def _field_f1(predictions: Sequence[str], references: Sequence[str]) -> tuple[Floats, Combine]:
+    """Micro F1 of the fields of JSON objects, by key and value; what is no object has none."""
+    rows = []
+    for mine, wanted in zip(predictions, references, strict=True):
+        ours, theirs = _fields(mine), _fields(wanted)
+        rows.append((len(ours & theirs), len(ours), len(theirs)))
+    return np.array(rows, dtype=np.float64), _f1
+
+
+def _fields(text: str) -> set[tuple[str, str]]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return set()
+    if not isinstance(value, dict):
+        return set()
+    return {(key, json.dumps(inner, sort_keys=True)) for key, inner in value.items()}
 
 
 def _macro_f1(predictions: Sequence[str], references: Sequence[str]) -> tuple[Floats, Combine]:
@@ -209,5 +231,6 @@ METRICS: dict[str, Metric] = {
     "macro_f1": _macro_f1,
     "rouge_l": _mean_of(rouge_l),
     "entity_f1": _entity_f1,
+    "field_f1": _field_f1,
 }
 """By name; all are better when higher."""
