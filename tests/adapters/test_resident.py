@@ -17,7 +17,7 @@ from support.models import save_model
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     folder = save_model(tmp_path_factory.mktemp("base"), "llama")
-    return ServedModel.load(BaseSpec(str(folder), quantization="none", device="cpu"), slots=2, blocks=8)
+    return ServedModel.load(BaseSpec(str(folder), device="cpu"), slots=2, blocks=8)
 
 
 def adapter(model: ServedModel, seed: int) -> LoweredAdapter:
@@ -43,6 +43,18 @@ def test_one_that_leaves_changes_nothing_any_more(model: ServedModel) -> None:
     again = model.put(adapter(model, 1))
     assert torch.equal(logits(model, again), changed)
     model.remove(again)
+
+
+def test_logits_of_some_rows_are_those_of_all(model: ServedModel) -> None:
+    """Also where the LM head itself has an adapter."""
+    slot = model.put(adapter(model, 1))
+    for changed in (slot, 0):
+        chunks = [Chunk([3], 0, [0], 0), Chunk([1, 4], 0, [1], changed), Chunk([5], 0, [2], 0)]
+        whole = model.forward(chunks).logits([0, 1, 2])
+        for rows in ([1], [2, 1]):
+            assert torch.equal(model.forward(chunks).logits(rows), whole[rows])
+            assert model.forward(chunks).best(rows) == whole[rows].argmax(-1).tolist()
+    model.remove(slot)
 
 
 def test_no_slot_is_left(model: ServedModel) -> None:

@@ -99,9 +99,11 @@ class Screen:
 class HiddenScores:
     """Hidden states [n, width] whose logits are computed only for those who need them."""
 
-    def __init__(self, hidden: torch.Tensor, head: Any, screen: Screen | None) -> None:
+    def __init__(self, hidden: torch.Tensor, head: Any, screen: Screen | None, *, together: bool = False) -> None:
+        """`together`: the head takes only all rows at once, because it has adapters for each of them."""
         self._hidden = hidden
         self._head = head
+        self._together = together
         self._screen = screen
         self._computed: LogitScores | None = None
 
@@ -109,7 +111,7 @@ class HiddenScores:
         return self._hidden[list(rows)]
 
     def logits(self, rows: Sequence[int]) -> torch.Tensor:
-        if self._computed is None and len(rows) == len(self._hidden):
+        if self._computed is None and (self._together or len(rows) == len(self._hidden)):
             self._computed = LogitScores(self._head(self._hidden), self._hidden)
         if self._computed is not None:
             return self._computed.logits(rows)

@@ -54,6 +54,7 @@ class ServedModel:
         hook_attention(base.model, self.cache, self._context)
         if head == "nf4" and not base.shape.encoder:
             base.model.set_output_embeddings(nf4_copy(base.model.get_output_embeddings()))
+        self._bare_head = base.model.get_output_embeddings()
         self._screen = self._make_screen() if head == "screened" else None
         self._sites: list[SiteTables] = []
         self._sublayers: list[BottleneckTable] = []
@@ -159,7 +160,9 @@ class ServedModel:
         if self._fused is not None:
             changed = self._head_tables is not None and self._head_tables.touch(batch.head_owners.slots)
             last = self._fused(batch, hidden)
-            return HiddenScores(last, self._model.lm_head, None if changed else self._screen)
+            if changed:
+                return HiddenScores(last, self._model.lm_head, None, together=True)
+            return HiddenScores(last, self._bare_head, self._screen)
         positions = torch.as_tensor(batch.positions + self.shape.first_position, device=self._device)[None]
         if self.shape.encoder:
             out = self._model(inputs_embeds=hidden[None], position_ids=positions).last_hidden_state[0]
