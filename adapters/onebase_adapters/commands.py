@@ -21,7 +21,8 @@ def inspect_command(
 ) -> None:
     """Tell an adapter's method, size and parts, and whether and how it is served."""
     from onebase_adapters.base import BaseSpec, load_base
-    from onebase_adapters.files import WEIGHTS_FILE, read_adapter
+    from onebase_adapters.files import read_adapter
+    from onebase_adapters.format import WEIGHTS_FILE
     from onebase_adapters.methods import load_adapter
     from onebase_adapters.model.weights import ModelWeights
     from onebase_adapters.primitives import Head

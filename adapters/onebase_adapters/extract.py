@@ -19,7 +19,7 @@ from onebase_adapters.base.load import quiet_loading
 from onebase_adapters.base.shape import BaseShape, describe_base, fingerprint_folder
 from onebase_adapters.errors import AdapterMismatchError, ConfigError
 from onebase_adapters.factorise import factorise
-from onebase_adapters.files import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE
+from onebase_adapters.format import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE
 from onebase_adapters.model.weights import ModelWeights
 from onebase_adapters.paths import staged_directory
 

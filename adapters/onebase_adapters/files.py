@@ -3,7 +3,6 @@
 `adapter_config.json` and `adapter_model.safetensors`, plus `onebase.json` where our trainer made it.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,7 @@ from safetensors.torch import load_file
 
 from onebase_adapters.base.shape import BaseShape
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError, AdapterPathError
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-SIDECAR_FILE = "onebase.json"
+from onebase_adapters.format import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE, check_listing, read_object
 
 
 @dataclass(frozen=True)
@@ -34,21 +30,9 @@ def read_adapter(folder: Path) -> AdapterFiles:
     """Read and check a folder. Raises AdapterPathError (nothing there) or AdapterFormatError (unsafe, broken)."""
     if not folder.is_dir():
         raise AdapterPathError(f"{folder} is not a folder.", field="path")
-    config = _read_json(folder / CONFIG_FILE)
-    if config is None:
-        raise AdapterFormatError(f"{folder.name} has no {CONFIG_FILE}: not a PEFT adapter.", field="path")
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
-        if pickles:
-            raise AdapterFormatError(
-                f"{pickles[0]} is a pickle, which can run code when it is read. Save the adapter again with "
-                "save_pretrained(..., safe_serialization=True).",
-                field="path",
-            )
-        raise AdapterFormatError(f"{folder.name} has no {WEIGHTS_FILE}.", field="path")
+    check_listing([entry.name for entry in folder.iterdir() if entry.is_file()])
     try:
-        tensors = load_file(weights)
+        tensors = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, ValueError) as error:
         raise AdapterFormatError(
             f"{WEIGHTS_FILE} is not a whole safetensors file: {error}", field="path"
@@ -61,21 +45,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
         # In the float32 that it is computed in, where a float64 may not fit.
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterFormatError(f"Tensor {name!r} holds NaN or infinity.", field="path")
-    return AdapterFiles(config, tensors, _read_json(folder / SIDECAR_FILE) or {})
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{path.name} is not JSON: {error}", field="path") from error
-    except OSError as error:
-        raise AdapterPathError(f"{path.name} cannot be read: {error}", field="path") from error
-    if not isinstance(value, dict):
-        raise AdapterFormatError(f"{path.name} is not a JSON object.", field="path")
-    return value
+    return AdapterFiles(read_object(folder / CONFIG_FILE), tensors, read_object(folder / SIDECAR_FILE))
 
 
 def check_base(files: AdapterFiles, base: BaseShape) -> None:

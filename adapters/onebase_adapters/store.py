@@ -7,7 +7,6 @@ any moment leaves the old state or the new, and at worst an object that no row n
 import builtins
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import stat
@@ -21,16 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from onebase_adapters.errors import AdapterFormatError, AdapterPathError, StorageError
+from onebase_adapters.format import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE, check_listing, read_object
 from onebase_adapters.paths import disk_errors
 from onebase_adapters.registry import AdapterRecord, Registry, check_name
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-SIDECAR_FILE = "onebase.json"
-
 _WANTED = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE)
 _REQUIRED = (CONFIG_FILE, WEIGHTS_FILE)
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MAX_JSON_BYTES = 4 << 20
 
 
@@ -93,7 +88,7 @@ class AdapterStore:
             names = sorted(entry.name for entry in folder.iterdir())
         except OSError as error:  # no permission, a name too long
             raise AdapterPathError(f"Cannot read {str(folder)[:160]}: {error.strerror}.", field="path") from error
-        _check_listing(names)
+        check_listing(names)
         files: dict[str, BinaryIO] = {}
         try:
             for name in _WANTED:
@@ -109,13 +104,13 @@ class AdapterStore:
 
         Raises AdapterFormatError or StorageError.
         """
-        _check_listing(sorted(files))
+        check_listing(sorted(files))
         with disk_errors(str(self._staging)):
             scratch = Path(tempfile.mkdtemp(dir=self._staging))
         try:
             with disk_errors(str(scratch)):
                 digest = self._copy(files, scratch)
-            sidecar = {name: _read_object(scratch / name) for name in _WANTED if name.endswith(".json")}
+            sidecar = {name: read_object(scratch / name) for name in _WANTED if name.endswith(".json")}
             folder = self._place(scratch, digest)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -272,22 +267,6 @@ class AdapterStore:
         fcntl.flock(self._lock_file, fcntl.LOCK_SH)
 
 
-def _check_listing(names: list[str]) -> None:
-    """Refuse a folder or an upload by its file names alone. Raises AdapterFormatError."""
-    if CONFIG_FILE not in names:
-        raise AdapterFormatError(f"No {CONFIG_FILE}: this is not a PEFT adapter.", field="path")
-    if WEIGHTS_FILE in names:
-        return
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles:
-        raise AdapterFormatError(
-            f"{pickles[0]} is a pickle, which can run code when it is read. Save the adapter again with "
-            "save_pretrained(..., safe_serialization=True).",
-            field="path",
-        )
-    raise AdapterFormatError(f"No {WEIGHTS_FILE}.", field="path")
-
-
 def _open_plain(path: Path) -> BinaryIO:
     """Open a regular file and nothing else: a link could lead out of the folder, a pipe could wait forever."""
     try:
@@ -302,19 +281,6 @@ def _open_plain(path: Path) -> BinaryIO:
         os.close(handle)
         raise AdapterPathError(f"{path.name} is not a regular file.", field="path")
     return os.fdopen(handle, "rb")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file. Raises AdapterFormatError."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{path.name} is not JSON: {error}.", field="path") from error
-    if not isinstance(value, dict):
-        raise AdapterFormatError(f"{path.name} is not a JSON object.", field="path")
-    return value
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError, DataError
-from onebase_adapters.files import WEIGHTS_FILE
+from onebase_adapters.format import WEIGHTS_FILE
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset
 from onebase_training.methods.attached import Attached, ClassHead

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.files import SIDECAR_FILE
+from onebase_adapters.format import SIDECAR_FILE
 from onebase_adapters.paths import staged_directory
 from onebase_training.evaluate import Evaluation
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
-from onebase_adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from onebase_training.config import TrainConfig
 from onebase_training.methods.attached import Attached
 

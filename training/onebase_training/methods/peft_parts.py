@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
-from onebase_adapters.files import WEIGHTS_FILE
+from onebase_adapters.format import WEIGHTS_FILE
 from onebase_training.config import TrainConfig
 from onebase_training.methods.attached import Attached
 

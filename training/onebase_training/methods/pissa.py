@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.base import LoadedBase
-from onebase_adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from onebase_training.config import TrainConfig
 from onebase_training.fast_lora import speed_up
 from onebase_training.methods import lora
