@@ -29,9 +29,9 @@ from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
 from onebase_training.events import silent
 from onebase_training.loop import Loop
-from onebase_training.methods import find_method
+from onebase_training.methods import find_method, lora
 from onebase_training.model import Trained
-from onebase_training.train import load_for_training
+from onebase_training.prepare import load_for_training
 
 BATCH_TOKENS = 1024
 
@@ -111,9 +111,8 @@ def plain_script(examples: Sequence[Encoded], batch: int, steps: int, pad: int) 
 def our_loop(examples: Sequence[Encoded], steps: int, work: Path) -> Side:
     """What `onebase train --method qlora` runs."""
     config = TrainConfig(data=work, output=work, max_steps=steps, eval_every=10**6, learning_rate=1e-3)
-    method = find_method("qlora")
-    base = load_for_training(config, method, silent)
-    model = Trained(method.attach(base, config, steps), base.device)
+    base = load_for_training(config, find_method("qlora"), silent)
+    model = Trained(lora.attach(base, config, steps), base.device)
     lengths = [len(one.input_ids) for one in examples]
     plan = plan_batches(lengths, budget=BATCH_TOKENS, epochs=20, seed=0)[:steps]
     loop = Loop(model, config, work=work, examples=examples, held_out=examples[:1], plan=plan, progress=silent)

@@ -4,28 +4,29 @@ On disk there is either the finished folder, or a hidden work folder beside it w
 """
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import set_seed
 
-from onebase_adapters.base import BaseSpec, LoadedBase, load_base
+from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError, DataError
-from onebase_training.attention import PACKED_ATTENTION
 from onebase_training.batches import plan_batches
 from onebase_training.config import TrainConfig
-from onebase_training.data import Dataset, Encoded, encode, encode_for_head, read_dataset, read_datasets, split
-from onebase_training.dequantize import dequantize, dequantized_bytes, keep_unpacked
-from onebase_training.estimate import free_memory, settle
+from onebase_training.data import Dataset, Encoded
+from onebase_training.estimate import settle
 from onebase_training.evaluate import Evaluation, Sample, evaluate, mark
 from onebase_training.events import Progress, Stage, silent
+from onebase_training.hard_prompt import choose, encode_with
 from onebase_training.heads import classes_of, with_head
 from onebase_training.loop import Loop, count_steps, history, last_checkpoint
-from onebase_training.methods import Method, find_method
+from onebase_training.methods import Attach, find_method
 from onebase_training.methods.attached import Attached
 from onebase_training.model import Trained, trainable_state
 from onebase_training.output import write_result
+from onebase_training.prepare import check_room, encode_part, load_for_training, read_data
 from onebase_training.workspace import Workspace, open_workspace
 
 _BEFORE_FILE = "before.json"
@@ -71,20 +72,68 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress) -> Tra
     progress(Stage(f"{len(dataset)} examples to train on, {len(held_out)} held out ({dataset.format})"))
     base = load_for_training(config, method, progress)
     config = replace(config, head=config.head or method.head or base.shape.encoder)
+    if method.attach is None and config.head:
+        raise ConfigError(f"{config.method} has no parameters, and so no classifier.", field="method")
     classes = classes_of(dataset) if config.head else ()
-    examples, evaluation = (_encode(part, base, config, classes) for part in (dataset, held_out))
+    examples, evaluation = (encode_part(part, base, config, classes) for part in (dataset, held_out))
     digests = {"train": dataset.digest, "held_out": held_out.digest}
     workspace.begin(config, data=digests, base=base.shape.fingerprint)
     before = _before(workspace, base, dataset, evaluation, config, progress)
 
+    if method.attach is None:
+        fitted = _choose(base, dataset, held_out, config, progress)
+    else:
+        fitted = _fit(method.attach, base, dataset, examples, evaluation, config, workspace, progress)
+
+    progress(Stage("measuring the result"))
+    after = evaluate(fitted.model, fitted.held_out, base.tokenizer, config)
+    sizes = {"format": dataset.format, "examples": len(dataset), "held_out_examples": len(held_out)}
+    base_notes = {"model": config.model, "fingerprint": base.shape.fingerprint, "quantization": method.quantization}
+    notes = {
+        "base": base_notes,
+        "method": config.method,
+        "data": {**digests, **sizes},
+        "settings": config.settings(),
+        **fitted.model.attached.notes,
+    }
+    log = history(workspace.folder)
+    save = fitted.model.attached.save
+    write_result(workspace.output, save, notes=notes, before=before, after=after, history=log)
+    parameters = sum(value.numel() for value in trainable_state(fitted.model).values())
+    return TrainResult(
+        workspace.output, before, after, fitted.steps, parameters, fitted.tokens_per_second, fitted.seconds
+    )
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A model that has learned, and the held-out part as it sees it."""
+
+    model: Trained
+    held_out: Sequence[Encoded]
+    steps: int
+    tokens_per_second: float
+    seconds: float
+
+
+def _fit(
+    attach: Attach,
+    base: LoadedBase,
+    dataset: Dataset,
+    examples: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    config: TrainConfig,
+    workspace: Workspace,
+    progress: Progress,
+) -> _Fitted:
     set_seed(config.seed)
     lengths = [len(example.input_ids) for example in examples]
     plan = plan_batches(lengths, budget=config.batch_tokens, epochs=config.epochs, seed=config.seed)
     steps = count_steps(plan, config)
-    attached = method.attach(base, config, steps)
+    attached = attach(base, config, steps)
     if config.head:
         attached = with_head(attached, base, dataset, config)
-    _check_room(attached, base, max(lengths))
+    check_room(attached, base, max(lengths))
     model = Trained(attached, base.device, first_position=base.shape.first_position)
     parameters = sum(value.numel() for value in trainable_state(model).values())
     estimate, recomputed = settle(model, examples, plan[: steps * config.accumulate], config)
@@ -93,79 +142,25 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress) -> Tra
         progress(Stage("activations are recomputed in the backward pass, to save memory"))
     set_seed(config.seed)
     loop = Loop(
-        model, config, work=workspace.folder, examples=examples, held_out=evaluation, plan=plan, progress=progress
+        model, config, work=workspace.folder, examples=examples, held_out=held_out, plan=plan, progress=progress
     )
     checkpoint = last_checkpoint(workspace.folder) if config.resume else None
     loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-    progress(Stage("measuring the result"))
-    after = evaluate(model, evaluation, base.tokenizer, config)
-    sizes = {"format": dataset.format, "examples": len(dataset), "held_out_examples": len(held_out)}
-    notes = {
-        "base": {
-            "model": config.model,
-            "fingerprint": base.shape.fingerprint,
-            "quantization": method.quantization,
-        },
-        "method": config.method,
-        "data": {**digests, **sizes},
-        "settings": config.settings(),
-        **attached.notes,
-    }
-    log = history(workspace.folder)
-    write_result(workspace.output, attached.save, notes=notes, before=before, after=after, history=log)
-    watch = loop.watch
-    return TrainResult(workspace.output, before, after, loop.state.global_step, parameters, watch.speed, watch.busy)
+    return _Fitted(model, held_out, loop.state.global_step, loop.watch.speed, loop.watch.busy)
 
 
-def _check_room(attached: Attached, base: LoadedBase, longest: int) -> None:
-    virtual = len(attached.places) + attached.prefix_length
-    if longest + virtual > base.shape.context:
-        raise ConfigError(
-            f"{virtual} virtual tokens and the longest example's {longest} do not fit into the base's context of "
-            f"{base.shape.context}. Use a smaller --prompt-length or --max-length.",
-            field="prompt_length",
-        )
-
-
-def read_data(config: TrainConfig) -> tuple[Dataset, Dataset]:
-    """Training part and held-out part. Raises DataError."""
-    dataset = read_datasets(config.files, format=config.format)
-    if config.eval_data is None:
-        return split(dataset, eval_fraction=config.eval_fraction, seed=config.seed)
-    return dataset, read_dataset(config.eval_data, format=config.format)
-
-
-def load_for_training(config: TrainConfig, method: Method, progress: Progress) -> LoadedBase:
-    """The base in the method's format, with the attention that fits the device."""
-    spec = BaseSpec(config.model, quantization=method.quantization, device=config.device)
-    base = load_base(spec, progress=lambda text: progress(Stage(text)))
-    if base.device.type == "cpu":
-        base.model.set_attn_implementation(PACKED_ATTENTION)
-    extra = dequantized_bytes(base.model)
-    if method.expanded and extra and config.dequantize == "never":
-        raise ConfigError(f"{config.method} needs the base's weights expanded.", field="dequantize")
-    roomy = config.dequantize == "auto" and extra * 4 <= free_memory(base.device)
-    if extra and (method.expanded or config.dequantize == "always" or roomy):
-        dequantize(base.model)
-        progress(Stage(f"4-bit weights held as bfloat16 while training: the same values, {extra >> 20} MiB more"))
-    elif extra:
-        keep_unpacked(base.model)
-        progress(Stage("4-bit weights are expanded anew in each step"))
-    return base
-
-
-def _encode(dataset: Dataset, base: LoadedBase, config: TrainConfig, classes: tuple[str, ...]) -> list[Encoded]:
-    limit = min(config.max_length, base.shape.context)
-    if classes:
-        encoded = encode_for_head(
-            dataset.examples, base.tokenizer, classes, max_length=limit, too_long=config.too_long
-        )
-    else:
-        encoded = encode(dataset.examples, base.tokenizer, max_length=limit, too_long=config.too_long)
-    if not encoded:
-        raise DataError(f"No example of {dataset.source} has at most {limit} tokens.", field="max_length")
-    return encoded
+def _choose(
+    base: LoadedBase, dataset: Dataset, held_out: Dataset, config: TrainConfig, progress: Progress
+) -> _Fitted:
+    start = time.monotonic()
+    model = Trained(Attached(base.model, lambda _: None), base.device)
+    template = choose(model, base, dataset, config, progress)
+    seconds = time.monotonic() - start
+    encoded = encode_with(template, held_out.examples, base.tokenizer, base.shape.context)
+    if encoded is None:
+        raise DataError("The chosen prompt leaves no room for the longest held-out example.", field="max_length")
+    saved = Attached(base.model, lambda folder: template.save(folder, base.shape.name))
+    return _Fitted(Trained(saved, base.device), encoded, 0, 0.0, seconds)
 
 
 def _before(

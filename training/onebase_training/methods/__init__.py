@@ -25,16 +25,18 @@ from onebase_training.methods import (
 from onebase_training.methods.attached import Attached
 from onebase_training.methods.deltas import delta
 
+Attach = Callable[[LoadedBase, TrainConfig, int], Attached]
+
 
 @dataclass(frozen=True)
 class Method:
     """How a method is trained."""
 
     about: str
-    learning_rate: float
+    learning_rate: float | None
     """The default."""
-    attach: Callable[[LoadedBase, TrainConfig, int], Attached]
-    """Puts it on the base, given the run's number of steps. Raises ConfigError."""
+    attach: Attach | None
+    """Puts it on the base, given the run's number of steps. Raises ConfigError. None: it has no parameters."""
     quantization: Quantization = "nf4"
     """Of the base while it trains."""
     expanded: bool = False
@@ -63,6 +65,7 @@ METHODS: dict[str, Method] = {
     "vera": Method("scales of fixed random matrices", 1e-2, delta(peft.VeraConfig, 256), expanded=True),
     "oft": Method("rotations", 1e-3, delta(peft.OFTConfig, oft_block_size=32), expanded=True),
     "hra": Method("reflections", 1e-3, delta(peft.HRAConfig, 8), expanded=True),
+    "hard-prompt": Method("wording and examples, chosen among candidates", None, None),
     "full": Method("all weights", full.LEARNING_RATE, full.attach, "none"),
 }
 

@@ -1,0 +1,82 @@
+"""Hard prompts: what candidates there are, what is chosen, and what is written."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from onebase_adapters.base import BaseSpec, load_base
+from onebase_adapters.errors import DataError
+from onebase_adapters.methods import load_adapter
+from onebase_adapters.model.served import ServedModel
+from onebase_adapters.primitives import Template as ServedTemplate
+from onebase_training.config import TrainConfig
+from onebase_training.data import NO_LOSS, Example, Turn
+from onebase_training.hard_prompt import Template, encode_with
+from onebase_training.train import train
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Callable[[str], Path]) -> TrainConfig:
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": f"number {index}", "label": "odd" if index % 2 else "even"} for index in range(60)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TrainConfig(
+        data=data,
+        output=tmp_path / "out",
+        method="hard-prompt",
+        model=str(tiny_model("llama")),
+        max_length=250,
+        metric_examples=4,
+        device="cpu",
+    )
+
+
+def test_it_beats_the_plain_prompt_and_writes_a_template(config: TrainConfig) -> None:
+    result = train(config)
+    assert result.after.loss < result.before.loss
+    settings = json.loads((config.output / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "TEMPLATE"
+    assert settings["after"] == "\nLabel:"
+    assert "\nLabel: even\n\n" in settings["before"] or "\nLabel: odd\n\n" in settings["before"]
+    model = ServedModel.load(BaseSpec(config.model, device="cpu"), slots=1, blocks=8)
+    (template,) = load_adapter(config.output, "digest", model.shape, model.weights).primitives
+    assert template == ServedTemplate(settings["before"], settings["after"], ())
+
+
+def test_the_same_seed_chooses_the_same(config: TrainConfig) -> None:
+    train(config)
+    first = (config.output / "adapter_config.json").read_text()
+    train(replace(config, overwrite=True))
+    assert (config.output / "adapter_config.json").read_text() == first
+
+
+def test_own_candidates(config: TrainConfig, tmp_path: Path) -> None:
+    candidates = tmp_path / "candidates.jsonl"
+    candidates.write_text('{"after": " is"}\n{"before": "A ", "after": " ="}\n')
+    train(replace(config, candidates=candidates))
+    settings = json.loads((config.output / "adapter_config.json").read_text())
+    assert settings["after"] in (" is", " =")
+
+
+@pytest.mark.parametrize("line", ["{", '"text"', '{"messages": [{"role": "user"}]}', '{"before": 3}'])
+def test_bad_candidates_are_refused_with_their_line(line: str, config: TrainConfig, tmp_path: Path) -> None:
+    candidates = tmp_path / "candidates.jsonl"
+    candidates.write_text(f'{{"after": " is"}}\n{line}\n')
+    with pytest.raises(DataError, match="line 2"):
+        train(replace(config, candidates=candidates))
+
+
+def test_shown_answers_are_not_learned(tiny_model: Callable[[str], Path]) -> None:
+    tokenizer = load_base(BaseSpec(str(tiny_model("llama")), device="cpu")).tokenizer
+    shot = (Turn("user", "1"), Turn("assistant", "odd"))
+    chat = Example(1, turns=(Turn("user", "4"), Turn("assistant", "even")))
+    plain = encode_with(Template(), [chat], tokenizer, 500)
+    shown = encode_with(Template(messages=shot), [chat], tokenizer, 500)
+    assert plain is not None and shown is not None
+    assert len(shown[0].input_ids) > len(plain[0].input_ids)
+    learned = [[label for label in one[0].labels if label != NO_LOSS] for one in (plain, shown)]
+    assert learned[0] == learned[1]
+    assert encode_with(Template(messages=shot), [chat], tokenizer, 10) is None

@@ -1,0 +1,66 @@
+"""What a run needs before it trains: data in two parts, the base in the method's format, token ids."""
+
+from onebase_adapters.base import BaseSpec, LoadedBase, load_base
+from onebase_adapters.errors import ConfigError, DataError
+from onebase_training.attention import PACKED_ATTENTION
+from onebase_training.config import TrainConfig
+from onebase_training.data import Dataset, Encoded, encode, encode_for_head, read_dataset, read_datasets, split
+from onebase_training.dequantize import dequantize, dequantized_bytes, keep_unpacked
+from onebase_training.estimate import free_memory
+from onebase_training.events import Progress, Stage
+from onebase_training.methods import Method
+from onebase_training.methods.attached import Attached
+
+
+def read_data(config: TrainConfig) -> tuple[Dataset, Dataset]:
+    """Training part and held-out part. Raises DataError."""
+    dataset = read_datasets(config.files, format=config.format)
+    if config.eval_data is None:
+        return split(dataset, eval_fraction=config.eval_fraction, seed=config.seed)
+    return dataset, read_dataset(config.eval_data, format=config.format)
+
+
+def load_for_training(config: TrainConfig, method: Method, progress: Progress) -> LoadedBase:
+    """The base in the method's format, with the attention that fits the device."""
+    spec = BaseSpec(config.model, quantization=method.quantization, device=config.device)
+    base = load_base(spec, progress=lambda text: progress(Stage(text)))
+    if base.device.type == "cpu":
+        base.model.set_attn_implementation(PACKED_ATTENTION)
+    extra = dequantized_bytes(base.model)
+    if method.expanded and extra and config.dequantize == "never":
+        raise ConfigError(f"{config.method} needs the base's weights expanded.", field="dequantize")
+    roomy = config.dequantize == "auto" and extra * 4 <= free_memory(base.device)
+    if extra and (method.expanded or config.dequantize == "always" or roomy):
+        dequantize(base.model)
+        progress(Stage(f"4-bit weights held as bfloat16 while training: the same values, {extra >> 20} MiB more"))
+    elif extra:
+        keep_unpacked(base.model)
+        progress(Stage("4-bit weights are expanded anew in each step"))
+    return base
+
+
+def encode_part(
+    dataset: Dataset, base: LoadedBase, config: TrainConfig, classes: tuple[str, ...] = ()
+) -> list[Encoded]:
+    """For a classifier of `classes`, or without any for the language model. Raises DataError."""
+    limit = min(config.max_length, base.shape.context)
+    if classes:
+        encoded = encode_for_head(
+            dataset.examples, base.tokenizer, classes, max_length=limit, too_long=config.too_long
+        )
+    else:
+        encoded = encode(dataset.examples, base.tokenizer, max_length=limit, too_long=config.too_long)
+    if not encoded:
+        raise DataError(f"No example of {dataset.source} has at most {limit} tokens.", field="max_length")
+    return encoded
+
+
+def check_room(attached: Attached, base: LoadedBase, longest: int) -> None:
+    """Raises ConfigError where virtual tokens and the longest example exceed the base's context."""
+    virtual = len(attached.places) + attached.prefix_length
+    if longest + virtual > base.shape.context:
+        raise ConfigError(
+            f"{virtual} virtual tokens and the longest example's {longest} do not fit into the base's context of "
+            f"{base.shape.context}. Use a smaller --prompt-length or --max-length.",
+            field="prompt_length",
+        )
