@@ -81,11 +81,13 @@ def fetch_base(model: str, *, progress: Progress = log.info) -> Path:
 
 def _fetch_from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise BaseModelError(f"{model!r} is neither a folder nor a hub id: {error}", field="model") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DownloadError(
             f"Cannot fetch {model!r} from the hub: {error}. Give a local folder instead.", field="model"

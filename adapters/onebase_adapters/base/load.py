@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -90,7 +91,7 @@ def load_base(
                 device_map={"": device},
                 **options,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"Cannot load {spec.model!r}: {error}", field="model") from error
     if is_encoder(config) and getattr(model, "pooler", None) is not None:
         model.pooler = None  # reads one token alone; heads of ours read the hidden states
