@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import DataError
-from onebase_adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Dataset, Encoded, Example, Turn, encode
 from onebase_training.evaluate import held_out_loss
