@@ -14,7 +14,8 @@ from onebase_adapters.model.served import ServedModel
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, encode, read_dataset
 from onebase_training.methods import METHODS
-from onebase_training.train import TrainResult, train
+from onebase_training.result import TrainResult
+from onebase_training.train import train
 from support.serving import Feeder, Stream
 
 ANIMALS = ("cat", "dog", "cow", "owl")

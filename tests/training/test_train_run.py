@@ -1,5 +1,6 @@
 """Whole runs on a tiny base: what they write, what they refuse, and how they go on after a kill."""
 
+import hashlib
 import json
 import os
 import signal
@@ -241,3 +242,18 @@ def test_an_example_over_the_limit_is_refused_with_its_line(config: TrainConfig)
     with pytest.raises(DataError, match="line 1"):
         train(replace(config, max_length=2))
     assert left_behind(config) == []
+
+
+def test_the_report_stands_alone_and_escapes_what_it_shows(config: TrainConfig, tmp_path: Path) -> None:
+    data = tmp_path / "html.jsonl"
+    rows = [{"prompt": f"{index} <script>alert(1)</script> =", "completion": " <b>"} for index in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(replace(config, data=data, max_steps=3))
+    page = (config.output / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "http" not in page.replace("http-equiv", "")
+    points = page.split('class="train" fill="none" stroke-width="1" points="')[1].split('"')[0].split()
+    assert len(points) == 3
+    digest = hashlib.sha256((config.output / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert digest in page

@@ -1,7 +1,8 @@
 """The result on disk: a PEFT folder, with our notes beside the weights. It appears whole or not at all."""
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -9,39 +10,41 @@ from typing import Any
 
 from onebase_adapters.format import SIDECAR_FILE
 from onebase_adapters.paths import staged_directory
-from onebase_training.evaluate import Evaluation
+from onebase_training.report import render_report
+from onebase_training.result import TrainResult
 
 METRICS_FILE = "metrics.json"
+REPORT_FILE = "report.html"
 _SAMPLES = 8
 
 
-def write_result(
-    output: Path,
-    save: Callable[[Path], None],
-    *,
-    notes: Mapping[str, Any],
-    before: Evaluation,
-    after: Evaluation,
-    history: Sequence[Mapping[str, float]],
-) -> None:
-    """Write the folder. `notes` go into `onebase.json` with the metrics; `history` one row a logged step."""
-    marks = {"before": before.marks, "after": after.marks}
-    both = {"before": before, "after": after}
+def write_result(result: TrainResult, save: Callable[[Path], None]) -> None:
+    """Write the folder: what `save` writes (the adapter's or the model's files), `onebase.json`, `metrics.json` and
+    `report.html`. Raises StorageError."""
+    both = {"before": result.before, "after": result.after}
+    marks = {name: one.marks for name, one in both.items()}
     details = {
         "scores": {name: asdict(one.score) if one.score else None for name, one in both.items()},
         "samples": {name: [asdict(sample) for sample in one.samples[:_SAMPLES]] for name, one in both.items()},
-        "history": list(history),
+        "history": list(result.history),
     }
-    with staged_directory(output) as scratch:
+    with staged_directory(result.output) as scratch:
         save(scratch)
-        _write(scratch / SIDECAR_FILE, {**notes, "metrics": marks, "versions": versions()})
+        hashes = {path.name: _sha256(path) for path in sorted(scratch.iterdir()) if path.is_file()}
+        _write(scratch / SIDECAR_FILE, {**result.notes, "metrics": marks})
         _write(scratch / METRICS_FILE, {**marks, **details})
+        (scratch / REPORT_FILE).write_text(render_report(result, hashes), encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
     """Of everything that decides numbers."""
     names = ("onebase", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
     return {name: version(name) for name in names}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, value: Any) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from onebase_training.evaluate import gain
 from onebase_training.events import Evaluated, Event, Progress, Stage
-from onebase_training.train import TrainResult
+from onebase_training.result import TrainResult
 
 
 @contextmanager

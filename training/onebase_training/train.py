@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from transformers import set_seed
 
@@ -25,28 +24,12 @@ from onebase_training.loop import Loop, count_steps, history, last_checkpoint
 from onebase_training.methods import Attach, find_method
 from onebase_training.methods.attached import Attached
 from onebase_training.model import Trained, trainable_state
-from onebase_training.output import write_result
+from onebase_training.output import versions, write_result
 from onebase_training.prepare import check_room, encode_part, load_for_training, read_data
+from onebase_training.result import TrainResult
 from onebase_training.workspace import Workspace, open_workspace
 
 _BEFORE_FILE = "before.json"
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came of a run."""
-
-    output: Path
-    before: Evaluation
-    """Of the base without the adapter."""
-    after: Evaluation
-    """Of what was written: the checkpoint with the best held-out loss."""
-    steps: int
-    parameters: int
-    """Trained ones."""
-    tokens_per_second: float
-    seconds: float
-    """Of training, evaluations left out."""
 
 
 def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
@@ -94,15 +77,23 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress) -> Tra
         "method": config.method,
         "data": {**digests, **sizes},
         "settings": config.settings(),
+        "versions": versions(),
         **fitted.model.attached.notes,
     }
-    log = history(workspace.folder)
-    save = fitted.model.attached.save
-    write_result(workspace.output, save, notes=notes, before=before, after=after, history=log)
-    parameters = sum(value.numel() for value in trainable_state(fitted.model).values())
-    return TrainResult(
-        workspace.output, before, after, fitted.steps, parameters, fitted.tokens_per_second, fitted.seconds
+    result = TrainResult(
+        output=workspace.output,
+        before=before,
+        after=after,
+        steps=fitted.steps,
+        parameters=sum(value.numel() for value in trainable_state(fitted.model).values()),
+        tokens_per_second=fitted.tokens_per_second,
+        seconds=fitted.seconds,
+        notes=notes,
+        history=history(workspace.folder),
+        lengths=[len(example.input_ids) for example in examples],
     )
+    write_result(result, fitted.model.attached.save)
+    return result
 
 
 @dataclass(frozen=True)

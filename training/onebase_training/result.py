@@ -1,0 +1,31 @@
+"""What came of a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onebase_training.evaluate import Evaluation
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    output: Path
+    before: Evaluation
+    """Of the base without the adapter."""
+    after: Evaluation
+    """Of what was written: the checkpoint with the best held-out loss."""
+    steps: int
+    parameters: int
+    """Trained ones."""
+    tokens_per_second: float
+    seconds: float
+    """Of training, evaluations left out."""
+    notes: Mapping[str, Any]
+    """As in `onebase.json`, but for the metrics."""
+    history: Sequence[Mapping[str, float]]
+    """One row a logged step or evaluation."""
+    lengths: Sequence[int]
+    """Tokens of each training example."""
