@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -21,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from onebase_adapters.base.catalog import fetch_base
+from onebase_adapters.base.fourbit import Linear4bit, Params4bit
 from onebase_adapters.base.shape import BaseShape, describe_base, fingerprint_folder, is_encoder
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.errors import BaseModelError
@@ -98,6 +98,8 @@ def load_base(
     model.eval()
     model.requires_grad_(False)
     _leave_odd_sizes_unpacked(model)
+    if spec.quantization != "none":
+        _let_go_of_files(model)
     shape = describe_base(model, spec.model, fingerprint_folder(folder))
     return LoadedBase(model, tokenizer, shape, device)
 
@@ -108,6 +110,13 @@ def _leave_odd_sizes_unpacked(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit) and not packable(module):
             module.support_avx512bf16_for_cpu = False
+
+
+def _let_go_of_files(model: torch.nn.Module) -> None:
+    """What is not quantised still lies in the mapped files, and holds all of their pages in memory."""
+    for parameter in model.parameters():
+        if not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.clone()
 
 
 @contextmanager

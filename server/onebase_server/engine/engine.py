@@ -3,6 +3,7 @@
 Single-threaded; only the reading of adapters happens elsewhere (see `residency`).
 """
 
+import ctypes
 import logging
 import time
 from collections.abc import Callable
@@ -60,6 +61,7 @@ class Engine:
         blocks = _cache_blocks(config, base.model.config, base.device)
         self.model = ServedModel(base, slots=config.max_adapters, blocks=blocks, head=config.head)
         self.model.warm_up()
+        _give_back_memory()
         self.pool = BlockPool(blocks, BLOCK, reuse=config.reuse_prefixes)
         context = min(config.max_model_len or base.shape.context, base.shape.context)
         self.scheduler = Scheduler(
@@ -332,6 +334,13 @@ def _eos_tokens(model: torch.nn.Module, tokenizer_eos: int | None) -> Items[int]
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     tokens = [configured] if isinstance(configured, int) else list(configured or [])
     return tokens if tokenizer_eos is None or tokenizer_eos in tokens else [*tokens, tokenizer_eos]
+
+
+def _give_back_memory() -> None:
+    """What loading has used and freed: glibc keeps it otherwise, which is more than a small model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _cache_blocks(config: EngineConfig, model_config: object, device: torch.device) -> int:
