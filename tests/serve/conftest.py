@@ -19,9 +19,7 @@ class Served:
     process: ServeProcess
     url: str
     root: Path
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+    client: openai.OpenAI
 
 
 @pytest.fixture(scope="session")
@@ -32,5 +30,9 @@ def server(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         "--admin-key", KEY, "--cache-gib", "0.01", "--max-running", "4", "--max-waiting", "4", "--device", "cpu",
         home=home,
     )  # fmt: skip
-    yield Served(process, process.wait_until_ready(), root)
-    process.kill()
+    try:
+        url = process.wait_until_ready()
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            yield Served(process, url, root, client)
+    finally:
+        process.kill()

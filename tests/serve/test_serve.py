@@ -49,7 +49,7 @@ def test_says_what_was_loaded_and_where_to_call(server: Served) -> None:
 def test_the_stock_client_lists_and_calls_the_base_and_adapters_at_once(
     server: Served, adapters: list[str], tiny_model: Callable[[str], Path]
 ) -> None:
-    client = server.client()
+    client = server.client
     assert {model.id for model in client.models.list()} == {"tiny", *adapters}
 
     def complete(model: str) -> str:
@@ -71,17 +71,15 @@ def test_the_stock_client_lists_and_calls_the_base_and_adapters_at_once(
 
 def test_chat(server: Served, adapters: list[str]) -> None:
     messages: Any = [{"role": "user", "content": "Hello"}]
-    made = server.client().chat.completions.create(
-        model="one", messages=messages, max_completion_tokens=5, **GREEDY
-    )
+    made = server.client.chat.completions.create(model="one", messages=messages, max_completion_tokens=5, **GREEDY)
     assert made.usage is not None
     assert made.usage.completion_tokens == 5
     with pytest.raises(openai.NotFoundError, match=r"tiny"):
-        server.client().chat.completions.create(model="absent", messages=messages)
+        server.client.chat.completions.create(model="absent", messages=messages)
 
 
 def test_more_than_the_queue_holds_get_429_and_the_others_their_answer(server: Served) -> None:
-    client = server.client()
+    client = server.client
 
     def complete(index: int) -> int:
         try:
@@ -128,7 +126,7 @@ def eventually(happened: Callable[[], bool], seconds: float = 20) -> bool:
 
 
 def test_an_engine_that_is_killed_is_replaced_while_the_server_stays(server: Served, adapters: list[str]) -> None:
-    client = server.client()
+    client = server.client
     before = client.completions.create(model="one", prompt="Hello there", max_tokens=8, **GREEDY)
     errors: list[Exception] = []
 
@@ -160,7 +158,7 @@ def test_an_engine_that_is_killed_is_replaced_while_the_server_stays(server: Ser
 
 
 def test_sigterm_finishes_what_runs(server: Served) -> None:
-    client, children = server.client(), server.process.children()
+    client, children = server.client, server.process.children()
     stream = client.completions.create(model="tiny", prompt="on and on", max_tokens=230, stream=True, **GREEDY)
     next(iter(stream))
     os.kill(server.process.popen.pid, signal.SIGTERM)
