@@ -90,6 +90,7 @@ def test_all_methods_in_one_batch_give_the_same_bits_as_alone(
     model: ServedModel, adapters: Adapters, prompt: Any
 ) -> None:
     tokens = tuple(prompt(40, 5))
+    weights = {name: tensor.clone() for name, tensor in model.base.model.named_parameters()}
     resident = [(0, Layout()), *(put(model, adapters(name)) for name in EVERYTHING)]
     try:
         alone = [Feeder(model).logits([stream(model, tokens, *entry)])[0] for entry in resident]
@@ -103,3 +104,5 @@ def test_all_methods_in_one_batch_give_the_same_bits_as_alone(
     base = alone[0]
     for name, ours in zip(EVERYTHING, alone[1:], strict=True):
         assert not torch.allclose(base, ours[-len(tokens) :], atol=0.05), f"{name} changes nothing"
+    for name, tensor in model.base.model.named_parameters():
+        assert torch.equal(tensor, weights[name]), f"{name} of the base has changed"

@@ -1,6 +1,6 @@
 """The methods by their PEFT type: one file each, one line here. Lowering turns stored tensors into primitives."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onebase_adapters.base.shape import BaseShape
@@ -9,7 +9,7 @@ from onebase_adapters.files import check_base, read_adapter
 from onebase_adapters.methods import bottleneck, general, ia3, lora, prefix, prompt, template
 from onebase_adapters.methods.saved import split_saved
 from onebase_adapters.methods.source import BaseWeights, Lower, Source, canonical_names
-from onebase_adapters.primitives import LoweredAdapter
+from onebase_adapters.primitives import LoweredAdapter, LowRank, Primitive, Rescale
 
 METHODS: Mapping[str, Lower] = {
     "LORA": lora.lower,
@@ -41,4 +41,15 @@ def load_adapter(folder: Path, digest: str, base: BaseShape, weights: BaseWeight
     primitives = saved + lowered.primitives
     if not primitives:
         raise AdapterFormatError("The adapter changes nothing: it has no weights for any site.", field="path")
+    _refuse_rescaled_updates(primitives)
     return LoweredAdapter(digest, kind.lower(), primitives, lowered.notes)
+
+
+def _refuse_rescaled_updates(primitives: Sequence[Primitive]) -> None:
+    """No method both rescales a site's input and updates it; sites that share an input are not made for that."""
+    rescaled = {part.site for part in primitives if isinstance(part, Rescale) and part.side == "input"}
+    updated = {part.site for part in primitives if isinstance(part, LowRank)}
+    if both := sorted(rescaled & updated):
+        raise AdapterFormatError(
+            f"Site {both[0]!r} has its input rescaled and a low-rank update: not served.", field="path"
+        )
