@@ -1,4 +1,4 @@
-"""The GPU kernels without a GPU: their results in triton's interpreter, and that they compile for real ones."""
+"""The GPU kernels: what they compute, in triton's interpreter and on a GPU if there is one; that they compile."""
 
 import os
 import subprocess
@@ -33,10 +33,14 @@ SHARED = 99 * 1024
 OPTIONS = ("num_warps", "num_stages")
 
 
-def test_results_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    "where",
+    ["interpreter", pytest.param("gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+)
+def test_results(where: str) -> None:
     cases = Path(__file__).with_name("cuda_cases.py")
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", str(cases)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if where == "interpreter" else {})
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 

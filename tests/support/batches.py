@@ -32,11 +32,15 @@ def make_owners(slots: Sequence[int], kernels: Kernels) -> Owners:
 
 
 def make_batch(
-    runs: Sequence[tuple[int, int]], kernels: Kernels, kv_heads: int, pages: Sequence[Sequence[int]]
+    runs: Sequence[tuple[int, int]],
+    kernels: Kernels,
+    kv_heads: int,
+    pages: Sequence[Sequence[int]],
+    device: torch.device = CPU,
 ) -> Batch:
     """A batch of `runs` (start, count) of sequences; `pages`: each one's cache blocks."""
     chunks = [Chunk([0] * count, start, blocks) for (start, count), blocks in zip(runs, pages, strict=True)]
-    return batching.make_batch(chunks, kernels, Traits.none(1), CPU, vocab=1, kv_heads=kv_heads)
+    return batching.make_batch(chunks, kernels, Traits.none(1), device, vocab=1, kv_heads=kv_heads)
 
 
 def deal_pages(lengths: Sequence[int], seed: int, total: int) -> list[list[int]]:
@@ -46,7 +50,12 @@ def deal_pages(lengths: Sequence[int], seed: int, total: int) -> list[list[int]]
 
 
 def make_table(
-    kernels: Kernels, in_features: int, outs: Sequence[int], ranks: Sequence[Sequence[int]], seed: int = 0
+    kernels: Kernels,
+    in_features: int,
+    outs: Sequence[int],
+    ranks: Sequence[Sequence[int]],
+    seed: int = 0,
+    device: torch.device = CPU,
 ) -> LowRankTable:
     """A table over sites of `outs` features: `ranks[slot - 1][site]`, 0 for an untouched site."""
     sites = [Site(f"site{index}", in_features, out) for index, out in enumerate(outs)]
@@ -62,13 +71,15 @@ def make_table(
             for index, (site, rank) in enumerate(zip(sites, each, strict=True))
             if rank
         }
-        table.put(slot, updates, Arena(table.size(updates), CPU))
+        table.put(slot, updates, Arena(table.size(updates), device))
     return table
 
 
-def make_bottlenecks(kernels: Kernels, width: int, ranks: Sequence[int]) -> BottleneckTable:
+def make_bottlenecks(
+    kernels: Kernels, width: int, ranks: Sequence[int], device: torch.device = CPU
+) -> BottleneckTable:
     """A table of bottlenecks of these ranks by slot, 0 for none: each activation in turn, every second parallel."""
-    table = BottleneckTable("block", len(ranks) + 1, CPU, transposed=kernels.TRANSPOSED_A)
+    table = BottleneckTable("block", len(ranks) + 1, device, transposed=kernels.TRANSPOSED_A)
     for slot, rank in enumerate(ranks, start=1):
         if rank:
             part = Bottleneck(
@@ -82,13 +93,13 @@ def make_bottlenecks(kernels: Kernels, width: int, ranks: Sequence[int]) -> Bott
                 parallel=bool(slot % 2),
             )
             parts = Parts({}, {}, {}, {}, {"block": part})
-            table.put(slot, parts, Arena(table.size(parts), CPU))
+            table.put(slot, parts, Arena(table.size(parts), device))
     return table
 
 
-def make_vectors(width: int, slots: int, having: Sequence[int]) -> Vectors:
+def make_vectors(width: int, slots: int, having: Sequence[int], device: torch.device = CPU) -> Vectors:
     """Random vectors for the slots in `having`."""
-    vectors = Vectors(slots, CPU)
+    vectors = Vectors(slots, device)
     for slot in having:
         vectors.put(slot, random_bf16(slot + width, width))
     return vectors
