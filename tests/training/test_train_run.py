@@ -1,6 +1,7 @@
 """Whole runs on a tiny base: what they write, what they refuse, and how they go on after a kill."""
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from onebase_adapters.files import check_base, read_adapter
 from onebase_training.config import TrainConfig
 from onebase_training.dequantize import dequantize, keep_unpacked
 from onebase_training.events import Evaluated, Event, Stage, Step
+from onebase_training.terminal import json_lines
 from onebase_training.train import train
 
 ANIMALS = ("cat", "dog", "cow", "owl", "ant", "bee", "fox", "hen")
@@ -206,17 +208,46 @@ def test_an_existing_output_is_kept_unless_told_otherwise(config: TrainConfig) -
     assert not (config.output / "mine.txt").exists()
 
 
-def test_a_plateau_ends_the_run_and_the_best_checkpoint_is_kept(config: TrainConfig) -> None:
+def test_an_early_stop_keeps_the_best_checkpoint(config: TrainConfig) -> None:
     events: list[Event] = []
     result = train(replace(config, epochs=20, learning_rate=0.05, eval_every=4, patience=2), events.append)
     losses = [event.loss for event in events if isinstance(event, Evaluated)]
-    assert min(losses[-2:]) >= min(losses[:-2])
+    assert result.stopped in ("plateau", "over-fitting")
+    assert losses[-1] > min(losses)
     assert result.after.loss == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_a_run_killed_after_an_early_stop_is_finished_and_not_continued(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, epochs=20, learning_rate=0.05, eval_every=4, patience=2)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("onebase_training.train.write_result", killed)
+        train(config)
+    result = train(replace(config, resume=True))
+    assert result.stopped in ("plateau", "over-fitting")
+    whole = replace(config, output=config.output.with_name("whole"))
+    assert train(whole).steps == result.steps
+    assert all(torch.equal(value, tensors(whole)[name]) for name, value in tensors(config).items())
+
+
+def test_events_as_json_lines(config: TrainConfig) -> None:
+    stream = io.StringIO()
+    with json_lines(stream) as progress:
+        train(replace(config, max_steps=2, eval_every=2), progress)
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert {event["event"] for event in events} == {"stage", "step", "evaluated"}
+    assert [event["step"] for event in events if event["event"] == "step"] == [1, 2]
 
 
 def test_the_time_limit_ends_the_run(config: TrainConfig) -> None:
     result = train(replace(config, epochs=100, time_limit=0.5, patience=0))
     assert 0 < result.steps < 500
+    assert result.stopped == "time limit"
     assert (config.output / "adapter_model.safetensors").exists()
 
 

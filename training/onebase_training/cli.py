@@ -1,6 +1,7 @@
 """`onebase train`: the command line, resolved to one TrainConfig. What is heavy is imported once it is needed."""
 
 import enum
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -139,6 +140,9 @@ def train(
     checkpointing: Annotated[
         Choice, typer.Option(help="Recompute activations: less memory, slower.")
     ] = Choice.AUTO,
+    json_events: Annotated[
+        bool, typer.Option("--json", help="Tell of progress in lines of JSON on standard output.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
 ) -> None:
@@ -197,12 +201,13 @@ def train(
         overwrite=overwrite,
         resume=resume,
     )
-    from onebase_training.terminal import show, watched
+    from onebase_training.terminal import json_lines, show, watched
     from onebase_training.train import train as run
 
-    with watched() as progress:
+    with json_lines(sys.stdout) if json_events else watched() as progress:
         result = run(config, progress)
-    show(result)
+    if not json_events:
+        show(result)
 
 
 def _names(text: str) -> tuple[str, ...]:

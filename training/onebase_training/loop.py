@@ -31,6 +31,7 @@ from onebase_training.data import Encoded
 from onebase_training.evaluate import held_out_loss
 from onebase_training.events import Evaluated, Progress, Step
 from onebase_training.model import Trained, trainable_state
+from onebase_training.stopping import Stopped, early_stop
 
 TRAINED_FILE = "trained.safetensors"
 _STATE_FILE = "trainer_state.json"
@@ -170,7 +171,7 @@ def training_arguments(config: TrainConfig, work: Path, steps: int, device: torc
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Tells of progress, and ends a run at a plateau or at its time limit."""
+    """Tells of progress, and ends a run early or at its time limit."""
 
     def __init__(self, config: TrainConfig, progress: Progress, batch_tokens: Sequence[int]) -> None:
         self._config = config
@@ -180,6 +181,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._since = 0.0
         self.busy = 0.0
         """Seconds spent in steps, evaluations left out."""
+        self.stopped: Stopped = "done"
 
     @property
     def speed(self) -> float:
@@ -195,7 +197,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._tokens += sum(self._batch_tokens[first : first + self._config.accumulate])
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
-        if self._config.time_limit is not None and self.busy >= self._config.time_limit:
+        elif self._config.time_limit is not None and self.busy >= self._config.time_limit:
+            self.stopped = "time limit"
             control.should_evaluate = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **values: Any) -> None:
@@ -209,7 +212,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         )
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._config.patience and plateau(held_out_losses(state), self._config.patience):
+        reason = early_stop(state.log_history, self._config.patience)
+        if reason is not None and state.global_step < state.max_steps:
+            self.stopped = reason
             control.should_save = control.should_training_stop = True
 
 
@@ -224,20 +229,17 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
             self._after_step(state.global_step + 1)
 
 
-def held_out_losses(state: TrainerState) -> list[float]:
-    """In order; kept in checkpoints, so that a resumed run knows of all of them."""
-    return [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-
-
-def plateau(losses: Sequence[float], patience: int) -> bool:
-    """Whether the last `patience` losses are all no better than the best before them."""
-    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
-
-
 def last_checkpoint(work: Path) -> Path | None:
     """The newest whole checkpoint."""
     found = {int(path.name.rpartition("-")[2]): path for path in work.glob("checkpoint-*")}
     return found[max(found)] if found else None
+
+
+def best_checkpoint(checkpoint: Path) -> Path:
+    """The best one so far, as `checkpoint` knows it."""
+    state = json.loads((checkpoint / _STATE_FILE).read_text())
+    # Stored with its whole path, and the folder may have moved since.
+    return checkpoint.parent / Path(state["best_model_checkpoint"]).name
 
 
 def restore(model: Trained, checkpoint: Path) -> None:

@@ -32,6 +32,7 @@ def render_report(result: TrainResult, hashes: Mapping[str, str]) -> str:
             steps=result.steps,
             seconds=f"{result.seconds:.0f}",
             speed=f"{result.tokens_per_second:.0f}",
+            ended="" if result.stopped == "done" else f", ended early: {result.stopped}",
             marks=_marks(result),
             curve=_curve(result.history),
             samples=_samples(result),

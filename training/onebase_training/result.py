@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from onebase_training.evaluate import Evaluation
+from onebase_training.stopping import Stopped
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class TrainResult:
     tokens_per_second: float
     seconds: float
     """Of training, evaluations left out."""
+    stopped: Stopped
+    """Why it ended."""
     notes: Mapping[str, Any]
     """As in `onebase.json`, but for the metrics."""
     history: Sequence[Mapping[str, float]]

@@ -1,7 +1,10 @@
 """A run in the terminal: a bar while it goes on, a table at its end."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
@@ -46,6 +49,17 @@ def watched(console: Console | None = None) -> Iterator[Progress]:
         yield progress
 
 
+@contextmanager
+def json_lines(stream: TextIO) -> Iterator[Progress]:
+    """A function that writes each event as one line of JSON, with its kind, for another program to read."""
+
+    def progress(event: Event) -> None:
+        line = {"event": type(event).__name__.lower(), **asdict(event)}
+        print(json.dumps(line, ensure_ascii=False), file=stream, flush=True)
+
+    yield progress
+
+
 def show(result: TrainResult, console: Console | None = None) -> None:
     """Before and after, and where the result is."""
     console = console or Console()
@@ -57,9 +71,10 @@ def show(result: TrainResult, console: Console | None = None) -> None:
         interval = f"{gained.value:+.3f} ({gained.low:+.3f} to {gained.high:+.3f})"
         table.add_row(name, f"{before.score.value:.3f}", f"{after.score.value:.3f}", interval)
     console.print(table)
+    ended = "" if result.stopped == "done" else f", ended early: {result.stopped}"
     console.print(
         f"{result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, "
-        f"{result.parameters:,} parameters.",
+        f"{result.parameters:,} parameters{ended}.",
         highlight=False,
     )
     console.print(f"Wrote {result.output}", highlight=False, soft_wrap=True)

@@ -20,13 +20,14 @@ from onebase_training.evaluate import Evaluation, Sample, evaluate, mark
 from onebase_training.events import Progress, Stage, silent
 from onebase_training.hard_prompt import choose, encode_with
 from onebase_training.heads import classes_of, with_head
-from onebase_training.loop import Loop, count_steps, history, last_checkpoint
+from onebase_training.loop import Loop, best_checkpoint, count_steps, history, last_checkpoint, restore
 from onebase_training.methods import Attach, find_method
 from onebase_training.methods.attached import Attached
 from onebase_training.model import Trained, trainable_state
 from onebase_training.output import versions, write_result
 from onebase_training.prepare import check_room, encode_part, load_for_training, read_data
 from onebase_training.result import TrainResult
+from onebase_training.stopping import Stopped, early_stop
 from onebase_training.workspace import Workspace, open_workspace
 
 _BEFORE_FILE = "before.json"
@@ -88,6 +89,7 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress) -> Tra
         parameters=sum(value.numel() for value in trainable_state(fitted.model).values()),
         tokens_per_second=fitted.tokens_per_second,
         seconds=fitted.seconds,
+        stopped=fitted.stopped,
         notes=notes,
         history=history(workspace.folder),
         lengths=[len(example.input_ids) for example in examples],
@@ -105,6 +107,7 @@ class _Fitted:
     steps: int
     tokens_per_second: float
     seconds: float
+    stopped: Stopped
 
 
 def _fit(
@@ -136,8 +139,13 @@ def _fit(
         model, config, work=workspace.folder, examples=examples, held_out=held_out, plan=plan, progress=progress
     )
     checkpoint = last_checkpoint(workspace.folder) if config.resume else None
+    over = early_stop(history(workspace.folder), config.patience) if checkpoint else None
+    if checkpoint and over:  # killed after its last step
+        restore(model, best_checkpoint(checkpoint))
+        return _Fitted(model, held_out, int(checkpoint.name.rpartition("-")[2]), 0.0, 0.0, over)
     loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return _Fitted(model, held_out, loop.state.global_step, loop.watch.speed, loop.watch.busy)
+    watch = loop.watch
+    return _Fitted(model, held_out, loop.state.global_step, watch.speed, watch.busy, watch.stopped)
 
 
 def _choose(
@@ -151,7 +159,7 @@ def _choose(
     if encoded is None:
         raise DataError("The chosen prompt leaves no room for the longest held-out example.", field="max_length")
     saved = Attached(base.model, lambda folder: template.save(folder, base.shape.name))
-    return _Fitted(Trained(saved, base.device), encoded, 0, 0.0, seconds)
+    return _Fitted(Trained(saved, base.device), encoded, 0, 0.0, seconds, "done")
 
 
 def _before(
