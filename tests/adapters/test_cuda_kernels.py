@@ -99,7 +99,13 @@ def test_bottlenecks_and_vectors_compile(build: Callable[..., Built]) -> None:
 
 @pytest.mark.parametrize(
     ("kv_heads", "group", "dim", "window", "softcap"),
-    [(3, 3, 64, None, None), (8, 4, 128, None, None), (1, 4, 256, 512, 50.0), (4, 1, 80, 33, None)],
+    [
+        (3, 3, 64, None, None),
+        (8, 4, 128, None, None),
+        (1, 4, 256, 512, 50.0),
+        (4, 1, 80, 33, None),
+        (1, 2, 512, None, None),
+    ],
 )
 def test_attention_compiles(
     build: Callable[..., Built], kv_heads: int, group: int, dim: int, window: int | None, softcap: float | None
