@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import uvicorn
+import uvloop
 
 from onebase_adapters import errors
 from onebase_adapters.store import AdapterStore
@@ -21,11 +23,14 @@ from onebase_server.api.services import ApiSettings, Services
 from onebase_server.engine.client import EngineUnavailableError
 from onebase_server.engine.messages import AdapterInfo, EngineInfo, EngineStats, HeadInfo, TemplateInfo
 from onebase_server.engine.request import EngineRequest, Output, TokenLogprobs
+from onebase_server.jobs.book import JobBook
+from onebase_server.jobs.runner import JobSettings
 from onebase_server.text.tokenizer import TextCodec, load_codec
 from support.tokenizer import save_tokenizer
 
 pytest_plugins = ["support.fixtures"]
 
+FAKE_TRAINER = (sys.executable, str(Path(__file__).parent / "support" / "fake_trainer.py"))
 ADMIN_KEY = "admin-secret"
 CONTEXT = 512
 
@@ -195,9 +200,10 @@ def adapter_root(tmp_path: Path) -> Path:
 @pytest.fixture
 def services(engine: FakeEngine, codec: TextCodec, tmp_path: Path, adapter_root: Path) -> Iterator[Services]:
     """Services of an open server (no API key), with an admin key."""
-    with closing(AdapterStore(tmp_path / "store")) as store:
+    with closing(AdapterStore(tmp_path / "store")) as store, closing(JobBook(tmp_path / "jobs")) as book:
         settings = ApiSettings("tiny", adapter_root=adapter_root, admin_key=ADMIN_KEY)
-        yield Services.over(engine, codec, store, settings)
+        jobs = JobSettings("tiny", nice=1, command=FAKE_TRAINER)
+        yield Services.over(engine, codec, store, settings, book=book, jobs=jobs)
 
 
 @pytest.fixture
@@ -207,10 +213,16 @@ def live(services: Services) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         config = uvicorn.Config(
-            create_app(services), access_log=False, log_level="warning", loop="uvloop", http="httptools"
+            create_app(services), access_log=False, log_level="warning", http="httptools", lifespan="off"
         )
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+
+        async def serve() -> None:
+            await services.runner.start()
+            await server.serve(sockets=[listener])
+            await services.runner.stop()
+
+        thread = threading.Thread(target=lambda: uvloop.run(serve()))
         thread.start()
         while not server.started and thread.is_alive():
             time.sleep(0.005)

@@ -12,6 +12,7 @@ from onebase_adapters.errors import ConfigError
 from onebase_adapters.paths import data_home
 from onebase_server.config import ServerConfig
 from onebase_server.engine.config import EngineConfig
+from onebase_server.jobs.runner import JobSettings
 
 
 class Quantization(enum.StrEnum):
@@ -52,6 +53,11 @@ def serve(
         list[str] | None,
         typer.Option(envvar="ONEBASE_API_KEY", help="Needed for inference; may be given several times."),
     ] = None,
+    jobs: Annotated[
+        Path | None, typer.Option(help="Folder of fine-tuning jobs; default: in your data directory.")
+    ] = None,
+    jobs_at_once: Annotated[int, typer.Option(min=1, help="Fine-tuning jobs that train at once.")] = 1,
+    job_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one; default: all cores.")] = None,
     quantization: Annotated[
         Quantization, typer.Option(help="4-bit format of the base; none keeps bfloat16.")
     ] = Quantization.NF4,
@@ -89,6 +95,8 @@ def serve(
         engine=engine,
         store=store if store is not None else data_home() / "store",
         base_name=served_name or _short_name(model),
+        jobs=JobSettings(model=model, device=device, at_once=jobs_at_once, threads=job_threads),
+        jobs_folder=jobs if jobs is not None else data_home() / "jobs",
         host=host,
         port=port,
         adapter_root=_existing(adapter_root),

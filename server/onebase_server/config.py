@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onebase_server.engine.config import EngineConfig
+from onebase_server.jobs.runner import JobSettings
 from onebase_server.logs import LogFormat
 
 
@@ -16,6 +17,10 @@ class ServerConfig:
     """The adapter store's folder."""
     base_name: str
     """What requests call the base."""
+    jobs: JobSettings
+    """How fine-tuning jobs run."""
+    jobs_folder: Path
+    """Where their files and history are."""
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes any free one."""

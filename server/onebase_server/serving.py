@@ -19,6 +19,7 @@ from onebase_server.api.services import ApiSettings, Services
 from onebase_server.config import ServerConfig
 from onebase_server.engine.process import ProcessEngine
 from onebase_server.greeting import greet
+from onebase_server.jobs.book import JobBook
 from onebase_server.logs import configure_logging
 from onebase_server.text.tokenizer import load_codec
 
@@ -64,9 +65,14 @@ def claim_port(host: str, port: int) -> socket.socket:
 async def _serve(config: ServerConfig, listener: socket.socket) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     engine = ProcessEngine(config.engine)
-    with _Signals() as signals, closing(AdapterStore(config.store)) as store:
+    with (
+        _Signals() as signals,
+        closing(AdapterStore(config.store)) as store,
+        closing(JobBook(config.jobs_folder)) as book,
+    ):
+        services = None
         try:
-            services = await signals.unless_stopped(_start(config, engine, store, console))
+            services = await signals.unless_stopped(_start(config, engine, store, book, console))
             if services is None:
                 return 130
             server = _Server(_uvicorn_config(services))
@@ -80,11 +86,15 @@ async def _serve(config: ServerConfig, listener: socket.socket) -> int:
                 server.force_exit = drained is None
             return 130 if server.force_exit else 0
         finally:
+            if services is not None:
+                await services.runner.stop()
             engine.kill()
             await engine.stop(0)
 
 
-async def _start(config: ServerConfig, engine: ProcessEngine, store: AdapterStore, console: Console) -> Services:
+async def _start(
+    config: ServerConfig, engine: ProcessEngine, store: AdapterStore, book: JobBook, console: Console
+) -> Services:
     say: Callable[[str], None] = console.print
     folder = await asyncio.to_thread(fetch_base, config.engine.base.model, progress=say)
     say(f"loading {config.engine.base.model}")
@@ -95,8 +105,9 @@ async def _start(config: ServerConfig, engine: ProcessEngine, store: AdapterStor
         admin_key=config.admin_key,
         api_keys=config.api_keys,
     )
-    services = Services.over(engine, codec, store, settings)
+    services = Services.over(engine, codec, store, settings, book=book, jobs=config.jobs)
     await services.adapters.load_all()
+    await services.runner.start()
     return services
 
 

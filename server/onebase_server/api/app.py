@@ -7,10 +7,24 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from onebase_adapters.errors import OneBaseError
-from onebase_server.api import adapters, chat, completions, health, lora, models, pooling, responses, tokens
+from onebase_server.api import (
+    adapters,
+    chat,
+    completions,
+    files,
+    fine_tuning,
+    health,
+    lora,
+    models,
+    pooling,
+    responses,
+    tokens,
+)
 from onebase_server.api.errors import handle
 from onebase_server.api.middleware import RequestGuard
 from onebase_server.api.services import Services
+
+_UPLOADS = ("/v1/adapters", "/v1/files")
 
 
 def create_app(services: Services) -> FastAPI:
@@ -21,14 +35,26 @@ def create_app(services: Services) -> FastAPI:
         summary="One frozen base model, many adapters, one batch; OpenAI-compatible.",
     )
     app.state.services = services
-    for topic in (completions, chat, responses, pooling, models, adapters, lora, tokens, health):
+    for topic in (
+        completions,
+        chat,
+        responses,
+        pooling,
+        models,
+        adapters,
+        lora,
+        files,
+        fine_tuning,
+        tokens,
+        health,
+    ):
         app.include_router(topic.router)
     for error in (OneBaseError, RequestValidationError, HTTPException):
         app.add_exception_handler(error, handle)
     settings = services.settings
 
     def body_limit(path: str) -> int:
-        return settings.max_upload_bytes if path.startswith("/v1/adapters") else settings.max_body_bytes
+        return settings.max_upload_bytes if path.startswith(_UPLOADS) else settings.max_body_bytes
 
     app.add_middleware(RequestGuard, body_limit=body_limit, answered=services.metrics.answered)
     return app

@@ -19,6 +19,7 @@ from onebase_adapters.errors import (
 )
 from onebase_server.engine.client import EngineUnavailableError, QueueFullError
 from onebase_server.engine.request import Output
+from onebase_server.jobs.book import FileInUseError, UnknownFileError, UnknownJobError
 
 _INVALID = "invalid_request_error"
 
@@ -97,6 +98,10 @@ def reply_to(error: Exception) -> ErrorReply:
             return ErrorReply(403, error.message, "permission_error", code="forbidden")
         case AdapterNotFoundError():
             return ErrorReply(404, error.message, param=error.field, code="model_not_found")
+        case UnknownFileError() | UnknownJobError():
+            return ErrorReply(404, error.message, param=error.field, code="not_found")
+        case FileInUseError():
+            return ErrorReply(409, error.message, param=error.field, code="file_in_use")
         case AdapterExistsError():
             return ErrorReply(409, error.message, param=error.field, code="adapter_exists")
         case AdapterError():

@@ -9,8 +9,11 @@ from starlette.requests import Request
 
 from onebase_adapters.store import AdapterStore
 from onebase_server.api.directory import AdapterDirectory
+from onebase_server.api.errors import ForbiddenError
 from onebase_server.api.metrics import Metrics
 from onebase_server.engine.client import EngineClient
+from onebase_server.jobs.book import JobBook
+from onebase_server.jobs.runner import JobRunner, JobSettings
 from onebase_server.text.tokenizer import TextCodec
 
 
@@ -41,16 +44,47 @@ class Services:
     store: AdapterStore
     adapters: AdapterDirectory
     metrics: Metrics
+    jobs: JobRunner | None
+    """To be started, and stopped, with the server; None where it trains nothing."""
     settings: ApiSettings
     started: int
     """Seconds since the epoch."""
 
     @classmethod
-    def over(cls, engine: EngineClient, codec: TextCodec, store: AdapterStore, settings: ApiSettings) -> Self:
-        """The services over these parts. The adapters are still to be loaded: `adapters.load_all()`."""
+    def over(
+        cls,
+        engine: EngineClient,
+        codec: TextCodec,
+        store: AdapterStore,
+        settings: ApiSettings,
+        *,
+        book: JobBook | None = None,
+        jobs: JobSettings | None = None,
+    ) -> Self:
+        """The services over these parts; with a `book` and settings for `jobs` the server trains. Adapters and jobs
+        are still to be taken up: `adapters.load_all()`, `jobs.start()`."""
         adapters = AdapterDirectory(engine, store, settings.base_name)
         metrics = Metrics(engine, adapters, settings.base_name, most_adapters=settings.metric_adapters)
-        return cls(engine, codec, store, adapters, metrics, settings, int(time.time()))
+
+        async def register(name: str, folder: Path) -> str:
+            entry = await adapters.register(name, lambda: store.stage(folder), replace=True)
+            version = entry.record.version
+            return name if version == 1 else f"{name}@{version}"
+
+        runner = JobRunner(book, jobs, register) if book is not None and jobs is not None else None
+        return cls(engine, codec, store, adapters, metrics, runner, settings, int(time.time()))
+
+    @property
+    def runner(self) -> JobRunner:
+        """The jobs. Raises ForbiddenError where there are none."""
+        if self.jobs is None:
+            raise ForbiddenError("This server trains nothing.")
+        return self.jobs
+
+    @property
+    def book(self) -> JobBook:
+        """The files and jobs' history. Raises ForbiddenError."""
+        return self.runner.book
 
     @property
     def longest(self) -> int:

@@ -1,0 +1,118 @@
+"""/v1/files: data for fine-tuning, and its results, as OpenAI has them. Needs the admin key."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Depends, Query, Request
+from starlette.datastructures import UploadFile
+from starlette.responses import FileResponse
+
+from onebase_server.api.auth import require_admin
+from onebase_server.api.errors import InvalidRequestError
+from onebase_server.api.services import services_of
+from onebase_server.jobs.records import StoredFile
+
+router = APIRouter(prefix="/v1/files", tags=["fine-tuning"], dependencies=[Depends(require_admin)])
+
+T = TypeVar("T")
+_PURPOSES = ("fine-tune",)
+Limit = Annotated[int, Query(ge=1, le=10_000)]
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": list(_PURPOSES)},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", summary="Upload a file", openapi_extra=_BODY)
+async def upload_file(request: Request) -> dict[str, Any]:
+    """A multipart form with `file` and `purpose`, which is `fine-tune`."""
+    services = services_of(request)
+    async with request.form(max_files=1, max_fields=8) as form:
+        file, purpose = form.get("file"), form.get("purpose")
+        if not isinstance(file, UploadFile):
+            raise InvalidRequestError("Send a multipart form with the file in its field 'file'.", field="file")
+        for field in form:
+            if field not in ("file", "purpose"):
+                raise InvalidRequestError(f"Unknown field {field!r}.", field=field)
+        if purpose not in _PURPOSES:
+            raise InvalidRequestError(f"purpose must be one of: {', '.join(_PURPOSES)}.", field="purpose")
+        name = (file.filename or "file").replace("\\", "/").rpartition("/")[2]
+        stored = await asyncio.to_thread(services.book.add_file, file.file, name, str(purpose))
+    return describe_file(stored)
+
+
+@router.get("", summary="List the files")
+async def list_files(
+    request: Request,
+    purpose: str | None = None,
+    after: str | None = None,
+    limit: Limit = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+) -> dict[str, Any]:
+    """Newest first, unless asked for otherwise."""
+    files = await asyncio.to_thread(services_of(request).book.files)
+    wanted = [file for file in files if purpose in (None, file.purpose)]
+    page, more = page_of(wanted if order == "desc" else wanted[::-1], [f.id for f in wanted], after, limit)
+    data = [describe_file(file) for file in page]
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": data, "has_more": more, **ends}
+
+
+@router.get("/{file_id}", summary="One file")
+async def get_file(file_id: str, request: Request) -> dict[str, Any]:
+    """What is known of it."""
+    return describe_file(await asyncio.to_thread(services_of(request).book.file, file_id))
+
+
+@router.get("/{file_id}/content", summary="A file's content", response_class=FileResponse)
+async def get_file_content(file_id: str, request: Request) -> FileResponse:
+    """As it was uploaded."""
+    stored = await asyncio.to_thread(services_of(request).book.file, file_id)
+    return FileResponse(stored.path, media_type="application/octet-stream", filename=stored.name)
+
+
+@router.delete("/{file_id}", summary="Delete a file")
+async def delete_file(file_id: str, request: Request) -> dict[str, Any]:
+    """Refused while a job needs it."""
+    await asyncio.to_thread(services_of(request).book.delete_file, file_id)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+def describe_file(file: StoredFile) -> dict[str, Any]:
+    """OpenAI's object."""
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.bytes,
+        "created_at": int(file.created),
+        "filename": file.name,
+        "purpose": file.purpose,
+        "status": "processed",
+        "expires_at": None,
+    }
+
+
+def page_of(items: Sequence[T], ids: Sequence[str], after: str | None, limit: int) -> tuple[Sequence[T], bool]:
+    """The items behind the one with the id `after`, at most `limit`; and whether there are more. Raises
+    InvalidRequestError."""
+    start = 0
+    if after is not None:
+        if after not in ids:
+            raise InvalidRequestError(f"after names {after[:80]!r}, which is not in the list.", field="after")
+        start = ids.index(after) + 1
+    return items[start : start + limit], len(items) > start + limit

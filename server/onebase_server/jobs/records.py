@@ -1,0 +1,72 @@
+"""What is remembered of files and jobs: plain values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Level = Literal["info", "warn", "error"]
+ENDED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """An uploaded file, or a job's result."""
+
+    id: str
+    name: str
+    purpose: str
+    bytes: int
+    created: float
+    """Seconds since the epoch."""
+    path: Path
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What a job is to do."""
+
+    training_file: str
+    """Id of a file."""
+    name: str
+    """What its result is registered as; empty: after the job's id."""
+    method: str
+    validation_file: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of `onebase train`, by the names of its command line with `_` for `-`."""
+    request: Mapping[str, Any] = field(default_factory=dict)
+    """What the client is shown of its own words."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job and what has become of it."""
+
+    id: str
+    spec: JobSpec
+    created: float
+    status: Status = "queued"
+    finished: float | None = None
+    model: str | None = None
+    """The result's name, with its version where the name had one before."""
+    error: str | None = None
+    result_file: str | None = None
+    seconds_left: float | None = None
+    """Of a running one, as it was told last."""
+    told: float = 0.0
+    """When that was, in seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """Something that happened to a job."""
+
+    job: str
+    number: int
+    """From 1, in order."""
+    created: float
+    level: Level
+    kind: Literal["message", "metrics"]
+    message: str
+    data: Mapping[str, Any] = field(default_factory=dict)

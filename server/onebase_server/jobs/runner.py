@@ -1,0 +1,305 @@
+"""Runs the jobs, a few at a time, each as a process; what comes of them is registered. Belongs to one event loop.
+
+Invariant: a job that has not ended is `queued` or `running` in the book, and will be run, or run on, by whatever
+server opens the book next: training writes checkpoints and goes on from the last one.
+"""
+
+import asyncio
+import json
+import logging
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onebase_adapters.errors import OneBaseError
+from onebase_server.engine.client import EngineUnavailableError
+from onebase_server.jobs.book import JobBook
+from onebase_server.jobs.records import ENDED, Job, JobEvent, JobSpec, Level
+from onebase_server.jobs.result import write_history
+
+log = logging.getLogger(__name__)
+
+Register = Callable[[str, Path], Awaitable[str]]
+"""Registers an adapter's folder under a name; returns how requests are to call it. Raises OneBaseError."""
+
+_CHILD = (sys.executable, "-m", "onebase_server.jobs.child")
+_KEPT_LINES = 40
+_PATIENCE = 5.0
+"""Seconds until another try to register, while the engine is away."""
+_TRIES = 60
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """What jobs may take."""
+
+    model: str
+    """The base, as `onebase train --model` has it."""
+    device: str = "auto"
+    at_once: int = 1
+    nice: int = 19
+    """Of 19: they get what serving leaves."""
+    threads: int | None = None
+    """CPU threads of one; None: all cores."""
+    command: Sequence[str] = _CHILD
+    """What is run, with the limits and `onebase train`'s arguments behind it."""
+
+
+class JobRunner:
+    """Takes jobs and sees them through."""
+
+    def __init__(self, book: JobBook, settings: JobSettings, register: Register) -> None:
+        self.book = book
+        self._settings = settings
+        self._register = register
+        self._waiting: asyncio.Queue[str] = asyncio.Queue()
+        self._children: dict[str, asyncio.subprocess.Process] = {}
+        self._cancelled: set[str] = set()
+        self._changed = asyncio.Condition()
+        self._workers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Take up what the last server left, and what comes."""
+        for job in reversed(await asyncio.to_thread(self.book.jobs)):
+            if job.status not in ENDED:
+                self._waiting.put_nowait(job.id)
+        self._workers = [asyncio.create_task(self._work()) for _ in range(self._settings.at_once)]
+
+    async def stop(self) -> None:
+        """End the processes; the jobs go on with the next server."""
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        self._workers = []
+
+    async def submit(self, spec: JobSpec) -> Job:
+        """Queue a job."""
+        job = await asyncio.to_thread(self.book.add_job, spec)
+        await self._tell(job.id, "The job is queued.")
+        self._waiting.put_nowait(job.id)
+        return job
+
+    async def cancel(self, job_id: str) -> Job:
+        """End a job. One that has ended stays as it is. Raises UnknownJobError."""
+        job = await asyncio.to_thread(self.book.job, job_id)
+        if job.status in ENDED:
+            return job
+        self._cancelled.add(job_id)
+        child = self._children.get(job_id)
+        if child is not None and child.returncode is None:
+            with suppress(ProcessLookupError):
+                child.kill()
+        return await self._end(job_id, "The job was cancelled.", status="cancelled")
+
+    async def follow(self, job_id: str, *, after: int = 0) -> AsyncIterator[JobEvent]:
+        """A job's events as they come, until it has ended. Raises UnknownJobError."""
+        while True:
+            async with self._changed:
+                job = await asyncio.to_thread(self.book.job, job_id)
+                events = await asyncio.to_thread(self.book.events, job_id, after=after)
+                if not events and job.status not in ENDED:
+                    await self._changed.wait()
+                    continue
+            for event in events:
+                yield event
+                after = event.number
+            if not events:
+                return
+
+    async def _work(self) -> None:
+        while True:
+            job_id = await self._waiting.get()
+            try:
+                await self._see_through(job_id)
+            except OneBaseError as error:
+                await self._end(job_id, error.message, status="failed", level="error", error=error.message)
+            except Exception:  # a bug of ours must end one job, not all
+                log.exception("job %s failed", job_id)
+                await self._end(job_id, "The server failed; its log says why.", status="failed", level="error")
+
+    async def _see_through(self, job_id: str) -> None:
+        job = await asyncio.to_thread(self.book.job, job_id)
+        if job.status in ENDED:
+            return
+        output = self.book.root / "results" / job.id
+        if job.status == "queued":
+            await asyncio.to_thread(self.book.change, job.id, status="running")
+            await self._tell(job.id, "Training begins.")
+        else:
+            await self._tell(job.id, "The server was started again; the job goes on.", level="warn")
+        if not output.is_dir() and not await self._train(job, output):
+            return
+        result_file = await asyncio.to_thread(write_history, self.book, job.id)
+        model = await self._registered(job, output)
+        if job_id in self._cancelled:
+            return
+        await self._end(
+            job.id,
+            f"The result is registered as {model}.",
+            status="succeeded",
+            model=model,
+            result_file=result_file,
+        )
+
+    async def _train(self, job: Job, output: Path) -> bool:
+        """Run the process until the output is there; false if the job has ended otherwise."""
+        while True:
+            before = await self._last_step(job.id)
+            status, lines = await self._run(job, output)
+            if job.id in self._cancelled:
+                return False
+            if status == 0 and output.is_dir():
+                return True
+            # Killed from outside: go on, as long as each life brings it further.
+            if status < 0 and await self._last_step(job.id) > before:
+                await self._tell(job.id, f"The process was killed by signal {-status}; it goes on.", level="warn")
+                continue
+            why = _reason(status, lines)
+            await self._end(job.id, why, status="failed", level="error", error=why)
+            return False
+
+    async def _run(self, job: Job, output: Path) -> tuple[int, Sequence[str]]:
+        """One life of the process: its exit status, and the last lines of its standard error output."""
+        arguments = await asyncio.to_thread(self._arguments, job, output)
+        limits = {"nice": self._settings.nice, "threads": self._settings.threads}
+        child = await asyncio.create_subprocess_exec(
+            *self._settings.command,
+            json.dumps(limits),
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=1 << 20,
+        )
+        self._children[job.id] = child
+        lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read_events(job.id, child.stdout))
+                group.create_task(_keep_lines(child.stderr, lines))
+                status = await child.wait()
+            return status, lines
+        finally:
+            del self._children[job.id]
+            if child.returncode is None:
+                child.kill()
+                await asyncio.shield(child.wait())
+
+    def _arguments(self, job: Job, output: Path) -> list[str]:
+        spec = job.spec
+        options: dict[str, Any] = {
+            "data": self.book.file(spec.training_file).path,
+            "model": self._settings.model,
+            "device": self._settings.device,
+            "method": spec.method,
+            "output": output,
+            "json": True,
+            **spec.options,
+        }
+        if spec.validation_file is not None:
+            options["eval_data"] = self.book.file(spec.validation_file).path
+        # Where `onebase train` keeps an unfinished run.
+        if (output.parent / f".{output.name}.training").is_dir():
+            options["resume"] = True
+        arguments = []
+        for name, value in options.items():
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                arguments += [flag] if value else []
+            else:
+                arguments.append(f"{flag}={value}")
+        return arguments
+
+    async def _read_events(self, job_id: str, stream: asyncio.StreamReader | None) -> None:
+        async for line in _lines(stream):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # a library's print
+            if isinstance(event, dict) and "event" in event:
+                await self._note(job_id, event)
+
+    async def _note(self, job_id: str, event: Mapping[str, Any]) -> None:
+        match event["event"]:
+            case "stage":
+                await self._tell(job_id, event["text"])
+            case "step":
+                data = {"step": event["step"], "total_steps": event["steps"], "train_loss": event["loss"]}
+                data |= {key: event[key] for key in ("learning_rate", "tokens_per_second")}
+                message = f"Step {event['step']}/{event['steps']}: training loss={event['loss']:.4f}"
+                await asyncio.to_thread(
+                    self.book.change, job_id, seconds_left=event["seconds_left"], told=time.time()
+                )
+                await self._tell(job_id, message, kind="metrics", data=data)
+            case "evaluated":
+                data = {"step": event["step"], "valid_loss": event["loss"], "best": event["best"]}
+                message = f"Step {event['step']}: validation loss={event['loss']:.4f}"
+                await self._tell(job_id, message, kind="metrics", data=data)
+            case "result":
+                await self._tell(job_id, "Training is done.", data={**event})
+
+    async def _last_step(self, job_id: str) -> int:
+        events = await asyncio.to_thread(self.book.events, job_id)
+        return max((int(event.data["step"]) for event in events if "step" in event.data), default=0)
+
+    async def _registered(self, job: Job, output: Path) -> str:
+        """Register the result, waiting for an engine that is away for the moment."""
+        name = job.spec.name or f"ft:{job.id.removeprefix('ftjob-')}"
+        for _ in range(_TRIES):
+            try:
+                return await self._register(name, output)
+            except EngineUnavailableError as error:
+                log.info("job %s waits to be registered: %s", job.id, error.message)
+                await asyncio.sleep(_PATIENCE)
+        return await self._register(name, output)
+
+    async def _tell(self, job_id: str, message: str, **fields: Any) -> None:
+        await asyncio.to_thread(self.book.tell, job_id, message, **fields)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _end(self, job_id: str, message: str, *, level: Level = "info", **values: Any) -> Job:
+        """Write down how a job ended; of two endings the first counts."""
+        job = await asyncio.to_thread(self.book.job, job_id)
+        if job.status in ENDED:
+            return job
+        output = self.book.root / "results" / job_id
+        for left in (output, output.parent / f".{output.name}.training"):
+            await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
+        await asyncio.to_thread(self.book.tell, job_id, message, level=level)
+        job = await asyncio.to_thread(self.book.change, job_id, finished=time.time(), seconds_left=None, **values)
+        async with self._changed:
+            self._changed.notify_all()
+        return job
+
+
+async def _lines(stream: asyncio.StreamReader | None) -> AsyncIterator[bytes]:
+    while stream is not None:
+        try:
+            line = await stream.readline()
+        except ValueError:  # one line of a megabyte: nothing of ours
+            continue
+        if not line:
+            return
+        yield line
+
+
+async def _keep_lines(stream: asyncio.StreamReader | None, lines: deque[str]) -> None:
+    async for line in _lines(stream):
+        lines.append(line.decode(errors="replace").rstrip())
+
+
+def _reason(status: int, lines: Sequence[str]) -> str:
+    """What to tell of a process that failed: its own error, or else how it ended."""
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    ending = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return f"The training process {ending}. {last}".strip()

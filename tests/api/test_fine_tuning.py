@@ -1,0 +1,428 @@
+"""/v1/files and /v1/fine_tuning/jobs: the stock client's calls, what is refused, and jobs that outlive a server."""
+
+import asyncio
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from onebase_adapters.store import AdapterStore
+from onebase_server.api.schemas.fine_tuning import METHODS, Hyperparameters
+from onebase_server.api.services import ApiSettings, Services
+from onebase_server.jobs.book import JobBook
+from onebase_server.jobs.records import JobSpec
+from onebase_server.jobs.runner import JobRunner, JobSettings
+
+JOBS, FILES = "/v1/fine_tuning/jobs", "/v1/files"
+
+
+@pytest.fixture
+def http(admin: httpx.AsyncClient) -> httpx.AsyncClient:
+    return admin
+
+
+@pytest.fixture
+def client(live: str, admin_key: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{live}/v1", api_key=admin_key, max_retries=0) as opened:
+        yield opened
+
+
+def data(**plan: Any) -> bytes:
+    """A training file that says what becomes of its run."""
+    return json.dumps(plan).encode() + b"\n"
+
+
+def wait(client: openai.OpenAI, job_id: str, *statuses: str) -> Any:
+    for _ in range(1000):
+        job = client.fine_tuning.jobs.retrieve(job_id)
+        if job.status in statuses:
+            return job
+        assert job.status in ("queued", "running"), job.error
+        time.sleep(0.01)
+    raise AssertionError(f"not within 10 s: {statuses}")
+
+
+def test_the_stock_client_trains_and_calls_the_result(
+    client: openai.OpenAI, engine: Any, services: Services
+) -> None:
+    content = data(steps=5)
+    file = client.files.create(file=("data.jsonl", content), purpose="fine-tune")
+    assert (file.filename, file.purpose, file.bytes, file.status) == (
+        "data.jsonl",
+        "fine-tune",
+        len(content),
+        "processed",
+    )
+    held_out = client.files.create(file=("held out.csv", data()), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        validation_file=held_out.id,
+        suffix="support",
+        seed=7,
+        metadata={"who": "me"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+    )
+    assert (job.status, job.model, job.training_file, job.seed) == ("queued", "tiny", file.id, 7)
+    done = wait(client, job.id, "succeeded")
+    assert done.fine_tuned_model == "support"
+    assert done.finished_at >= done.created_at
+    assert (done.error, done.metadata, done.user_provided_suffix) == (None, {"who": "me"}, "support")
+    assert done.method.supervised.hyperparameters.n_epochs == 2
+
+    made = client.completions.create(model=done.fine_tuned_model, prompt="abc")
+    assert made.choices[0].text == "abc"
+    record = services.store.get("support")
+    assert engine.requests[-1].adapter == record.digest
+    assert record.metrics == {"after": {"loss": 0.5}}
+    given = json.loads((record.folder / "adapter_config.json").read_text())
+    assert given["limits"] == {"nice": 1, "threads": None}
+    options = given["given"]
+    assert options.pop("data").endswith(f"{file.id}.jsonl")
+    assert options.pop("eval-data").endswith(f"{held_out.id}.csv")
+    assert Path(options.pop("output")).name == job.id
+    assert options == {
+        "model": "tiny", "device": "auto", "method": "qlora", "seed": "7", "epochs": "2.0", "json": ""
+    }  # fmt: skip
+
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=3))
+    messages = [event.message for event in reversed(events)]
+    assert messages[0] == "The job is queued."
+    assert messages[-1] == "The result is registered as support."
+    assert "Step 4/5: training loss=0.2500" in messages
+    assert "Step 4: validation loss=0.1250" in messages
+    assert "a library's print" not in messages
+    assert {event.type for event in events} == {"message", "metrics"}
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
+    assert [checkpoint.step_number for checkpoint in checkpoints] == [4, 2]
+    assert checkpoints[0].fine_tuned_model_checkpoint == "support"
+    assert checkpoints[0].metrics.full_valid_loss == 0.125
+    assert checkpoints[0].metrics.train_loss == 0.25
+    result = client.files.content(done.result_files[0]).text.splitlines()
+    assert result[0] == "step,train_loss,valid_loss,learning_rate"
+    assert result[4] == "4,0.25,0.125,0.1"
+    assert [one.id for one in client.fine_tuning.jobs.list()] == [job.id]
+    assert not any((services.book.root / "results").iterdir())
+
+
+def test_a_second_job_of_the_same_name_makes_a_version(client: openai.OpenAI) -> None:
+    names = []
+    for steps in (1, 2):
+        file = client.files.create(file=("data.jsonl", data(steps=steps)), purpose="fine-tune")
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="support")
+        names.append(wait(client, job.id, "succeeded").fine_tuned_model)
+    assert names == ["support", "support@2"]
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    name = wait(client, job.id, "succeeded").fine_tuned_model
+    assert name == f"ft:{job.id.removeprefix('ftjob-')}"
+    assert client.models.retrieve(name).parent == "tiny"  # type: ignore[attr-defined]
+
+
+def test_jobs_wait_for_each_other_and_can_be_cancelled(client: openai.OpenAI, services: Services) -> None:
+    file = client.files.create(file=("data.jsonl", data(steps=1000, delay=0.05)), purpose="fine-tune")
+    first = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="a")
+    second = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="b")
+    wait(client, first.id, "running")
+    time.sleep(0.2)
+    assert client.fine_tuning.jobs.retrieve(first.id).estimated_finish is not None
+    assert client.fine_tuning.jobs.retrieve(second.id).status == "queued"
+    with pytest.raises(openai.ConflictError, match="still needs the file"):
+        client.files.delete(file.id)
+    assert client.fine_tuning.jobs.cancel(second.id).status == "cancelled"
+    cancelled = client.fine_tuning.jobs.cancel(first.id)
+    assert (cancelled.status, cancelled.fine_tuned_model) == ("cancelled", None)
+    assert client.fine_tuning.jobs.cancel(first.id).finished_at == cancelled.finished_at
+    for _ in range(200):
+        if not services.runner._children and not any((services.book.root / "results").iterdir()):
+            break
+        time.sleep(0.01)
+    assert not services.runner._children
+    assert not any((services.book.root / "results").iterdir())
+    assert services.store.list() == []
+    client.files.delete(file.id)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"error": "data.jsonl, line 7: no prompt."}, "data.jsonl, line 7: no prompt."),
+        ({"exit": 3}, "The training process ended with status 3. last words"),
+        ({"kill_at": 0, "steps": 0, "config": {"refuse": "AdapterMismatchError"}}, "The engine refuses this one."),
+    ],
+)
+def test_failures_say_why(client: openai.OpenAI, services: Services, plan: dict[str, Any], message: str) -> None:
+    file = client.files.create(file=("data.jsonl", data(**plan)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="a")
+    failed = wait(client, job.id, "failed")
+    assert failed.error.message == message
+    assert failed.fine_tuned_model is None
+    last = client.fine_tuning.jobs.list_events(job.id, limit=1).data[0]
+    assert (last.level, last.message) == ("error", message)
+    assert services.store.list() == []
+    assert not any((services.book.root / "results").iterdir())
+
+
+def test_a_killed_process_goes_on(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("data.jsonl", data(steps=4, kill_at=2)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="a")
+    wait(client, job.id, "succeeded")
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+    assert "The process was killed by signal 9; it goes on." in messages
+    assert "fake run from step 3" in messages
+
+
+def test_events_stream_as_they_come(live: str, client: openai.OpenAI, admin_key: str) -> None:
+    file = client.files.create(file=("data.jsonl", data(steps=3, delay=0.05)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="a")
+    headers = {"authorization": f"Bearer {admin_key}"}
+    with httpx.stream("GET", f"{live}{JOBS}/{job.id}/events?stream=true", headers=headers) as reply:
+        lines = [line for line in reply.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    streamed = [json.loads(line.removeprefix("data: "))["id"] for line in lines[:-1]]
+    assert streamed == [event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)][::-1]
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "succeeded"
+
+
+async def upload(http: httpx.AsyncClient, **plan: Any) -> str:
+    reply = await http.post(FILES, files={"file": ("d.jsonl", data(**plan))}, data={"purpose": "fine-tune"})
+    assert reply.status_code == 200, reply.text
+    file_id: str = reply.json()["id"]
+    return file_id
+
+
+async def until(http: httpx.AsyncClient, job_id: str, true: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    for _ in range(1000):
+        job: dict[str, Any] = (await http.get(f"{JOBS}/{job_id}")).json()
+        if true(job):
+            return job
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"not within 10 s, but {job}")
+
+
+async def test_jobs_outlive_the_server(http: httpx.AsyncClient, services: Services) -> None:
+    await services.runner.start()
+    file_id = await upload(http, steps=6, delay=0.1)
+    ids = []
+    for name in ("a", "b"):
+        body = {"model": "tiny", "training_file": file_id, "suffix": name}
+        ids.append((await http.post(JOBS, json=body)).json()["id"])
+    await until(http, ids[0], lambda job: job["estimated_finish"] is not None)
+    await services.runner.stop()
+    assert not services.runner._children
+    statuses = [(await http.get(f"{JOBS}/{job_id}")).json()["status"] for job_id in ids]
+    assert statuses == ["running", "queued"]
+    await services.runner.start()
+    for job_id in ids:
+        done = await until(http, job_id, lambda job: job["status"] not in ("queued", "running"))
+        assert done["status"] == "succeeded", done
+    events = (await http.get(f"{JOBS}/{ids[0]}/events?limit=100")).json()["data"]
+    messages = [event["message"] for event in events]
+    assert "The server was started again; the job goes on." in messages
+    assert "fake run from step 1" in messages
+    assert any(f"fake run from step {step}" in messages for step in range(2, 6))
+    await services.runner.stop()
+
+
+async def test_a_result_waits_for_an_engine_that_is_away(
+    http: httpx.AsyncClient, services: Services, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onebase_server.engine.client import EngineUnavailableError
+
+    monkeypatch.setattr("onebase_server.jobs.runner._PATIENCE", 0.02)
+    original, calls = engine.load_adapter, []
+
+    async def away(digest: str, folder: str) -> Any:
+        calls.append(digest)
+        if len(calls) < 4:
+            raise EngineUnavailableError("The engine is restarting.", retry_after=5)
+        return await original(digest, folder)
+
+    engine.load_adapter = away
+    await services.runner.start()
+    body = {"model": "tiny", "training_file": await upload(http), "suffix": "a"}
+    job_id = (await http.post(JOBS, json=body)).json()["id"]
+    await until(http, job_id, lambda job: job["status"] == "succeeded")
+    await services.runner.stop()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"model": None}, "model", "valid string"),
+        ({"model": "gpt-4o"}, "model", "fine-tunes its base, 'tiny'"),
+        ({"training_file": "file-none"}, "training_file", "No file has the id 'file-none'"),
+        ({"validation_file": "file-none"}, "validation_file", "No file has the id 'file-none'"),
+        ({"suffix": "a b"}, "suffix", "cannot be an adapter's name"),
+        ({"suffix": ""}, "suffix", "at least 1 character"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations", "is not supported"),
+        ({"method": {"type": "dpo"}}, "method.type", "may be supervised, qlora, lora"),
+        ({"method": {"type": "supervised", "dpo": {}}}, "dpo", "is not supported"),
+        ({"method": {"type": "lora", "hyperparameters": {"rank": 0}}}, "method.hyperparameters.rank", "greater"),
+        (
+            {"method": {"type": "lora", "hyperparameters": {"output": "x"}}},
+            "method.hyperparameters.output",
+            "Unknown",
+        ),
+        ({"hyperparameters": {"batch_size": 4}}, "batch_size", "counted in tokens"),
+        ({"hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate_multiplier", "set learning_rate"),
+        ({"hyperparameters": {}, "method": {"type": "lora"}}, "hyperparameters", "once"),
+        ({"epochs": 3}, "epochs", "Unknown field"),
+    ],
+)
+async def test_bad_jobs(http: httpx.AsyncClient, fields: dict[str, Any], param: str, message: str) -> None:
+    body = {"model": "tiny", "training_file": await upload(http), **fields}
+    reply = await http.post(JOBS, json=body)
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["param"] == param, error
+    assert message in error["message"]
+    assert (await http.get(JOBS)).json()["data"] == []
+
+
+async def test_methods_and_their_settings(http: httpx.AsyncClient, services: Services) -> None:
+    settings = {"rank": 4, "prompt_text": "--output=/etc", "head": True, "n_epochs": "auto", "batch_size": "auto"}
+    for body in (
+        {"method": {"type": "p-tuning-v2", "hyperparameters": settings}},
+        {"hyperparameters": settings, "suffix": "x"},
+    ):
+        given = {"model": "tiny", "training_file": await upload(http), **body}
+        job = (await http.post(JOBS, json=given)).json()
+        assert job["hyperparameters"]["rank"] == 4
+        spec = services.book.job(job["id"]).spec
+        assert spec.options == {"rank": 4, "prompt_text": "--output=/etc", "head": True}
+        arguments = services.runner._arguments(services.book.job(job["id"]), Path("/x/out"))
+        assert "--prompt-text=--output=/etc" in arguments
+        assert "--head" in arguments
+        assert f"--method={spec.method}" in arguments
+
+
+async def test_the_real_trainer(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    """The process that `onebase serve` starts, on a tiny base: its lines and its result."""
+    found: list[tuple[str, dict[str, Any]]] = []
+
+    async def register(name: str, folder: Path) -> str:
+        found.append((name, json.loads((folder / "adapter_config.json").read_text())))
+        return name
+
+    rows = [json.dumps({"prompt": f"{i} cat =", "completion": f" {i % 3}"}) + "\n" for i in range(40)]
+    with closing(JobBook(tmp_path / "jobs")) as book:
+        good = book.add_file(io.BytesIO("".join(rows).encode()), "good.jsonl", "fine-tune")
+        runner = JobRunner(book, JobSettings(str(tiny_model("llama")), device="cpu", threads=1), register)
+        await runner.start()
+        options = {"rank": 2, "max_steps": 4, "eval_every": 2, "metric_examples": 0, "batch_tokens": 64}
+        job = await runner.submit(JobSpec(good.id, "a", "lora", options=options))
+        events = [event async for event in runner.follow(job.id)]
+        await runner.stop()
+        assert book.job(job.id).status == "succeeded", events[-1].message
+        assert found[0][0] == "a"
+        assert found[0][1]["r"] == 2
+        steps = [event.data["step"] for event in events if "train_loss" in event.data]
+        assert steps == [1, 2, 3, 4]
+        assert [event.data["step"] for event in events if "valid_loss" in event.data] == [2, 4]
+        assert list((book.root / "results").iterdir()) == []
+
+
+def test_settings_are_those_of_the_trainer() -> None:
+    import inspect
+
+    from onebase_training.cli import train
+    from onebase_training.methods import METHODS as TRAINED
+
+    assert set(METHODS) <= set(TRAINED)
+    known = set(inspect.signature(train).parameters)
+    ours = set(Hyperparameters.model_fields) - {"n_epochs"} | {"epochs"}
+    assert ours <= known
+
+
+async def test_files(http: httpx.AsyncClient, services: Services) -> None:
+    ids = [await upload(http, steps=number) for number in range(3)]
+    listed = (await http.get(FILES)).json()
+    assert [file["id"] for file in listed["data"]] == ids[::-1]
+    assert (listed["first_id"], listed["last_id"], listed["has_more"]) == (ids[2], ids[0], False)
+    page = (await http.get(FILES, params={"limit": 2, "order": "asc"})).json()
+    assert ([file["id"] for file in page["data"]], page["has_more"]) == (ids[:2], True)
+    page = (await http.get(FILES, params={"after": ids[1], "order": "desc"})).json()
+    assert [file["id"] for file in page["data"]] == [ids[0]]
+    assert (await http.get(FILES, params={"purpose": "other"})).json()["data"] == []
+    assert (await http.get(f"{FILES}/{ids[0]}")).json()["filename"] == "d.jsonl"
+    assert (await http.get(f"{FILES}/{ids[1]}/content")).content == data(steps=1)
+    assert (await http.delete(f"{FILES}/{ids[0]}")).json() == {"id": ids[0], "object": "file", "deleted": True}
+    assert (await http.get(f"{FILES}/{ids[0]}")).status_code == 404
+    assert len(list((services.book.root / "files").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "fields", "param", "message"),
+    [
+        ({}, {"purpose": "fine-tune"}, "file", "in its field 'file'"),
+        ({"file": ("a", b"x")}, {}, "purpose", "must be one of: fine-tune"),
+        ({"file": ("a", b"x")}, {"purpose": "assistants"}, "purpose", "must be one of: fine-tune"),
+        ({"file": ("a", b"x")}, {"purpose": "fine-tune", "x": "y"}, "x", "Unknown field 'x'"),
+    ],
+)
+async def test_bad_uploads(
+    http: httpx.AsyncClient, services: Services, given: Any, fields: dict[str, str], param: str, message: str
+) -> None:
+    reply = await http.post(FILES, files=given, data=fields)
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["param"] == param, error
+    assert message in error["message"]
+    assert list((services.book.root / "files").iterdir()) == []
+
+
+async def test_odd_file_names_stay_out_of_paths(http: httpx.AsyncClient, services: Services) -> None:
+    for name in ("../../x.jsonl", "a/b.js/on", "." * 300, 'é.cs"v', ".partial"):
+        reply = await http.post(FILES, files={"file": (name, b"x")}, data={"purpose": "fine-tune"})
+        assert reply.status_code == 200, reply.text
+        stored = services.book.file(reply.json()["id"])
+        assert stored.path.parent == services.book.root / "files"
+        assert stored.path.read_bytes() == b"x"
+
+
+async def test_unknown_ids(http: httpx.AsyncClient) -> None:
+    for method, path in [
+        ("GET", f"{JOBS}/ftjob-x"),
+        ("POST", f"{JOBS}/ftjob-x/cancel"),
+        ("GET", f"{JOBS}/ftjob-x/events"),
+        ("GET", f"{JOBS}/ftjob-x/events?stream=true"),
+        ("GET", f"{JOBS}/ftjob-x/checkpoints"),
+        ("GET", f"{FILES}/file-x"),
+        ("GET", f"{FILES}/file-x/content"),
+        ("DELETE", f"{FILES}/file-x"),
+    ]:
+        reply = await http.request(method, path)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found"), path
+    for path in (JOBS, FILES):
+        reply = await http.get(path, params={"after": "nobody"})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "after")
+        reply = await http.get(path, params={"limit": 0})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "limit")
+
+
+async def test_the_admin_key_is_needed(http: httpx.AsyncClient) -> None:
+    del http.headers["authorization"]
+    for method, path in [
+        ("GET", JOBS),
+        ("POST", JOBS),
+        ("GET", FILES),
+        ("POST", FILES),
+        ("GET", f"{FILES}/x/content"),
+    ]:
+        assert (await http.request(method, path)).status_code == 401
+
+
+async def test_a_server_without_jobs_says_so(
+    engine: Any, codec: Any, store: AdapterStore, in_process: Callable[..., httpx.AsyncClient]
+) -> None:
+    async with in_process(Services.over(engine, codec, store, ApiSettings("tiny", admin_key="k")), key="k") as http:
+        assert (await http.get(JOBS)).status_code == 403
