@@ -184,7 +184,10 @@ class JobBook:
         """A job's history from the event after number `after` on, oldest first. Raises UnknownJobError."""
         self.job(job_id)
         rows = self._execute("SELECT * FROM events WHERE job = ? AND number > ? ORDER BY number", job_id, after)
-        return [JobEvent(*told, data=json.loads(data)) for *told, data in rows]
+        return [
+            JobEvent(job, number, created, level, kind, message, json.loads(data))
+            for job, number, created, level, kind, message, data in rows
+        ]
 
     def _execute(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock, _errors():
