@@ -241,8 +241,6 @@ class JobRunner:
                 data = {"step": event["step"], "valid_loss": event["loss"], "best": event["best"]}
                 message = f"Step {event['step']}: validation loss={event['loss']:.4f}"
                 await self._tell(job_id, message, kind="metrics", data=data)
-            case "result":
-                await self._tell(job_id, "Training is done.", data={**event})
 
     async def _last_step(self, job_id: str) -> int:
         events = await asyncio.to_thread(self.book.events, job_id)
