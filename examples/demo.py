@@ -42,6 +42,8 @@ class Task:
     rows: int
     held_out: int
     options: tuple[str, ...]
+    shown: tuple[int, ...]
+    """Held-out rows that are sent to base and adapters."""
 
     @property
     def data(self) -> Path:
@@ -51,20 +53,23 @@ class Task:
     def adapter(self) -> Path:
         return ROOT / self.name / "adapter"
 
-    def prompts(self, count: int) -> list[tuple[str, str]]:
-        """The first held-out prompts with their right answers."""
-        lines = (self.data / "eval.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        rows = [json.loads(line) for line in lines]
+    def prompts(self) -> list[tuple[str, str]]:
+        """The shown rows' prompts and right answers."""
+        lines = (self.data / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(lines[number]) for number in self.shown]
         return [(row["prompt"], row["completion"]) for row in rows]
 
 
 TASKS = (
-    Task("sarcasm", "sarcasm", rows=1200, held_out=200, options=("--epochs", "1", "--metric-examples", "200")),
     Task(
-        "addresses", "address-fields", rows=500, held_out=100, options=("--epochs", "2", "--metric-examples", "64")
+        "sarcasm", "sarcasm", rows=2400, held_out=200,
+        options=("--epochs", "1", "--metric-examples", "200"), shown=(5, 10),
     ),
-)
-PROMPTS_EACH = 2
+    Task(
+        "addresses", "address-fields", rows=500, held_out=100,
+        options=("--epochs", "2", "--metric-examples", "64"), shown=(0, 1),
+    ),
+)  # fmt: skip
 
 
 def main() -> int:
@@ -192,7 +197,7 @@ async def _call(console: Console, url: str, key: str) -> None:
         await busy
         names = [DEFAULT_BASE, *(task.name for task in TASKS)]
         for task in TASKS:
-            for prompt, answer in task.prompts(PROMPTS_EACH):
+            for prompt, answer in task.prompts():
                 await _side_by_side(console, client, names, prompt, answer)
 
 
