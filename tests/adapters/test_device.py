@@ -1,0 +1,108 @@
+"""A model on another device than the host, for which torch's `meta` stands in: it has no numbers, so that whatever
+mixes it with the host or waits for a number of it fails."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import masking_utils
+
+from onebase_adapters.base.load import load_base
+from onebase_adapters.base.shape import BaseShape
+from onebase_adapters.base.spec import BaseSpec
+from onebase_adapters.batch import Chunk
+from onebase_adapters.model import served
+from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
+from onebase_adapters.model.served import ServedModel
+from onebase_adapters.primitives import (
+    Bottleneck,
+    Head,
+    KVPrefix,
+    LoweredAdapter,
+    LowRank,
+    Primitive,
+    Rescale,
+    Shift,
+    VirtualTokens,
+)
+from support.models import save_model
+
+pytest.importorskip("triton", reason="triton is made for Linux")
+
+from onebase_adapters.kernels.cuda import attention, backend, elementwise, lowrank
+
+META = torch.device("meta")
+KERNELS = [(attention, "_attend"), (attention, "_write_kv"), (lowrank, "_shrink"), (lowrank, "_expand")]
+KERNELS += [(elementwise, "_affine_rows")]
+
+
+class Launches:
+    """Stands in for a kernel: counts its launches, and what they are given must be on the device."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+            assert tensors
+            assert {tensor.device for tensor in tensors} == {META}
+            self.count += 1
+
+        return launch
+
+
+def everything(shape: BaseShape) -> LoweredAdapter:
+    """All primitives at once."""
+    heads = (shape.layers, 5, shape.kv_heads, shape.head_dim)
+    primitives: list[Primitive] = [
+        VirtualTokens(torch.ones(3, shape.hidden), (0, 0, -1)),
+        KVPrefix(torch.ones(heads), torch.ones(heads)),
+        Head("sequence", "last", torch.ones(2, shape.hidden), torch.ones(2), ("a", "b")),
+        LowRank(shape.embedding, torch.ones(2, shape.vocab), torch.ones(shape.hidden, 2), 1.0),
+    ]
+    for site in shape.sites.values():
+        primitives.append(
+            LowRank(site.name, torch.ones(2, site.in_features), torch.ones(site.out_features, 2), 1.0)
+        )
+        primitives.append(Rescale(site.name, torch.ones(site.in_features), "input"))
+        primitives.append(Rescale(site.name, torch.ones(site.out_features), "output"))
+        primitives.append(Shift(site.name, torch.ones(site.out_features)))
+    for number, name in enumerate(sorted(shape.sublayers)):
+        down, up = torch.ones(2, shape.hidden), torch.ones(shape.hidden, 2)
+        parallel = bool(number % 2)
+        primitives.append(Bottleneck(name, down, down[:, 0], up, up[:, 0], "relu", 1.0, parallel=parallel))
+    return LoweredAdapter("all", "all", tuple(primitives))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "glm"])
+def test_a_step_stays_on_the_device(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = [Launches() for _ in KERNELS]
+    for place, stand_in in zip(KERNELS, kernels, strict=True):
+        monkeypatch.setattr(*place, stand_in)
+    monkeypatch.setattr(served, "choose_kernels", lambda *_: backend)
+    real = torch.Tensor.data_ptr
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: 16 if t.is_meta else real(t))  # else 0, which is none
+    # transformers looks at the positions once, before its first layer.
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+    register_attention()
+    spec = BaseSpec(str(save_model(tmp_path, family)), quantization="none", device="cpu")
+    base = load_base(spec, attention=ATTENTION_NAME)
+    base.model.to(META)
+    model = ServedModel(replace(base, device=META), slots=2, blocks=16)
+    adapter = everything(model.shape)
+    slot = model.put(adapter)
+    virtual = [model.shape.vocab + n for n in range(adapter.layout.tokens)]
+    for chunks in (
+        [Chunk([*virtual, 5, 6, 7], 0, [1, 2], slot), Chunk([1, 2, 3], 0, [3]), Chunk([9], 0, [4], slot)],
+        [Chunk([4], len(virtual) + 3, [1, 2], slot), Chunk([3], 3, [3])],
+    ):
+        scores = model.forward(chunks)
+        logits = scores.logits(range(len(chunks)))
+        assert logits.device == scores.hidden([0]).device == META
+        assert logits.shape[0] == len(chunks)
+    assert all(kernel.count for kernel in kernels)
+    model.remove(slot)
