@@ -130,6 +130,10 @@ class Chunk:
     """Whether the logits after the last token are wanted."""
     all_logits: bool = False
     """Whether the logits after every token are wanted."""
+    sequence: str = ""
+    """Whose they are. An encoder-decoder asks, and next:"""
+    prompt: int = 0
+    """How many tokens the sequence has before its output, virtual ones included."""
 
 
 class Context:
@@ -138,3 +142,7 @@ class Context:
     batch: Batch
     head_input: torch.Tensor
     """What the LM head was given: the last hidden states [n, hidden] of the sample rows."""
+
+    def owners(self, rows: int, *, head: bool) -> Owners:
+        """Of the rows that a linear module is given; `head`: it is the LM head."""
+        return self.batch.head_owners if head else self.batch.owners

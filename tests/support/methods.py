@@ -9,9 +9,10 @@ from typing import Any
 import peft
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from onebase_adapters.base.load import quiet_loading
+from support.models import auto_class
 
 _HIDDEN, _LAYERS = 64, 3
 """Of the tiny Llama."""
@@ -58,7 +59,7 @@ def save_method(folder: Path, model: Path, config: peft.PeftConfig, *, seed: int
     """The adapter `config` describes for the model in `model`. Returns `folder`."""
     with quiet_loading(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        base = auto_class(AutoConfig.from_pretrained(model)).from_pretrained(model, dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
         adapted: Any = peft.get_peft_model(base, config)
         for name, parameter in adapted.named_parameters():

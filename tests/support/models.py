@@ -5,13 +5,18 @@ Every number is random, biases and norms included, so that leaving any of them o
 enough for clear winners among the logits: two right implementations then choose the same greedy tokens.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     Gemma2Config,
     Gemma3TextConfig,
     GlmConfig,
@@ -20,11 +25,12 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
+    T5Config,
 )
 from transformers.pytorch_utils import Conv1D
 
 from onebase_adapters.base.load import quiet_loading
-from support.tokenizer import EOS, save_tokenizer
+from support.tokenizer import EOS, SPECIAL, save_tokenizer
 
 CONTEXT = 256
 # A multiple of 64 for a 4-bit block of inputs, heads of 16: what the fast kernels take.
@@ -62,12 +68,18 @@ FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
         vocab_size=vocab, n_embd=64, n_layer=3, n_head=4, n_positions=CONTEXT, eos_token_id=EOS, bos_token_id=None
     ),
     "glm": lambda vocab: GlmConfig(vocab_size=vocab, **_FITS, head_dim=16),
+    "t5": lambda vocab: T5Config(
+        vocab_size=vocab, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_decoder_layers=2, num_heads=4,
+        n_positions=CONTEXT, feed_forward_proj="gated-gelu", eos_token_id=EOS, pad_token_id=0,
+        decoder_start_token_id=0,
+    ),
 }  # fmt: skip
 """By name, from the size of the vocabulary. `llama` and `mistral` run on the fused kernels; `llama-odd` on none."""
 
 TARGETS: dict[str, Sequence[str]] = {
     "gpt2": ("c_attn", "c_proj", "c_fc"),
     "glm": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "t5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
 }
 """The linear modules of a family's layers, where they have names of their own."""
 _USUAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -82,15 +94,17 @@ def save_model(folder: Path, family: str) -> Path:
     """A model of `family` with a tokenizer, in bfloat16; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab = -(-save_tokenizer(folder) // 32) * 32
+    if family == "t5":
+        _end_texts(folder)
     config = FAMILIES[family](vocab)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
             if parameter.dim() == 1:  # biases, and norms' weights, which are 1 (or stored as what exceeds it)
                 parameter += 0.2 * noise
-            elif any(part in name for part in ("embed", "wte", "wpe")):
+            elif any(part in name for part in ("embed", "wte", "wpe", "shared", "bias")):
                 # Small beside what the layers add: with a tied head, each token's best successor is else itself.
                 scaled = family.startswith("gemma")  # by the square root of the width, in the model
                 parameter.copy_(noise * 0.3 / (config.hidden_size**0.5 if scaled else 1))
@@ -99,6 +113,20 @@ def save_model(folder: Path, family: str) -> Path:
     with quiet_loading():
         model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def _end_texts(folder: Path) -> None:
+    """Put the end token behind every text, as T5's tokenizer does; its own class has another kind of vocabulary."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single=f"$A {SPECIAL[EOS]}", special_tokens=[(SPECIAL[EOS], EOS)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": SPECIAL[EOS], "bos_token": None, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Of transformers, for a language model of this kind."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _inputs(model: torch.nn.Module, weight: str) -> int:
@@ -124,11 +152,13 @@ def save_lora(
     from peft import LoraConfig, get_peft_model
 
     with quiet_loading():
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        kind = auto_class(AutoConfig.from_pretrained(model))
+        base = kind.from_pretrained(model, dtype=torch.float32)
     names = modules if isinstance(modules, str) else list(modules)
     transposed = any(isinstance(module, Conv1D) for module in base.modules())
     options = {"lora_alpha": 2 * rank, "fan_in_fan_out": transposed} | options
-    adapted = get_peft_model(base, LoraConfig(r=rank, target_modules=names, task_type="CAUSAL_LM", **options))
+    task = "CAUSAL_LM" if kind is AutoModelForCausalLM else "SEQ_2_SEQ_LM"
+    adapted = get_peft_model(base, LoraConfig(r=rank, target_modules=names, task_type=task, **options))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -61,7 +62,8 @@ def resolve_device(device: str) -> torch.device:
 def load_base(
     spec: BaseSpec, *, attention: str = "sdpa", progress: Progress = log.info, model_class: Any = None
 ) -> LoadedBase:
-    """Fetch if need be, quantise, freeze. `attention` is a name known to transformers' AttentionInterface;
+    """Fetch if need be, quantise, freeze. `attention` is a name known to transformers' AttentionInterface
+    (an encoder-decoder keeps transformers' own);
     `model_class` another transformers Auto class (default: causal language model, or an encoder without a head).
 
     Raises BaseModelError and its branches, or StorageError.
@@ -83,6 +85,8 @@ def load_base(
             config = AutoConfig.from_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             usual = AutoModel if is_encoder(config) else AutoModelForCausalLM
+            if config.is_encoder_decoder:
+                usual, attention = AutoModelForSeq2SeqLM, "sdpa"
             model = (model_class or usual).from_pretrained(
                 folder,
                 config=config,

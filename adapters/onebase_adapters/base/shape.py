@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from onebase_adapters.errors import BaseModelError
+
 
 @dataclass(frozen=True)
 class Site:
@@ -44,6 +46,10 @@ class BaseShape:
     head_dim: int = 0
     encoder: bool = False
     """Bidirectional, without an LM head: it classifies and embeds, and generates nothing."""
+    encoder_decoder: bool = False
+    """An encoder reads the prompt, a decoder with attention to what it made of it writes (T5)."""
+    decoder_start: int = 0
+    """The token that the decoder of an encoder-decoder begins with."""
     first_position: int = 0
     """Index of a sequence's first token in the model's table of positions."""
     sublayers: frozenset[str] = frozenset()
@@ -69,7 +75,8 @@ def cache_shape(config: Any) -> CacheShape:
     text = config.get_text_config()
     heads = text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return CacheShape(text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, dim)
+    layers = getattr(text, "num_decoder_layers", None) or text.num_hidden_layers
+    return CacheShape(layers, getattr(text, "num_key_value_heads", None) or heads, dim)
 
 
 def is_encoder(config: Any) -> bool:
@@ -97,15 +104,30 @@ def describe_base(model: nn.Module, name: str, fingerprint: str) -> BaseShape:
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocab=text.vocab_size,
-        context=text.max_position_embeddings - first,
+        context=_positions(text) - first,
         sites={site.name: site for site in _linear_sites(model)},
         embedding=next(name for name, module in model.named_modules() if module is embedding),
         kv_heads=cache.kv_heads,
         head_dim=cache.dim,
         encoder=is_encoder(config),
+        encoder_decoder=config.is_encoder_decoder,
+        decoder_start=_decoder_start(model) if config.is_encoder_decoder else 0,
         first_position=first,
         sublayers=frozenset(name for name, _ in model.named_modules() if _SUBLAYER.search(name)),
     )
+
+
+def _positions(config: Any) -> int:
+    """The context in tokens. Relative positions have no end: T5 was made for 512."""
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((size for size in named if size), 512)
+
+
+def _decoder_start(model: Any) -> int:
+    for place in (model.generation_config, model.config):
+        if (token := getattr(place, "decoder_start_token_id", None)) is not None:
+            return int(token)
+    raise BaseModelError("The configuration names no decoder_start_token_id: what does the decoder begin with?")
 
 
 def _linear_sites(model: nn.Module) -> list[Site]:

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onebase_adapters.base.shape import BaseShape
-from onebase_adapters.errors import AdapterFormatError
+from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
 from onebase_adapters.files import check_base, read_adapter
 from onebase_adapters.methods import bottleneck, general, ia3, lora, prefix, prompt, template
 from onebase_adapters.methods.saved import split_saved
 from onebase_adapters.methods.source import BaseWeights, Lower, Source, canonical_names
-from onebase_adapters.primitives import LoweredAdapter, LowRank, Primitive, Rescale
+from onebase_adapters.primitives import Head, LoweredAdapter, LowRank, Primitive, Rescale
 
 METHODS: Mapping[str, Lower] = {
     "LORA": lora.lower,
@@ -37,12 +37,25 @@ def load_adapter(folder: Path, digest: str, base: BaseShape, weights: BaseWeight
         )
     source = Source(files.config, canonical_names(files.tensors), files.sidecar, base, weights)
     saved, rest = split_saved(source)
+    _refuse_what_encoder_decoders_lack(kind, source, saved)
     lowered = METHODS[kind](rest)
     primitives = saved + lowered.primitives
     if not primitives:
         raise AdapterFormatError("The adapter changes nothing: it has no weights for any site.", field="path")
     _refuse_rescaled_updates(primitives)
     return LoweredAdapter(digest, kind.lower(), primitives, lowered.notes)
+
+
+def _refuse_what_encoder_decoders_lack(kind: str, source: Source, saved: Sequence[Primitive]) -> None:
+    base = source.base
+    embedding = any(name.startswith(f"{base.embedding}.") for name in source.tensors)
+    head = any(isinstance(part, Head) for part in saved)
+    if base.encoder_decoder and (kind in ("PREFIX_TUNING", "BOTTLENECK") or embedding or head):
+        raise AdapterMismatchError(
+            f"{base.name} is an encoder-decoder: it takes updates of its linear modules and prompt tuning, but no "
+            "prefix, bottleneck, head or update of its embedding.",
+            field="peft_type",
+        )
 
 
 def _refuse_rescaled_updates(primitives: Sequence[Primitive]) -> None:

@@ -12,8 +12,10 @@ def lower(source: Source) -> Lowered:
     """`prompt_embeddings` [n, hidden]; their places from our trainer's notes, else all in front."""
     source.refuse_others({_TENSOR})
     embeddings = source.take(_TENSOR, (None, source.base.hidden))
-    count = len(embeddings)
     stated = source.config.get("num_virtual_tokens")
+    if source.base.encoder_decoder and source.config.get("num_transformer_submodules") == 2:
+        embeddings = embeddings[: len(embeddings) // 2]  # PEFT keeps as many for the decoder, and never reads them
+    count = len(embeddings)
     if stated is not None and stated != count:
         raise AdapterFormatError(
             f"adapter_config.json says {stated} virtual tokens, the tensor has {count}.", field="num_virtual_tokens"

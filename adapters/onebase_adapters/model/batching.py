@@ -47,20 +47,12 @@ def make_batch(
         elif chunk.sample:
             wanted.append(int(query_start[row + 1]) - 1)
 
-    def owners(slots: np.ndarray) -> Owners:
-        return Owners(
-            slots,
-            low_rank_tiles(slots, kernels.TILE_ROWS),
-            affine=bool(traits.affine[slots].any()),
-            bottleneck=bool(traits.bottleneck[slots].any()),
-        )
-
     return Batch(
         token_ids=torch.from_numpy(token_ids).to(device),
         positions=positions,
         visible=visible,
-        owners=owners(slots),
-        head_owners=owners(slots[wanted]),
+        owners=make_owners(slots, kernels, traits),
+        head_owners=make_owners(slots[wanted], kernels, traits),
         query_start=query_start,
         tables=tables,
         cache_slots=tables[rows, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
@@ -68,4 +60,14 @@ def make_batch(
         virtual_rows=virtual_rows,
         virtual_indices=virtual_indices,
         items=kernels.attention_items(query_start, visible, kv_heads),
+    )
+
+
+def make_owners(slots: np.ndarray, kernels: Kernels, traits: Traits) -> Owners:
+    """Of rows with these `slots` [rows] int32."""
+    return Owners(
+        slots,
+        low_rank_tiles(slots, kernels.TILE_ROWS),
+        affine=bool(traits.affine[slots].any()),
+        bottleneck=bool(traits.bottleneck[slots].any()),
     )

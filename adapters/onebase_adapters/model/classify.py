@@ -2,7 +2,7 @@
 
 import torch
 
-from onebase_adapters.primitives import Head
+from onebase_adapters.primitives import Head, LoweredAdapter
 
 
 class HeadTable:
@@ -12,9 +12,9 @@ class HeadTable:
         self._device = device
         self._heads: dict[int, Head] = {}
 
-    def put(self, slot: int, head: Head | None) -> None:
+    def put(self, slot: int, adapter: LoweredAdapter) -> None:
         """Make an adapter's head the slot's, if it has one."""
-        if head is not None:
+        if (head := adapter.one(Head)) is not None:
             weight, bias = head.weight.float().to(self._device), head.bias.float().to(self._device)
             self._heads[slot] = Head(head.kind, head.pooling, weight, bias, head.labels)
 

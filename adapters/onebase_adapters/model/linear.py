@@ -84,9 +84,13 @@ class AdapterLinear(nn.Module):
         self.context = context
         self.head = head
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's: T5 asks for its type."""
+        return self.inner.get_parameter("weight")
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch = self.context.batch
-        owners = batch.head_owners if self.head else batch.owners
+        owners = self.context.owners(x.numel() // x.shape[-1], head=self.head)
         if self.head:
             self.context.head_input = x.view(-1, x.shape[-1])
         if not len(owners.tiles):
@@ -105,6 +109,27 @@ class AdapterLinear(nn.Module):
         if owners.affine:
             self.tables.change_output(flat, owners)
         return y
+
+
+def hook_linears(
+    model: nn.Module,
+    sites: Sequence[Site],
+    slots: int,
+    kernels: Kernels,
+    context: Context,
+    device: torch.device,
+) -> list[SiteTables]:
+    """Wrap the modules of `sites` in their places."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hooked = []
+    for site in sites:
+        parent, _, leaf = site.name.rpartition(".")
+        inner = model.get_submodule(site.name)
+        tables = SiteTables([site], slots, kernels, device)
+        wrapped = AdapterLinear(inner, tables, kernels, context, head=inner is head)
+        setattr(model.get_submodule(parent), leaf, wrapped)
+        hooked.append(tables)
+    return hooked
 
 
 def hook_sublayer(module: nn.Module, table: BottleneckTable, kernels: Kernels, context: Context) -> None:

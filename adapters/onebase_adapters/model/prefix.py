@@ -9,7 +9,7 @@ import torch
 from onebase_adapters.batch import Chunk
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.model.paged import PagedKV
-from onebase_adapters.primitives import KVPrefix
+from onebase_adapters.primitives import KVPrefix, LoweredAdapter
 
 
 class PrefixTable:
@@ -19,9 +19,9 @@ class PrefixTable:
         self._cache = cache
         self._prefixes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def put(self, slot: int, prefix: KVPrefix | None) -> None:
+    def put(self, slot: int, adapter: LoweredAdapter) -> None:
         """Make an adapter's prefix the slot's, if it has one."""
-        if prefix is not None:
+        if (prefix := adapter.one(KVPrefix)) is not None:
             like = self._cache.k[0]
             self._prefixes[slot] = (
                 prefix.keys.to(like.device, like.dtype),

@@ -2,50 +2,37 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-from torch import nn
 
 from onebase_adapters.base.load import LoadedBase, load_base
-from onebase_adapters.base.shape import BaseShape, Site, cache_shape
+from onebase_adapters.base.shape import BaseShape, cache_shape
 from onebase_adapters.base.spec import BaseSpec
-from onebase_adapters.batch import Chunk, Context, Traits
-from onebase_adapters.errors import AdapterError
+from onebase_adapters.batch import Chunk, Context
 from onebase_adapters.kernels import Kernels, choose_kernels
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
-from onebase_adapters.kernels.table import Arena
 from onebase_adapters.model.batching import make_batch
-from onebase_adapters.model.classify import HeadTable
 from onebase_adapters.model.fused import FusedModel, fuse
 from onebase_adapters.model.head import HeadKind, HiddenScores, LogitScores, Scores, Screen, nf4_copy
-from onebase_adapters.model.inputs import InputEmbedding
-from onebase_adapters.model.linear import AdapterLinear, SiteTables, hook_sublayer
+from onebase_adapters.model.linear import hook_linears, hook_sublayer
 from onebase_adapters.model.paged import ATTENTION_NAME, PagedKV, hook_attention, register_attention
 from onebase_adapters.model.prefix import PrefixTable
-from onebase_adapters.model.weights import ModelWeights
+from onebase_adapters.model.slots import AdapterSlots
 from onebase_adapters.packages import Progress
-from onebase_adapters.parts import Parts
-from onebase_adapters.primitives import Bottleneck, Head, KVPrefix, LoweredAdapter, LowRank, Primitive, Shift
+from onebase_adapters.primitives import Bottleneck, LoweredAdapter, LowRank, Primitive, Shift
 
 log = logging.getLogger(__name__)
 
 
-class _Store(Protocol):
-    def clear(self, slot: int) -> None: ...
-
-
-class ServedModel:
+class ServedModel(AdapterSlots):
     """A loaded base, hooked. Not thread-safe: one step at a time."""
 
     def __init__(self, base: LoadedBase, *, slots: int, blocks: int, head: HeadKind = "screened") -> None:
         """`slots`: most adapters resident at once; `blocks`: size of the cache; `head`: see `HeadKind`."""
-        self.base = base
-        self.shape: BaseShape = base.shape
+        super().__init__(base, slots)
         self._model = base.model
         self._device = base.device
         self._context = Context()
-        self.weights = ModelWeights(base.model)
         self._kernels = choose_kernels(
             base.device, torch.bfloat16, cache_shape(base.model.config).dim,
             [site.in_features for site in base.shape.sites.values()],
@@ -56,24 +43,17 @@ class ServedModel:
             base.model.set_output_embeddings(nf4_copy(base.model.get_output_embeddings()))
         self._bare_head = base.model.get_output_embeddings()
         self._screen = self._make_screen() if head == "screened" else None
-        self._sites: list[SiteTables] = []
-        self._sublayers: list[BottleneckTable] = []
         self._fused: FusedModel | None = None
         if (made := fuse(base.model, base.shape, self._kernels, self.cache, slots + 1)) is not None:
             self._fused, self._sites, self._sublayers = made
         covered = {site.name for tables in self._sites for site in tables.sites}
         rest = [site for site in base.shape.sites.values() if site.name not in covered]
-        self._sites += _hook_linears(base.model, rest, slots + 1, self._kernels, self._context, base.device)
+        self._sites += hook_linears(base.model, rest, slots + 1, self._kernels, self._context, base.device)
         if self._fused is None:
             self._sublayers = _hook_sublayers(base, slots + 1, self._kernels, self._context)
         self._head_tables = next((tables for tables in self._sites if tables.sites[0].name == "lm_head"), None)
-        self._inputs = InputEmbedding(base.model.get_input_embeddings(), base.shape.embedding, base.device)
         self._prefixes = PrefixTable(self.cache)
-        self._heads = HeadTable(base.device)
-        self._traits = Traits.none(slots + 1)
-        self._free_slots = list(range(slots, 0, -1))
-        self._arenas: dict[int, Arena] = {}
-        self._slot_bytes: dict[int, int] = {}
+        self._tables.append(self._prefixes)
 
     @classmethod
     def load(cls, spec: BaseSpec, *, slots: int, blocks: int, progress: Progress = log.info) -> "ServedModel":
@@ -90,53 +70,8 @@ class ServedModel:
         log.info("greedy tokens come from all logits: the head cannot be screened here")
         return None
 
-    @property
-    def free_slots(self) -> int:
-        return len(self._free_slots)
-
-    def put(self, adapter: LoweredAdapter) -> int:
-        """Make an adapter resident and return its slot.
-
-        Raises IndexError when no slot is free, AdapterError when no memory is left; nothing of it stays then.
-        """
-        slot = self._free_slots.pop()
-        try:
-            self._fill(slot, adapter)
-        except (MemoryError, OSError, RuntimeError) as error:
-            self.remove(slot)
-            raise AdapterError(f"The adapter cannot be brought into memory: {error}") from error
-        return slot
-
-    def _fill(self, slot: int, adapter: LoweredAdapter) -> None:
-        parts = Parts.of(adapter)
-        stores: list[SiteTables | BottleneckTable] = [*self._sites, *self._sublayers]
-        arena = self._arenas[slot] = Arena(sum(store.size(parts) for store in stores), self._device)
-        for store in stores:
-            store.put(slot, parts, arena)
-        self._traits.affine[slot] = bool(parts.inputs or parts.outputs or parts.shifts)
-        self._traits.bottleneck[slot] = bool(parts.bottlenecks)
-        self._inputs.put(slot, adapter)
-        self._prefixes.put(slot, adapter.one(KVPrefix))
-        self._heads.put(slot, adapter.one(Head))
-        packed = sum(p.parameters for p in adapter.of(LowRank)) + sum(p.parameters for p in adapter.of(Bottleneck))
-        self._slot_bytes[slot] = arena.bytes + 4 * (adapter.parameters - packed)
-
-    def remove(self, slot: int) -> None:
-        """Free a slot that no running sequence uses."""
-        stores: list[_Store] = [*self._sites, *self._sublayers, self._inputs, self._prefixes, self._heads]
-        for store in stores:
-            store.clear(slot)
-        self._arenas.pop(slot, None)
-        self._slot_bytes.pop(slot, None)
-        self._free_slots.append(slot)
-
-    def slot_bytes(self, slot: int) -> int:
-        """Memory of a resident adapter."""
-        return self._slot_bytes[slot]
-
-    def head(self, slot: int) -> Head | None:
-        """A resident adapter's classification head."""
-        return self._heads.get(slot)
+    def release(self, sequence: str) -> None:
+        """Forget a sequence: nothing is kept of any, its pages are the engine's."""
 
     def warm_up(self) -> None:
         """Compile (or read from the cache) every kernel that serving needs, on pages that nobody uses yet."""
@@ -174,27 +109,6 @@ class ServedModel:
             logits_to_keep=batch.sample_rows,
         ).logits[0]
         return LogitScores(logits, self._context.head_input)
-
-
-def _hook_linears(
-    model: nn.Module,
-    sites: Sequence[Site],
-    slots: int,
-    kernels: Kernels,
-    context: Context,
-    device: torch.device,
-) -> list[SiteTables]:
-    """Wrap the modules of `sites` in their places."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    hooked = []
-    for site in sites:
-        parent, _, leaf = site.name.rpartition(".")
-        inner = model.get_submodule(site.name)
-        tables = SiteTables([site], slots, kernels, device)
-        wrapped = AdapterLinear(inner, tables, kernels, context, head=inner is head)
-        setattr(model.get_submodule(parent), leaf, wrapped)
-        hooked.append(tables)
-    return hooked
 
 
 def _hook_sublayers(base: LoadedBase, slots: int, kernels: Kernels, context: Context) -> list[BottleneckTable]:

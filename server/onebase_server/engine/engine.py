@@ -21,6 +21,7 @@ from onebase_adapters.errors import AdapterError, ConfigError
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.layout import NO_LAYOUT
 from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
+from onebase_adapters.model.seq2seq import EncoderDecoder
 from onebase_adapters.model.served import ServedModel
 from onebase_adapters.packages import Progress
 from onebase_adapters.primitives import LoweredAdapter
@@ -59,16 +60,21 @@ class Engine:
         register_attention()
         base = load_base(config.base, attention=ATTENTION_NAME, progress=progress)
         blocks = _cache_blocks(config, base.model.config, base.device)
-        self.model = ServedModel(base, slots=config.max_adapters, blocks=blocks, head=config.head)
+        self.model: ServedModel | EncoderDecoder
+        if base.shape.encoder_decoder:
+            self.model = EncoderDecoder(base, slots=config.max_adapters)
+        else:
+            self.model = ServedModel(base, slots=config.max_adapters, blocks=blocks, head=config.head)
         self.model.warm_up()
         _give_back_memory()
-        self.pool = BlockPool(blocks, BLOCK, reuse=config.reuse_prefixes)
+        self.pool = BlockPool(blocks, BLOCK, reuse=config.reuse_prefixes and not base.shape.encoder_decoder)
         context = min(config.max_model_len or base.shape.context, base.shape.context)
+        whole_prompts = base.shape.encoder or base.shape.encoder_decoder
         self.scheduler = Scheduler(
             self.pool,
-            max_batch_tokens=max(config.max_batch_tokens, context if base.shape.encoder else 1),
+            max_batch_tokens=max(config.max_batch_tokens, context if whole_prompts else 1),
             max_running=config.max_running,
-            whole_prompts=base.shape.encoder,
+            whole_prompts=whole_prompts,
         )
         self.residency = Residency(self.model, wake)
         self._reader = PromptReader(self.model)
@@ -156,6 +162,8 @@ class Engine:
         """Advance everything that is due by one forward pass."""
         outputs = self._call_in_those_aside()
         plan = self.scheduler.plan()
+        for sequence in plan.preempted:
+            self.model.release(sequence.request.id)
         if not plan.work:
             return outputs
         self._steps += 1
@@ -204,6 +212,10 @@ class Engine:
             return "internal", "the prompt has no tokens"
         if request.task == "generate" and not self.info.generates:
             return "task", f"{self.info.model} is an encoder: it classifies and embeds, but generates nothing"
+        if self.model.shape.encoder_decoder and request.task != "generate":
+            return "task", f"{self.info.model} is an encoder-decoder: it generates, and does nothing else here"
+        if self.model.shape.encoder_decoder and request.sampling.prompt_logprobs is not None:
+            return "task", f"{self.info.model} is an encoder-decoder: a prompt's tokens have no logprobs"
         if (refusal := self._too_large(tokens)) is not None:
             return refusal
         if request.adapter is not None and not self.residency.knows(request.adapter):
@@ -296,6 +308,8 @@ class Engine:
             slot=sequence.slot,
             sample=work.samples,
             all_logits=self._reader.wants_every_row(sequence),
+            sequence=sequence.request.id,
+            prompt=sequence.prompt_tokens,
         )
 
     def _fail(self, plan: Plan, error: Exception) -> list[Output]:
@@ -320,6 +334,7 @@ class Engine:
             self._aside.remove(sequence)
             return
         self._reader.forget(sequence)
+        self.model.release(sequence.request.id)
         self.scheduler.remove(sequence)
         if sequence.request.adapter is not None:
             self.residency.release(sequence.request.adapter)

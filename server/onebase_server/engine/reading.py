@@ -11,7 +11,7 @@ import torch
 
 from onebase_adapters.model.classify import pool, probabilities
 from onebase_adapters.model.head import Scores
-from onebase_adapters.model.served import ServedModel
+from onebase_adapters.model.slots import AdapterSlots
 from onebase_server.engine.request import Output
 from onebase_server.engine.sampling import describe
 from onebase_server.engine.scheduler import Plan, Work
@@ -29,7 +29,7 @@ class _Taken:
 class PromptReader:
     """Keeps what the steps gave until the prompt is done."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: AdapterSlots) -> None:
         self._model = model
         self._taken: dict[str, _Taken] = {}
 

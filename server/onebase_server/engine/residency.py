@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onebase_adapters.layout import Layout
 from onebase_adapters.methods import load_adapter
-from onebase_adapters.model.served import ServedModel
+from onebase_adapters.model.slots import AdapterSlots
 from onebase_adapters.primitives import Head, LoweredAdapter, Template
 from onebase_server.engine.messages import AdapterInfo, HeadInfo, TemplateInfo
 
@@ -31,7 +31,7 @@ class Residency:
     """Adapters by digest: known (a folder), resident (a slot), in use (by so many sequences). Least recently
     used ones leave when a slot is wanted; those in use never do."""
 
-    def __init__(self, model: ServedModel, wake: Callable[[], None]) -> None:
+    def __init__(self, model: AdapterSlots, wake: Callable[[], None]) -> None:
         """`wake` is called, on the reader's thread, when an adapter has been read."""
         self._model = model
         self._wake = wake

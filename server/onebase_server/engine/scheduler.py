@@ -105,6 +105,8 @@ class Scheduler:
                 break
             if sequence not in self.running:
                 continue  # preempted for an earlier one in this very loop
+            if self.whole_prompts and sequence.missing > budget:
+                continue
             if not self._grow(sequence, preempted, {item.sequence for item in work}):
                 continue
             work.append(self._work(sequence, budget))
