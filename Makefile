@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PORT ?= 8000
 
-.PHONY: install demo serve test check format bench clean
+.PHONY: install demo serve test fuzz check format bench clean
 
 install: $(STAMP)
 
@@ -25,6 +25,11 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# In an environment of its own: it would load itself into every pytest run.
+fuzz: $(STAMP)
+	test -x $(VENV)/fuzz/bin/st || { $(PYTHON) -m venv $(VENV)/fuzz && $(VENV)/fuzz/bin/python -m pip install -q 'schemathesis>=4,<5'; }
+	PYTHONPATH=tests $(BIN)/python tests/fuzz_api.py $(VENV)/fuzz/bin/st
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

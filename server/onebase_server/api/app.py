@@ -22,6 +22,7 @@ from onebase_server.api import (
 )
 from onebase_server.api.errors import handle
 from onebase_server.api.middleware import RequestGuard
+from onebase_server.api.schemas.base import ErrorDocument
 from onebase_server.api.services import Services
 
 _UPLOADS = ("/v1/adapters", "/v1/files")
@@ -33,6 +34,10 @@ def create_app(services: Services) -> FastAPI:
         title="OneBase",
         version=version("onebase"),
         summary="One frozen base model, many adapters, one batch; OpenAI-compatible.",
+        responses={
+            "4XX": {"model": ErrorDocument, "description": "The request's fault; `param` names the field."},
+            "5XX": {"model": ErrorDocument, "description": "The server's fault, or not for the moment."},
+        },
     )
     app.state.services = services
     for topic in (

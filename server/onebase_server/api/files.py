@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.datastructures import UploadFile
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, Response
 
 from onebase_server.api.auth import require_admin
 from onebase_server.api.errors import InvalidRequestError
@@ -19,6 +19,7 @@ T = TypeVar("T")
 _PURPOSES = ("fine-tune",)
 Limit = Annotated[int, Query(ge=1, le=10_000)]
 
+_BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
 _BODY = {
     "requestBody": {
         "required": True,
@@ -79,7 +80,7 @@ async def get_file(file_id: str, request: Request) -> dict[str, Any]:
     return describe_file(await asyncio.to_thread(services_of(request).book.file, file_id))
 
 
-@router.get("/{file_id}/content", summary="A file's content", response_class=FileResponse)
+@router.get("/{file_id}/content", summary="A file's content", response_class=Response, responses=_BYTES)
 async def get_file_content(file_id: str, request: Request) -> FileResponse:
     """As it was uploaded."""
     stored = await asyncio.to_thread(services_of(request).book.file, file_id)

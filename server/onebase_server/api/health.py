@@ -6,11 +6,14 @@ from typing import Any
 import msgspec
 import prometheus_client
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from onebase_server.api.services import services_of
+from onebase_server.engine.client import EngineUnavailableError
 
 router = APIRouter(tags=["health"])
+
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 @router.get("/health", summary="Is the engine ready?", response_model=None)
@@ -19,7 +22,7 @@ async def health(request: Request) -> Response:
     """200 while requests are taken; 503 while the engine starts, restarts or drains."""
     services = services_of(request)
     if not services.engine.ready:
-        return JSONResponse({"status": "unavailable"}, 503, {"retry-after": "5"})
+        raise EngineUnavailableError("The engine is starting or stopping.", retry_after=5)
     stats = services.engine.stats
     details = {
         "status": "ok",
@@ -30,7 +33,7 @@ async def health(request: Request) -> Response:
     return JSONResponse(details)
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=_TEXT)
 async def get_metrics(request: Request) -> Response:
     """In its text format."""
     services = services_of(request)

@@ -1,7 +1,9 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them, for the gateways made for it."""
 
+from typing import Any
+
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 
 from onebase_adapters.errors import AdapterExistsError
 from onebase_server.api.adapter_sources import from_path
@@ -12,9 +14,13 @@ from onebase_server.api.services import services_of
 
 router = APIRouter(prefix="/v1", tags=["adapters"], dependencies=[Depends(require_admin)])
 
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-@router.post("/load_lora_adapter", summary="Register an adapter (vLLM's call)", response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadLoraRequest, request: Request) -> str:
+
+@router.post(
+    "/load_lora_adapter", summary="Register an adapter (vLLM's call)", response_class=Response, responses=_TEXT
+)
+async def load_lora_adapter(body: LoadLoraRequest, request: Request) -> Response:
     """As POST /v1/adapters with a path; `load_inplace` makes a new version of a name that is taken."""
     services = services_of(request)
     stage = from_path(services.store, services.settings.adapter_root, body.lora_path)
@@ -27,11 +33,13 @@ async def load_lora_adapter(body: LoadLoraRequest, request: Request) -> str:
             "place, set 'load_inplace' to True.",
             field="lora_name",
         ) from error
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter", summary="Delete an adapter (vLLM's call)", response_class=PlainTextResponse)
-async def unload_lora_adapter(body: UnloadLoraRequest, request: Request) -> str:
+@router.post(
+    "/unload_lora_adapter", summary="Delete an adapter (vLLM's call)", response_class=Response, responses=_TEXT
+)
+async def unload_lora_adapter(body: UnloadLoraRequest, request: Request) -> Response:
     """As DELETE /v1/adapters/{name}."""
     await services_of(request).adapters.delete(body.lora_name)
-    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

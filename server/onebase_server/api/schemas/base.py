@@ -105,3 +105,19 @@ LogitBias = Annotated[dict[int, Bias], BeforeValidator(_token_keys)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Logprobs = Annotated[int, Field(ge=0, le=20)]
 Text = Annotated[str, BeforeValidator(_text_of_parts)]
+
+
+class Error(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field of the request that is wrong."""
+    code: str | None
+
+
+class ErrorDocument(BaseModel):
+    """Every error, as OpenAI has them."""
+
+    error: Error

@@ -28,6 +28,7 @@ _RESPONSE_TOOL_CHOICE_SCHEMA = {
             "required": ["type", "name"],
             "properties": {"type": {"const": "function"}, "name": {"type": "string"}},
         },
+        {"type": "null"},
     ]
 }
 
