@@ -1,13 +1,17 @@
 """The fused LoRA layer against PEFT's own."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from onebase_training.config import TrainConfig
 from onebase_training.fast_lora import speed_up
+
+CONFIG = TrainConfig(data=Path("-"), output=Path("-"))
 
 
 class Net(nn.Module):
@@ -32,7 +36,7 @@ def adapted(**options: object) -> nn.Module:
 def test_outputs_and_gradients_are_pefts(rslora: bool) -> None:
     usual = adapted(use_rslora=rslora)
     fast = copy.deepcopy(usual)
-    assert speed_up(fast) == 2
+    assert speed_up(fast, CONFIG) == 2
     x = torch.randn(2, 4, 6)
     outputs = []
     for model in (usual, fast):
@@ -48,12 +52,12 @@ def test_outputs_and_gradients_are_pefts(rslora: bool) -> None:
 
 @pytest.mark.parametrize("option", [{"lora_dropout": 0.5}, {"use_dora": True}])
 def test_what_is_not_plain_keeps_pefts_layer(option: dict[str, object]) -> None:
-    assert speed_up(adapted(**option)) == 0
+    assert speed_up(adapted(**option), CONFIG) == 0
 
 
 def test_a_disabled_adapter_changes_nothing() -> None:
     model = adapted()
-    speed_up(model)
+    speed_up(model, CONFIG)
     x = torch.randn(3, 6)
     with model.disable_adapter():  # type: ignore[operator]
         plain = model(x)

@@ -76,6 +76,14 @@ class Activation(enum.StrEnum):
     TANH = "tanh"
 
 
+class DeepSpeed(enum.StrEnum):
+    """What is spread over processes."""
+
+    NONE = "none"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
+
+
 class Pooling(enum.StrEnum):
     """What a classifier reads."""
 
@@ -140,6 +148,10 @@ def train(
     checkpointing: Annotated[
         Choice, typer.Option(help="Recompute activations: less memory, slower.")
     ] = Choice.AUTO,
+    deepspeed: Annotated[
+        DeepSpeed, typer.Option(help="Under torchrun: spread optimiser, gradients (zero2) and weights (zero3).")
+    ] = DeepSpeed.NONE,
+    offload: Annotated[bool, typer.Option("--offload", help="With it: use the host's memory, too.")] = False,
     json_events: Annotated[
         bool, typer.Option("--json", help="Tell of progress in lines of JSON on standard output.")
     ] = False,
@@ -198,12 +210,18 @@ def train(
         device=device,
         dequantize=dequantize.value,
         checkpointing=checkpointing.value,
+        deepspeed=deepspeed.value,
+        offload=offload,
         overwrite=overwrite,
         resume=resume,
     )
+    from onebase_training.distributed import this_process
     from onebase_training.terminal import json_lines, show, watched
     from onebase_training.train import train as run
 
+    if not this_process().first:
+        run(config)
+        return
     with json_lines(sys.stdout) if json_events else watched() as progress:
         result = run(config, progress)
     if not json_events:

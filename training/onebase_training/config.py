@@ -123,6 +123,11 @@ class TrainConfig:
     every step. The same numbers, faster; `auto` does so where a quarter of the free memory is enough."""
     checkpointing: Choice = "auto"
     """Recompute activations in the backward pass (Chen et al. 2016). `auto`: where memory needs it."""
+    deepspeed: Literal["none", "zero2", "zero3"] = "none"
+    """Spread optimiser and gradients (zero2), and weights too (zero3), over the processes that torchrun starts
+    (ZeRO, Rajbhandari et al. 2020)."""
+    offload: bool = False
+    """With DeepSpeed: keep on the host what does not fit on the device."""
     overwrite: bool = False
     """Replace an existing output, and drop an unfinished run's checkpoints."""
     resume: bool = False

@@ -11,6 +11,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
+from onebase_training.config import TrainConfig
+
 
 class _LoraProduct(torch.autograd.Function):
     """x [N, in], frozen weight [out, in] and bias [out], a [r, in], b [out, r] -> x W^T + bias + scale (x a^T) b^T.
@@ -50,8 +52,13 @@ class _LoraProduct(torch.autograd.Function):
         return d_x, None, None, d_a.float(), d_b.float(), None
 
 
-def speed_up(model: nn.Module) -> int:
-    """Let plain LoRA layers on frozen, unquantised linear modules run as one function; returns how many do."""
+def speed_up(model: nn.Module, config: TrainConfig) -> int:
+    """Let plain LoRA layers on frozen, unquantised linear modules run as one function; returns how many do.
+
+    Not with ZeRO-3, which finds out by the calls of modules which weights it must gather.
+    """
+    if config.deepspeed == "zero3":
+        return 0
     layers = [module for module in model.modules() if type(module) is LoraLinear and _plain(module)]
     for layer in layers:
         layer.forward = _Forward(layer)

@@ -5,15 +5,12 @@ devices and processes. What is ours: batches from a plan, a loss that is summed 
 labels, checkpoints of the trained parameters alone.
 """
 
-import json
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
@@ -25,16 +22,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from onebase_adapters.paths import staged_directory
+from onebase_training.checkpoints import STATE_FILE, keep_only, restore, save_trained, staged_checkpoint
 from onebase_training.config import TrainConfig
 from onebase_training.data import Encoded
+from onebase_training.distributed import ALONE, Ranks, deepspeed_settings
 from onebase_training.evaluate import held_out_loss
 from onebase_training.events import Evaluated, Progress, Step
-from onebase_training.model import Trained, trainable_state
+from onebase_training.model import Trained
 from onebase_training.stopping import Stopped, early_stop
-
-TRAINED_FILE = "trained.safetensors"
-_STATE_FILE = "trainer_state.json"
 
 Plan = list[list[int]]
 
@@ -52,11 +47,14 @@ class Loop(Trainer):  # type: ignore[misc]
         held_out: Sequence[Encoded],
         plan: Plan,
         progress: Progress,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._plan = plan
         self._progress = progress
-        steps = count_steps(plan, config)
-        self.watch = Watch(config, progress, [sum(model.length(examples[i]) for i in batch) for batch in plan])
+        steps = count_steps(plan, config, ranks)
+        tokens = [sum(model.length(examples[index]) for index in batch) for batch in plan]
+        self.watch = Watch(config, ranks, progress, tokens)
         super().__init__(
             model=model,
             args=training_arguments(config, work, steps, model.device),
@@ -70,21 +68,22 @@ class Loop(Trainer):  # type: ignore[misc]
             self.remove_callback(needless)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,
-            batch_sampler=self._plan,
-            collate_fn=self.data_collator,
+        """Of n processes, each takes every nth batch; a last round that is short begins the plan again."""
+        world = self._ranks.world
+        whole = self._plan + self._plan[: -len(self._plan) % world]
+        return DataLoader(
+            self.train_dataset, batch_sampler=whole[self._ranks.rank :: world], collate_fn=self.data_collator
         )
-        prepared: DataLoader[Any] = self.accelerator.prepare_data_loader(loader)
-        return prepared
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        return torch.tensor(sum(batch["labels"].numel() for batch in batch_samples), device=device)
+        own = torch.tensor(sum(batch["labels"].numel() for batch in batch_samples), device=device)
+        return self.accelerator.reduce(own, "sum") if self._ranks.world > 1 else own
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss = model(**inputs) / num_items_in_batch
+        # Gradients are averaged over the processes: what each adds to their sum is made so many times larger.
+        loss = model(**inputs) * self._ranks.world / num_items_in_batch
         penalty = self.model.attached.penalty
         return loss if penalty is None else loss + penalty() / self.args.gradient_accumulation_steps
 
@@ -108,15 +107,14 @@ class Loop(Trainer):  # type: ignore[misc]
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(work / f"checkpoint-{self.state.best_global_step}")
         name = f"checkpoint-{self.state.global_step}"
-        with staged_directory(work / name) as scratch:
-            save_file(_whole_state(self.model), scratch / TRAINED_FILE)
+        with staged_checkpoint(work / name, self._ranks) as scratch:
+            save_trained(self.model, scratch, self._ranks)
             self._save_optimizer_and_scheduler(str(scratch))
             self._save_rng_state(str(scratch))
-            self.state.save_to_json(str(scratch / _STATE_FILE))
-        kept = {name, Path(self.state.best_model_checkpoint or name).name}
-        for old in work.glob("checkpoint-*"):
-            if old.name not in kept:
-                shutil.rmtree(old)
+            if self._ranks.first:
+                self.state.save_to_json(str(scratch / STATE_FILE))
+        if self._ranks.first:
+            keep_only(work, {name, Path(self.state.best_model_checkpoint or name).name})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self.model, Path(resume_from_checkpoint))
@@ -126,9 +124,9 @@ class Loop(Trainer):  # type: ignore[misc]
             restore(self.model, Path(self.state.best_model_checkpoint))
 
 
-def count_steps(plan: Plan, config: TrainConfig) -> int:
+def count_steps(plan: Plan, config: TrainConfig, ranks: Ranks) -> int:
     """Optimiser steps of a whole run."""
-    steps = -(-len(plan) // config.accumulate)
+    steps = -(-len(plan) // (config.accumulate * ranks.world))
     return min(steps, config.max_steps or steps)
 
 
@@ -167,14 +165,20 @@ def training_arguments(config: TrainConfig, work: Path, steps: int, device: torc
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        deepspeed=(
+            None if config.deepspeed == "none" else deepspeed_settings(config.deepspeed, offload=config.offload)
+        ),
+        ddp_find_unused_parameters=False,
     )
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Tells of progress, and ends a run early or at its time limit."""
 
-    def __init__(self, config: TrainConfig, progress: Progress, batch_tokens: Sequence[int]) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks, progress: Progress, batch_tokens: Sequence[int]) -> None:
         self._config = config
+        self._batches = config.accumulate * ranks.world
+        """Of a step."""
         self._progress = progress
         self._batch_tokens = batch_tokens
         self._tokens = 0
@@ -193,8 +197,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.busy += time.monotonic() - self._since
-        first = (state.global_step - 1) * self._config.accumulate
-        self._tokens += sum(self._batch_tokens[first : first + self._config.accumulate])
+        first = (state.global_step - 1) * self._batches
+        self._tokens += sum(self._batch_tokens[first : first + self._batches])
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
         elif self._config.time_limit is not None and self.busy >= self._config.time_limit:
@@ -205,7 +209,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         logs = values.get("logs") or {}
         if "loss" not in logs:
             return
-        done, whole = state.global_step * self._config.accumulate, state.max_steps * self._config.accumulate
+        done, whole = state.global_step * self._batches, state.max_steps * self._batches
         left = sum(self._batch_tokens[done:whole]) / self.speed
         self._progress(
             Step(state.global_step, state.max_steps, logs["loss"], logs["learning_rate"], self.speed, left)
@@ -227,39 +231,3 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._after_step is not None:
             self._after_step(state.global_step + 1)
-
-
-def last_checkpoint(work: Path) -> Path | None:
-    """The newest whole checkpoint."""
-    found = {int(path.name.rpartition("-")[2]): path for path in work.glob("checkpoint-*")}
-    return found[max(found)] if found else None
-
-
-def best_checkpoint(checkpoint: Path) -> Path:
-    """The best one so far, as `checkpoint` knows it."""
-    state = json.loads((checkpoint / _STATE_FILE).read_text())
-    # Stored with its whole path, and the folder may have moved since.
-    return checkpoint.parent / Path(state["best_model_checkpoint"]).name
-
-
-def restore(model: Trained, checkpoint: Path) -> None:
-    """Copy a checkpoint's parameters into `model`."""
-    stored = load_file(checkpoint / TRAINED_FILE)
-    with torch.no_grad():
-        for name, value in _whole_state(model).items():
-            value.copy_(stored[name])
-
-
-def history(work: Path) -> list[dict[str, float]]:
-    """The log of the newest checkpoint."""
-    newest = last_checkpoint(work)
-    if newest is None:
-        return []
-    entries: list[dict[str, float]] = json.loads((newest / _STATE_FILE).read_text())["log_history"]
-    return entries
-
-
-def _whole_state(model: Trained) -> dict[str, torch.Tensor]:
-    """Trained parameters, and what else the method changes as it goes. No copies, but where memory is shared."""
-    kept = model.attached.state() if model.attached.state else {}
-    return {name: value.detach() for name, value in (trainable_state(model) | kept).items()}

@@ -27,10 +27,14 @@ def load_for_training(config: TrainConfig, method: Method, progress: Progress) -
     if base.device.type == "cpu":
         base.model.set_attn_implementation(PACKED_ATTENTION)
     extra = dequantized_bytes(base.model)
-    if method.expanded and extra and config.dequantize == "never":
-        raise ConfigError(f"{config.method} needs the base's weights expanded.", field="dequantize")
+    expanded = method.expanded or config.deepspeed == "zero3"
+    if expanded and extra and config.dequantize == "never":
+        raise ConfigError(
+            f"{config.method} (deepspeed: {config.deepspeed}) needs the base's weights expanded.",
+            field="dequantize",
+        )
     roomy = config.dequantize == "auto" and extra * 4 <= free_memory(base.device)
-    if extra and (method.expanded or config.dequantize == "always" or roomy):
+    if extra and (expanded or config.dequantize == "always" or roomy):
         dequantize(base.model)
         progress(Stage(f"4-bit weights held as bfloat16 while training: the same values, {extra >> 20} MiB more"))
     elif extra:

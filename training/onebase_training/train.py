@@ -13,14 +13,16 @@ from transformers import set_seed
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError, DataError
 from onebase_training.batches import plan_batches
+from onebase_training.checkpoints import best_checkpoint, history, last_checkpoint, restore
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded
+from onebase_training.distributed import Ranks, barrier, gathered, this_process
 from onebase_training.estimate import settle
 from onebase_training.evaluate import Evaluation, Sample, evaluate, mark
 from onebase_training.events import Progress, Stage, silent
 from onebase_training.hard_prompt import choose, encode_with
 from onebase_training.heads import classes_of, with_head
-from onebase_training.loop import Loop, best_checkpoint, count_steps, history, last_checkpoint, restore
+from onebase_training.loop import Loop, count_steps
 from onebase_training.methods import Attach, find_method
 from onebase_training.methods.attached import Attached
 from onebase_training.model import Trained, trainable_state
@@ -38,9 +40,12 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
 
     Raises ConfigError, DataError, BaseModelError or StorageError; nothing half-written is left behind.
     """
+    ranks = this_process()
+    if not ranks.first:
+        return _train(config, Workspace.of(config), silent, ranks)
     workspace = open_workspace(config)
     try:
-        result = _train(config, workspace, progress)
+        result = _train(config, workspace, progress, ranks)
     except BaseException:
         if last_checkpoint(workspace.folder) is None:
             workspace.clear()
@@ -49,7 +54,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     return result
 
 
-def _train(config: TrainConfig, workspace: Workspace, progress: Progress) -> TrainResult:
+def _train(config: TrainConfig, workspace: Workspace, progress: Progress, ranks: Ranks) -> TrainResult:
     method = find_method(config.method)
     config = config.resolved(learning_rate=method.learning_rate)
     dataset, held_out = read_data(config)
@@ -61,13 +66,14 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress) -> Tra
     classes = classes_of(dataset) if config.head else ()
     examples, evaluation = (encode_part(part, base, config, classes) for part in (dataset, held_out))
     digests = {"train": dataset.digest, "held_out": held_out.digest}
-    workspace.begin(config, data=digests, base=base.shape.fingerprint)
-    before = _before(workspace, base, dataset, evaluation, config, progress)
+    if ranks.first:
+        workspace.begin(config, data=digests, base=base.shape.fingerprint)
+    before = _before(workspace, base, dataset, evaluation, config, progress, ranks)
 
     if method.attach is None:
         fitted = _choose(base, dataset, held_out, config, progress)
     else:
-        fitted = _fit(method.attach, base, dataset, examples, evaluation, config, workspace, progress)
+        fitted = _fit(method.attach, base, dataset, examples, evaluation, config, workspace, progress, ranks)
 
     progress(Stage("measuring the result"))
     after = evaluate(fitted.model, fitted.held_out, base.tokenizer, config)
@@ -86,7 +92,7 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress) -> Tra
         before=before,
         after=after,
         steps=fitted.steps,
-        parameters=sum(value.numel() for value in trainable_state(fitted.model).values()),
+        parameters=fitted.parameters,
         tokens_per_second=fitted.tokens_per_second,
         seconds=fitted.seconds,
         stopped=fitted.stopped,
@@ -94,7 +100,10 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress) -> Tra
         history=history(workspace.folder),
         lengths=[len(example.input_ids) for example in examples],
     )
-    write_result(result, fitted.model.attached.save)
+    with gathered(trainable_state(fitted.model).values()):
+        if ranks.first:
+            write_result(result, fitted.model.attached.save)
+    barrier()
     return result
 
 
@@ -104,6 +113,7 @@ class _Fitted:
 
     model: Trained
     held_out: Sequence[Encoded]
+    parameters: int
     steps: int
     tokens_per_second: float
     seconds: float
@@ -119,33 +129,41 @@ def _fit(
     config: TrainConfig,
     workspace: Workspace,
     progress: Progress,
+    ranks: Ranks,
 ) -> _Fitted:
     set_seed(config.seed)
     lengths = [len(example.input_ids) for example in examples]
     plan = plan_batches(lengths, budget=config.batch_tokens, epochs=config.epochs, seed=config.seed)
-    steps = count_steps(plan, config)
+    steps = count_steps(plan, config, ranks)
     attached = attach(base, config, steps)
     if config.head:
         attached = with_head(attached, base, dataset, config)
     check_room(attached, base, max(lengths))
     model = Trained(attached, base.device, first_position=base.shape.first_position)
     parameters = sum(value.numel() for value in trainable_state(model).values())
-    estimate, recomputed = settle(model, examples, plan[: steps * config.accumulate], config)
+    estimate, recomputed = settle(model, examples, plan[: steps * config.accumulate * ranks.world], config)
     progress(Stage(f"{parameters:,} parameters to train, {steps} steps, {estimate}"))
     if recomputed:
         progress(Stage("activations are recomputed in the backward pass, to save memory"))
     set_seed(config.seed)
     loop = Loop(
-        model, config, work=workspace.folder, examples=examples, held_out=held_out, plan=plan, progress=progress
+        model,
+        config,
+        work=workspace.folder,
+        examples=examples,
+        held_out=held_out,
+        plan=plan,
+        progress=progress,
+        ranks=ranks,
     )
     checkpoint = last_checkpoint(workspace.folder) if config.resume else None
     over = early_stop(history(workspace.folder), config.patience) if checkpoint else None
     if checkpoint and over:  # killed after its last step
         restore(model, best_checkpoint(checkpoint))
-        return _Fitted(model, held_out, int(checkpoint.name.rpartition("-")[2]), 0.0, 0.0, over)
+        return _Fitted(model, held_out, parameters, int(checkpoint.name.rpartition("-")[2]), 0.0, 0.0, over)
     loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     watch = loop.watch
-    return _Fitted(model, held_out, loop.state.global_step, watch.speed, watch.busy, watch.stopped)
+    return _Fitted(model, held_out, parameters, loop.state.global_step, watch.speed, watch.busy, watch.stopped)
 
 
 def _choose(
@@ -159,7 +177,7 @@ def _choose(
     if encoded is None:
         raise DataError("The chosen prompt leaves no room for the longest held-out example.", field="max_length")
     saved = Attached(base.model, lambda folder: template.save(folder, base.shape.name))
-    return _Fitted(Trained(saved, base.device), encoded, 0, 0.0, seconds, "done")
+    return _Fitted(Trained(saved, base.device), encoded, 0, 0, 0.0, seconds, "done")
 
 
 def _before(
@@ -169,6 +187,7 @@ def _before(
     held_out: Sequence[Encoded],
     config: TrainConfig,
     progress: Progress,
+    ranks: Ranks,
 ) -> Evaluation:
     """The base's own marks (with a head: an untrained one's), measured once, however often a run is resumed."""
     stored = workspace.folder / _BEFORE_FILE
@@ -183,6 +202,8 @@ def _before(
         attached = with_head(attached, base, dataset, config)
     plain = Trained(attached, base.device, first_position=base.shape.first_position)
     before = evaluate(plain, held_out, base.tokenizer, config)
+    if not ranks.first:
+        return before
     samples = [(sample.prompt, sample.expected, sample.generated) for sample in before.samples]
     partial = stored.with_suffix(".partial")
     partial.write_text(json.dumps({"loss": before.loss, "samples": samples}))

@@ -20,6 +20,10 @@ class Workspace:
 
     output: Path
 
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Workspace":
+        return cls(config.output.expanduser().resolve())
+
     @property
     def folder(self) -> Path:
         return self.output.parent / f".{self.output.name}.training"
@@ -45,7 +49,7 @@ class Workspace:
 
 def open_workspace(config: TrainConfig) -> Workspace:
     """Check that the output may be written, before any time is spent. Raises ConfigError or StorageError."""
-    workspace = Workspace(config.output.expanduser().resolve())
+    workspace = Workspace.of(config)
     output, folder = workspace.output, workspace.folder
     if output.exists() and not config.overwrite:
         if config.resume:

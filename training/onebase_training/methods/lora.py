@@ -18,7 +18,7 @@ ROUNDED = ("lora_A", "lora_B")
 def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     """Low-rank updates on the chosen linear modules, float32, B at zero."""
     attached = attach_peft(base, lora_config(base, config), rounded=ROUNDED)
-    speed_up(attached.model)
+    speed_up(attached.model, config)
     return attached
 
 

@@ -38,6 +38,7 @@ def put_peft(base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] =
         with warnings.catch_warnings():
             # Of a head that shares the embedding's weights. Ours are served apart, whichever is trained.
             warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
             peft: Any = get_peft_model(base.model, config)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"PEFT refuses this: {error}") from error

@@ -26,7 +26,7 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     """alpha is the rank, as the initialisation needs."""
     config = config.resolved(alpha=float(config.rank or lora.RANK))
     parts = put_peft(base, lora.lora_config(base, config, init_lora_weights=f"pissa_niter_{_ITERATIONS}"))
-    speed_up(parts.model)
+    speed_up(parts.model, config)
     taken_out = {
         f"base_model.model.{name.replace('.default', '')}": value.detach().clone()
         for name, value in parts.model.named_parameters()

@@ -13,5 +13,5 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     rank = config.rank or lora.RANK
     config = config.resolved(alpha=2.0 * rank**0.5)
     attached = attach_peft(base, lora.lora_config(base, config, use_rslora=True), rounded=lora.ROUNDED)
-    speed_up(attached.model)
+    speed_up(attached.model, config)
     return attached

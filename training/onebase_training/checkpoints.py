@@ -1,0 +1,87 @@
+"""Checkpoints: folders that are whole or not there, with the trained parameters alone."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from onebase_adapters.paths import disk_errors
+from onebase_training.distributed import Ranks, barrier, gathered
+from onebase_training.model import Trained, trainable_state
+
+STATE_FILE = "trainer_state.json"
+_TRAINED_FILE = "trained.safetensors"
+
+
+@contextmanager
+def staged_checkpoint(target: Path, ranks: Ranks) -> Iterator[Path]:
+    """A folder that all processes write into, which the first one then puts in `target`'s place."""
+    scratch = target.with_name(f".{target.name}.partial")
+    with disk_errors(str(target)):
+        if ranks.first:
+            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+            scratch.mkdir(parents=True)
+        barrier()
+        try:
+            yield scratch
+            barrier()
+            if ranks.first:
+                shutil.rmtree(target, ignore_errors=True)
+                scratch.replace(target)
+        finally:
+            if ranks.first:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_trained(model: Trained, folder: Path, ranks: Ranks) -> None:
+    """Write the trained parameters into `folder`."""
+    with gathered(trainable_state(model).values()):
+        if ranks.first:
+            save_file({name: value.contiguous() for name, value in _state(model).items()}, folder / _TRAINED_FILE)
+
+
+def restore(model: Trained, checkpoint: Path) -> None:
+    """Copy a checkpoint's parameters into `model`."""
+    stored = load_file(checkpoint / _TRAINED_FILE)
+    with torch.no_grad(), gathered(trainable_state(model).values(), written=True):
+        for name, value in _state(model).items():
+            value.copy_(stored[name])
+
+
+def keep_only(work: Path, names: set[str]) -> None:
+    """Delete the other checkpoints."""
+    for old in work.glob("checkpoint-*"):
+        if old.name not in names:
+            shutil.rmtree(old)
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest one."""
+    found = {int(path.name.rpartition("-")[2]): path for path in work.glob("checkpoint-*")}
+    return found[max(found)] if found else None
+
+
+def best_checkpoint(checkpoint: Path) -> Path:
+    """The best one so far, as `checkpoint` knows it."""
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    # Stored with its whole path, and the folder may have moved since.
+    return checkpoint.parent / Path(state["best_model_checkpoint"]).name
+
+
+def history(work: Path) -> list[dict[str, float]]:
+    """The log of the newest checkpoint."""
+    newest = last_checkpoint(work)
+    if newest is None:
+        return []
+    entries: list[dict[str, float]] = json.loads((newest / STATE_FILE).read_text())["log_history"]
+    return entries
+
+
+def _state(model: Trained) -> dict[str, torch.Tensor]:
+    """Trained parameters, and what else the method changes as it goes. No copies."""
+    kept = model.attached.state() if model.attached.state else {}
+    return {name: value.detach() for name, value in (trainable_state(model) | kept).items()}
