@@ -59,7 +59,7 @@ def make_table(
 ) -> LowRankTable:
     """A table over sites of `outs` features: `ranks[slot - 1][site]`, 0 for an untouched site."""
     sites = [Site(f"site{index}", in_features, out) for index, out in enumerate(outs)]
-    table = LowRankTable(sites, len(ranks) + 1, transposed_a=kernels.TRANSPOSED_A)
+    table = LowRankTable(sites, len(ranks) + 1, transposed_a=kernels.TRANSPOSED_A, grouped_b=kernels.GROUPED_B)
     for slot, each in enumerate(ranks, start=1):
         updates = {
             site.name: LowRank(

@@ -36,6 +36,11 @@ class Kernels(Protocol):
         """Whether a table keeps A as [in, rank]."""
         ...
 
+    @property
+    def GROUPED_B(self) -> int:  # noqa: N802
+        """How many columns of the transposed B a table keeps together; 0: all."""
+        ...
+
     def attention_items(self, query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:
         """Cut a batch into work items [n, ...] int32 as `attend` reads them; arguments as in `Batch`."""
         ...

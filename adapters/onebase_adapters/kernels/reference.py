@@ -16,6 +16,7 @@ from onebase_adapters.primitives import Activation
 
 TILE_ROWS = 16
 TRANSPOSED_A = False
+GROUPED_B = 0
 
 
 def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:

@@ -48,19 +48,35 @@ class Arena:
         return target
 
 
+def group_columns(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    """[rows, columns] as one row: `width` columns of all rows, then the next ones; how many the last group has is
+    rounded up to a multiple of 16."""
+    groups = [
+        torch.nn.functional.pad(part, (0, _padded(part.shape[1]) - part.shape[1]))
+        for part in torch.split(matrix, width, 1)
+    ]
+    return torch.cat([group.reshape(-1) for group in groups])
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // 16) * 16
+
+
 class LowRankTable:
     """Resident low-rank weights of a group of sites that read the same input, by slot.
 
-    B is kept transposed, [rank, out]; the sites' A side by side, [sum of ranks, in], or transposed.
+    B is kept transposed, [rank, out], or that in groups of columns; the sites' A side by side, [sum of ranks, in],
+    or transposed.
     """
 
-    def __init__(self, sites: Sequence[Site], slots: int, *, transposed_a: bool) -> None:
+    def __init__(self, sites: Sequence[Site], slots: int, *, transposed_a: bool, grouped_b: int) -> None:
+        """`transposed_a`, `grouped_b`: as the kernels have them."""
         self.sites = tuple(sites)
         self.in_features = sites[0].in_features
         self.columns = np.cumsum([0] + [site.out_features for site in sites]).astype(np.int64)
         """[sites + 1]: the sites' column ranges in the group's output."""
         self.updates: dict[int, Sequence[LowRank | None]] = {}
-        """By slot: each site's update, views of the arena (None: untouched)."""
+        """By slot: each site's update, views of the arena (None: untouched). Not kept where B is grouped."""
         self.a = np.zeros(slots, np.int64)
         """By slot: address of A."""
         self.b = np.zeros((len(sites), slots), np.int64)
@@ -72,11 +88,16 @@ class LowRankTable:
         """The largest sum of a slot's ranks."""
         self._rows: torch.Tensor | None = None
         self._transposed_a = transposed_a
+        self._grouped_b = grouped_b
+        self._arenas: dict[int, Arena] = {}
+        """By slot: what the addresses point into."""
 
     def size(self, updates: Mapping[str, LowRank]) -> int:
         """Elements that `put` takes from an arena for these updates."""
         mine = [updates[site.name] for site in self.sites if site.name in updates]
         joined = Arena.size(sum(update.a.numel() for update in mine)) if mine else 0
+        if self._grouped_b:
+            return joined + sum(Arena.size(update.rank * _padded(update.b.shape[0])) for update in mine)
         return joined + sum(Arena.size(update.b.numel()) for update in mine)
 
     def put(self, slot: int, updates: Mapping[str, LowRank], arena: Arena) -> None:
@@ -93,19 +114,23 @@ class LowRankTable:
             if update is None:
                 held.append(None)
                 continue
-            b = arena.hold(update.b.t())
-            held.append(LowRank(update.site, a[first : first + update.rank], b.t(), update.scale))
+            b = arena.hold(group_columns(update.b.t(), self._grouped_b) if self._grouped_b else update.b.t())
+            if not self._grouped_b:
+                held.append(LowRank(update.site, a[first : first + update.rank], b.t(), update.scale))
             first += update.rank
             self.b[index, slot] = b.data_ptr()
             self.ranks[index, slot] = update.rank
             self.scales[index, slot] = update.scale
-        self.updates[slot] = held
+        self._arenas[slot] = arena
+        if not self._grouped_b:
+            self.updates[slot] = held
         self._changed()
 
     def clear(self, slot: int) -> None:
         """Forget the slot's weights."""
         self.ranks[:, slot] = 0
         self.updates.pop(slot, None)
+        self._arenas.pop(slot, None)
         self._changed()
 
     def _changed(self) -> None:

@@ -12,6 +12,7 @@ from onebase_adapters.kernels.table import LowRankTable
 
 TILE_ROWS = lowrank.TILE
 TRANSPOSED_A = True
+GROUPED_B = lowrank.GROUP
 
 
 def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:
@@ -22,16 +23,13 @@ def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int)
 def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRankTable) -> None:
     """As `reference.add_low_rank`."""
     if x.dtype != torch.bfloat16 or y.dtype != torch.bfloat16:
-        reference.add_low_rank(x, y, owners, table)
+        change = torch.zeros(y.shape, dtype=torch.bfloat16)
+        add_low_rank(x.bfloat16(), change, owners, table)
+        y += change
         return
-    add_low_rank_at(x.data_ptr(), y.data_ptr(), owners, table)
-
-
-def add_low_rank_at(x: int, y: int, owners: Owners, table: LowRankTable) -> None:
-    """The same by address."""
     lowrank.add_low_rank(
-        x, table.in_features, y, int(table.columns[-1]), table.in_features, table.columns, owners.tiles,
-        table.a, table.b, table.ranks, table.scales,
+        x.data_ptr(), table.in_features, y.data_ptr(), int(table.columns[-1]), table.in_features, table.columns,
+        owners.tiles, table.a, table.b, table.ranks, table.scales,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from onebase_adapters.kernels.tiles import query_tiles
 
 TILE_ROWS = lowrank.TILE
 TRANSPOSED_A = False
+GROUPED_B = 0
 
 
 def attention_items(query_start: np.ndarray, positions: np.ndarray, kv_heads: int) -> np.ndarray:
