@@ -32,7 +32,15 @@ async def scrape(http: httpx.AsyncClient) -> Samples:
 
 async def test_the_engines_state(http: httpx.AsyncClient, engine: Any) -> None:
     engine.stats = msgspec.structs.replace(
-        engine.stats, running=3, waiting=4, blocks_total=100, blocks_used=25, prompt_tokens=70, cached_tokens=30
+        engine.stats,
+        adapter_loads=9,
+        adapter_evictions=8,
+        running=3,
+        waiting=4,
+        blocks_total=100,
+        blocks_used=25,
+        prompt_tokens=70,
+        cached_tokens=30,
     )
     found = await scrape(http)
     assert found["vllm:num_requests_running", ()] == 3
@@ -41,6 +49,8 @@ async def test_the_engines_state(http: httpx.AsyncClient, engine: Any) -> None:
     assert found["vllm:prompt_tokens_total", ()] == 70
     assert found["vllm:prefix_cache_queries_total", ()] == 100
     assert found["vllm:prefix_cache_hits_total", ()] == 30
+    assert found["onebase:adapter_loads_total", ()] == 9
+    assert found["onebase:adapter_evictions_total", ()] == 8
     assert found["onebase:engine_ready", ()] == 1
     engine.ready = False
     assert (await scrape(http))["onebase:engine_ready", ()] == 0

@@ -174,7 +174,11 @@ def test_more_adapters_than_slots_all_get_their_turn(new_driver: Callable, loras
             driver.submit(str(index), PROMPT[: 10 + index], loras[index % 3])
     roomy.run()
     tight.run()
-    assert tight.engine.stats().adapters_loaded == 1
+    stats = tight.engine.stats()
+    assert stats.adapters_loaded == 1
+    assert stats.adapter_loads >= 3
+    assert stats.adapter_evictions >= 2
+    assert (roomy.engine.stats().adapter_loads, roomy.engine.stats().adapter_evictions) == (3, 0)
     assert {k: r.tokens for k, r in tight.results.items()} == {k: r.tokens for k, r in roomy.results.items()}
 
 

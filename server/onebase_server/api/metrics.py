@@ -158,6 +158,8 @@ class _EngineState(Collector):
             states.add_metric((self._base, state), count)
         yield states
         yield self._gauge("onebase:adapter_bytes", "Memory of the resident adapters", stats.adapter_bytes)
+        yield self._counter("onebase:adapter_loads", "Adapters made resident", stats.adapter_loads)
+        yield self._counter("onebase:adapter_evictions", "Adapters that left for another", stats.adapter_evictions)
         yield self._lora()
 
     def _lora(self) -> Metric:

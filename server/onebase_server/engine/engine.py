@@ -197,6 +197,8 @@ class Engine:
             preemptions=self.scheduler.preemptions,
             adapters_loaded=self.residency.loaded,
             adapter_bytes=self.residency.bytes,
+            adapter_loads=self.residency.loads,
+            adapter_evictions=self.residency.evictions,
         )
 
     def uses(self, digest: str) -> bool:

@@ -122,6 +122,9 @@ class EngineStats(msgspec.Struct, frozen=True):
     preemptions: int
     adapters_loaded: int
     adapter_bytes: int
+    adapter_loads: int
+    """How often one was made resident, and how often one left for another."""
+    adapter_evictions: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

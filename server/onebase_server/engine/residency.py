@@ -38,6 +38,8 @@ class Residency:
         self._folders: dict[str, Path] = {}
         self._resident: OrderedDict[str, _Resident] = OrderedDict()
         self._loading: dict[str, Future[LoweredAdapter]] = {}
+        self.loads = 0
+        self.evictions = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
 
     @property
@@ -134,10 +136,12 @@ class Residency:
             if idle is None:
                 return False
             self._model.remove(self._resident.pop(idle).slot)
+            self.evictions += 1
         return True
 
     def _place(self, adapter: LoweredAdapter) -> _Resident:
         resident = self._resident[adapter.digest] = _Resident(self._model.put(adapter), adapter.layout)
+        self.loads += 1
         return resident
 
     def close(self) -> None:
