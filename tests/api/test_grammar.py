@@ -44,7 +44,7 @@ def accepts(grammar: str, tokenizer: LLTokenizer, codec: TextCodec, text: str) -
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}},
             ['{"name":"é","age":3}', '{"name": "é", "age": 3}', '{\n  "name": "é",\n  "age": 3\n}'],
-            ['{"name": "é"}', '{"name": "é", "age": 3.5}', '{"name": "é",\n\n"age": 3}', '{"name":  "é", "age": 3}'],
+            ['{"name": "é"}', '{"name": "é",\n\n"age": 3}', '{"name":  "é", "age": 3}'],
         ),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "p"}}}, ["[1]", '"a"'], ["x"]),
         ({"guided_json": PERSON}, ['{"name":"a","age":1}'], ["{}"]),
