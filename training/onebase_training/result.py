@@ -24,6 +24,8 @@ class TrainResult:
     tokens_per_second: float
     seconds: float
     """Of training, evaluations left out."""
+    peak_memory: int
+    """Bytes: of the device, or of the process where that is the host."""
     stopped: Stopped
     """Why it ended."""
     notes: Mapping[str, Any]

@@ -17,7 +17,7 @@ from onebase_training.checkpoints import best_checkpoint, history, last_checkpoi
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded
 from onebase_training.distributed import Ranks, barrier, gathered, this_process
-from onebase_training.estimate import settle
+from onebase_training.estimate import peak_memory, settle
 from onebase_training.evaluate import Evaluation, Sample, evaluate, mark
 from onebase_training.events import Progress, Stage, silent
 from onebase_training.hard_prompt import choose, encode_with
@@ -95,6 +95,7 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress, ranks:
         parameters=fitted.parameters,
         tokens_per_second=fitted.tokens_per_second,
         seconds=fitted.seconds,
+        peak_memory=peak_memory(base.device),
         stopped=fitted.stopped,
         notes=notes,
         history=history(workspace.folder),

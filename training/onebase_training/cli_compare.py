@@ -1,0 +1,67 @@
+"""`onebase compare`: the command line of comparisons."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onebase_adapters.base.catalog import DEFAULT_BASE
+
+
+def compare(
+    *,
+    data: Annotated[list[Path], typer.Option(help="Training examples; may be given several times.")],
+    output: Annotated[Path, typer.Option(help="Folder that gets one folder a method, and compare.html.")],
+    methods: Annotated[str, typer.Option(help="With commas between; see `onebase methods`.")],
+    model: Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")] = DEFAULT_BASE,
+    eval_data: Annotated[Path | None, typer.Option(help="Held-out examples; default: a part of the data.")] = None,
+    eval_fraction: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
+    epochs: Annotated[float, typer.Option(help="Budget of each: passes over the data.")] = 3.0,
+    max_steps: Annotated[int | None, typer.Option(help="Budget of each: optimiser steps.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Budget of each: seconds of training.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 1024,
+    max_length: Annotated[int, typer.Option(help="Most tokens of an example.")] = 1024,
+    metric_examples: Annotated[int, typer.Option(help="Held-out examples to generate for the metric.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of one of them.")] = 128,
+    head: Annotated[bool, typer.Option("--head", help="Train classifiers on labels or tags.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+) -> None:
+    """Train several methods with the same budget, and recommend one."""
+    from rich.console import Console
+
+    from onebase_adapters.paths import disk_errors
+    from onebase_training import compare as comparison
+    from onebase_training import compare_show
+    from onebase_training.config import TrainConfig
+
+    config = TrainConfig(
+        data=tuple(data),
+        output=output,
+        model=model,
+        eval_data=eval_data,
+        eval_fraction=eval_fraction,
+        epochs=epochs,
+        max_steps=max_steps,
+        time_limit=time_limit,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        metric_examples=metric_examples,
+        max_new_tokens=max_new_tokens,
+        head=head,
+        seed=seed,
+        device=device,
+        overwrite=overwrite,
+    )
+    folder = comparison.output_of(config)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    entries = comparison.compare(config, names, comparison.train_watched)
+    choice = comparison.choose(entries)
+    console = Console()
+    compare_show.show(entries, choice, console)
+    page = folder / "compare.html"
+    title = f"{', '.join(names)} on {model}"
+    with disk_errors(str(page)):
+        page.write_text(compare_show.render(entries, choice, title), encoding="utf-8")
+    console.print(f"Wrote {page}", highlight=False, soft_wrap=True)
