@@ -14,30 +14,33 @@ from onebase_adapters.layout import Layout
 from onebase_training.data import NO_LOSS, Encoded
 
 
-def plan_batches(lengths: Sequence[int], *, budget: int, epochs: float, seed: int) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], *, budget: int, epochs: float, seed: int, padded: bool = False
+) -> list[list[int]]:
     """Indices of the examples of each batch, over all `epochs` (a last, broken one is cut at its share).
 
-    A batch holds at most `budget` tokens, or one example that is longer.
+    A batch holds at most `budget` tokens, or one example that is longer. `padded`: with all as long as its longest.
     """
     plan: list[list[int]] = []
     for epoch in range(math.ceil(epochs)):
         generator = torch.Generator().manual_seed((seed << 16) + epoch)
         order = torch.randperm(len(lengths), generator=generator).tolist()
         order = order[: max(1, round(len(order) * min(1.0, epochs - epoch)))]
-        plan += pack(order, lengths, budget)
+        plan += pack(order, lengths, budget, padded=padded)
     return plan
 
 
-def pack(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+def pack(order: Sequence[int], lengths: Sequence[int], budget: int, *, padded: bool = False) -> list[list[int]]:
     """`order` cut into batches, in order."""
     batches: list[list[int]] = []
-    room = 0
+    total = longest = 0
     for index in order:
-        if lengths[index] > room:
+        total, longest = total + lengths[index], max(longest, lengths[index])
+        size = longest * (len(batches[-1]) + 1) if padded and batches else total
+        if not batches or size > budget:
             batches.append([])
-            room = budget
+            total = longest = lengths[index]
         batches[-1].append(index)
-        room -= lengths[index]
     return batches
 
 

@@ -97,7 +97,7 @@ def _short_rows(examples: Sequence[Encoded], batch: Sequence[int]) -> list[Encod
 def _probe(model: Trained, rows: Sequence[Encoded]) -> _Probe:
     """Twice: the first pass counts what autograd keeps, the second is timed."""
     batch = {name: value.to(model.device) for name, value in model.collate(rows).items()}
-    tokens, logits = batch["input_ids"].numel(), batch["labels"].numel() * model.outputs
+    tokens, logits = sum(map(model.length, rows)), batch["labels"].numel() * model.outputs
     own = {value.untyped_storage().data_ptr() for value in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -105,7 +105,9 @@ def classify(model: Trained, examples: Sequence[Encoded], tokenizer: Any) -> lis
 
 
 def _batches(model: Trained, examples: Sequence[Encoded]) -> Iterator[dict[str, torch.Tensor]]:
-    for indices in pack(range(len(examples)), [model.length(one) for one in examples], _BATCH_TOKENS):
+    for indices in pack(
+        range(len(examples)), [model.length(one) for one in examples], _BATCH_TOKENS, padded=model.paired
+    ):
         batch = model.collate([examples[index] for index in indices])
         yield {name: value.to(model.device) for name, value in batch.items()}
 

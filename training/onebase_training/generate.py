@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from onebase_training.model import Trained
+from onebase_training.seq2seq import answers
 
 _BATCH = 32
 """Sequences at once."""
@@ -27,7 +28,8 @@ def generate(
         for at in range(0, len(order), _BATCH):
             chosen = order[at : at + _BATCH]
             limits = [max_new_tokens[index] for index in chosen]
-            rows = _batch(model, [prompts[index] for index in chosen], limits, ends)
+            write = answers if model.paired else _batch
+            rows = write(model, [prompts[index] for index in chosen], limits, ends)
             made.update(zip(chosen, rows, strict=True))
     return [made[index] for index in range(len(prompts))]
 

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from onebase_adapters.base.shape import decoder_start
 from onebase_training.attention import PACKED_ATTENTION, Bounds, Packing
 from onebase_training.batches import Collator
 from onebase_training.data import Encoded
 from onebase_training.methods.attached import Attached
+from onebase_training.seq2seq import PairCollator
 
 
 class Trained(nn.Module):
@@ -38,7 +40,13 @@ class Trained(nn.Module):
         """Of a sequence, in the model's table of positions."""
         self.mixed_precision = mixed_precision
         """Matrix products in bfloat16 (trained parameters stay float32)."""
-        self.collate = Collator(self.vocab, attached.places, ahead=attached.head is None)
+        self.paired: bool = attached.model.config.is_encoder_decoder
+        """Whether the base is an encoder-decoder, with padded batches instead of packed rows."""
+        self.collate = (
+            PairCollator(self.vocab, attached.places, decoder_start=decoder_start(attached.model))
+            if self.paired
+            else Collator(self.vocab, attached.places, ahead=attached.head is None)
+        )
 
     @property
     def vocab(self) -> int:
@@ -61,14 +69,24 @@ class Trained(nn.Module):
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
-    def forward(
-        self, input_ids: torch.Tensor, bounds: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """The row's summed loss in nats, a float32 scalar. Shapes as `Collator` makes them."""
-        return cross_entropy(self.logits(input_ids, bounds, rows), labels, reduction="sum")
+    def forward(self, labels: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        """The batch's summed loss in nats, a float32 scalar. Shapes as `collate` makes them."""
+        return cross_entropy(self.logits(**batch), labels, reduction="sum")
 
-    def logits(self, input_ids: torch.Tensor, bounds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """float32 [M, vocab] or [M, classes] of `rows` of the packed row."""
+    def logits(self, **batch: torch.Tensor) -> torch.Tensor:
+        """float32 [M, vocab] or [M, classes] of a batch's `rows`."""
+        return self._pair_logits(**batch) if self.paired else self._row_logits(**batch)
+
+    def _pair_logits(
+        self, input_ids: torch.Tensor, seen: torch.Tensor, decoder_ids: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        with self.precision():
+            made: torch.Tensor = self.model(
+                **self.embedded(input_ids), attention_mask=seen, decoder_input_ids=decoder_ids, use_cache=False
+            ).logits
+        return made.flatten(0, 1)[rows].float()
+
+    def _row_logits(self, input_ids: torch.Tensor, bounds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         places: list[int] = bounds.tolist()
         inputs = self._packed(list(pairwise(places)), input_ids.device)
         with self.precision():

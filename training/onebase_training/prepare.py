@@ -10,6 +10,7 @@ from onebase_training.estimate import free_memory
 from onebase_training.events import Progress, Stage
 from onebase_training.methods import Method
 from onebase_training.methods.attached import Attached
+from onebase_training.seq2seq import PAIRED_METHODS
 
 
 def read_data(config: TrainConfig) -> tuple[Dataset, Dataset]:
@@ -24,7 +25,12 @@ def load_for_training(config: TrainConfig, method: Method, progress: Progress) -
     """The base in the method's format, with the attention that fits the device."""
     spec = BaseSpec(config.model, quantization=method.quantization, device=config.device)
     base = load_base(spec, progress=lambda text: progress(Stage(text)))
-    if base.device.type == "cpu":
+    if base.shape.encoder_decoder and (config.method not in PAIRED_METHODS or config.head):
+        raise ConfigError(
+            f"{config.model} is an encoder-decoder: it trains with {', '.join(PAIRED_METHODS)}, and no classifier.",
+            field="head" if config.head else "method",
+        )
+    if base.device.type == "cpu" and not base.shape.encoder_decoder:
         base.model.set_attn_implementation(PACKED_ATTENTION)
     extra = dequantized_bytes(base.model)
     expanded = method.expanded or config.deepspeed == "zero3"

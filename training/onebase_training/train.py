@@ -134,7 +134,13 @@ def _fit(
 ) -> _Fitted:
     set_seed(config.seed)
     lengths = [len(example.input_ids) for example in examples]
-    plan = plan_batches(lengths, budget=config.batch_tokens, epochs=config.epochs, seed=config.seed)
+    plan = plan_batches(
+        lengths,
+        budget=config.batch_tokens,
+        epochs=config.epochs,
+        seed=config.seed,
+        padded=base.shape.encoder_decoder,
+    )
     steps = count_steps(plan, config, ranks)
     attached = attach(base, config, steps)
     if config.head:

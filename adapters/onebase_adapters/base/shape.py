@@ -111,7 +111,7 @@ def describe_base(model: nn.Module, name: str, fingerprint: str) -> BaseShape:
         head_dim=cache.dim,
         encoder=is_encoder(config),
         encoder_decoder=config.is_encoder_decoder,
-        decoder_start=_decoder_start(model) if config.is_encoder_decoder else 0,
+        decoder_start=decoder_start(model) if config.is_encoder_decoder else 0,
         first_position=first,
         sublayers=frozenset(name for name, _ in model.named_modules() if _SUBLAYER.search(name)),
     )
@@ -123,7 +123,8 @@ def _positions(config: Any) -> int:
     return next((size for size in named if size), 512)
 
 
-def _decoder_start(model: Any) -> int:
+def decoder_start(model: Any) -> int:
+    """The token that an encoder-decoder's output begins with. Raises BaseModelError."""
     for place in (model.generation_config, model.config):
         if (token := getattr(place, "decoder_start_token_id", None)) is not None:
             return int(token)

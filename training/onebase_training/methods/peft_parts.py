@@ -93,4 +93,6 @@ def is_transposed(base: LoadedBase) -> bool:
 
 def task_type(base: LoadedBase) -> str:
     """What PEFT calls the base's kind."""
+    if base.shape.encoder_decoder:
+        return "SEQ_2_SEQ_LM"
     return "FEATURE_EXTRACTION" if base.shape.encoder else "CAUSAL_LM"

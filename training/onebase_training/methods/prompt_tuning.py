@@ -17,6 +17,7 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
         num_virtual_tokens=config.prompt_length,
         prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
         task_type=task_type(base),
+        num_transformer_submodules=1,  # of an encoder-decoder PEFT would keep as many unread ones for the decoder
     )
     parts = put_peft(base, settings, rounded=("prompt_embeddings",))
     encoder = parts.peft.prompt_encoder["default"]
