@@ -19,6 +19,8 @@ _HIDDEN, _LAYERS = 64, 3
 _COMMON: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 _SITES = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 
+_TWO = ["q_proj", "v_proj"]
+
 CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "rslora": lambda: peft.LoraConfig(r=6, lora_alpha=12, target_modules=_SITES, use_rslora=True, **_COMMON),
     "dora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=_SITES, use_dora=True, **_COMMON),
@@ -50,7 +52,18 @@ CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "loha": lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=_SITES, **_COMMON),
     "lokr": lambda: peft.LoKrConfig(r=4, alpha=8, target_modules=_SITES, **_COMMON),
     "vera": lambda: peft.VeraConfig(r=8, target_modules=["q_proj", "o_proj"], **_COMMON),
-    "oft": lambda: peft.OFTConfig(oft_block_size=16, target_modules=["q_proj", "v_proj"], **_COMMON),
+    "oft": lambda: peft.OFTConfig(oft_block_size=16, target_modules=_TWO, **_COMMON),
+    "hra": lambda: peft.HRAConfig(r=4, target_modules=_TWO, **_COMMON),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=50, target_modules=_TWO, **_COMMON),
+    "randlora": lambda: peft.RandLoraConfig(r=8, target_modules=_TWO, **_COMMON),
+    "vblora": lambda: peft.VBLoRAConfig(
+        r=4, num_vectors=16, vector_length=16, topk=2, target_modules=_TWO, **_COMMON
+    ),
+    "miss": lambda: peft.MissConfig(r=8, target_modules=_TWO, **_COMMON),
+    "delora": lambda: peft.DeloraConfig(r=4, target_modules=_TWO, **_COMMON),
+    "c3a": lambda: peft.C3AConfig(block_size=16, target_modules=_TWO, **_COMMON),
+    "waveft": lambda: peft.WaveFTConfig(n_frequency=50, target_modules=_TWO, **_COMMON),
+    "gralora": lambda: peft.GraloraConfig(r=8, target_modules=_TWO, **_COMMON),
 }
 """By name. The tiny Llama's sites are at most 128 wide, so that even OFT's updates are low-rank enough for it."""
 
@@ -74,7 +87,9 @@ def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator) -
     with torch.no_grad():
         if "ranknum" in name:
             return
-        if any(part in name for part in ("ia3_", "magnitude", "vera_lambda")):
+        if "randlora_" in name:  # whose many bases add up to large updates
+            parameter.copy_(0.02 * noise)
+        elif any(part in name for part in ("ia3_", "magnitude", "vera_lambda")):
             # Around what leaves the base unchanged (1, or a norm), or what VeRA begins with.
             parameter *= 1 + 0.2 * noise if "vera" not in name else 1 + noise
             parameter += 0.3 * noise if "vera_lambda_b" in name else 0

@@ -20,8 +20,8 @@ METHODS: Mapping[str, Lower] = {
     "PREFIX_TUNING": prefix.lower,
     "BOTTLENECK": bottleneck.lower,
     "TEMPLATE": template.lower,
-    **dict.fromkeys(("LOHA", "LOKR", "VERA", "OFT", "BOFT", "HRA", "FOURIERFT", "RANDLORA"), general.lower),
-    **dict.fromkeys(("VBLORA", "SHIRA", "MISS", "DELORA", "C3A", "WAVEFT", "GRALORA", "ROAD"), general.lower),
+    **dict.fromkeys(("LOHA", "LOKR", "VERA", "OFT", "HRA", "FOURIERFT", "RANDLORA"), general.lower),
+    **dict.fromkeys(("VBLORA", "MISS", "DELORA", "C3A", "WAVEFT", "GRALORA"), general.lower),
 }
 
 

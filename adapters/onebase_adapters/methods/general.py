@@ -49,10 +49,10 @@ def _changes(source: Source, sites: list[str]) -> Iterable[tuple[str, torch.Tens
     """Each site's change [out, in], as PEFT merges it into a float32 copy of the base's weights."""
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
-    unwanted = ("auto_mapping", "base_model_name_or_path")
+    unwanted = ("auto_mapping", "base_model_name_or_path", "layers_to_transform", "layers_pattern", "task_type")
     settings = {key: value for key, value in source.config.items() if key not in unwanted}
     names = "|".join(re.escape(site) for site in sites)
-    settings |= {"target_modules": names, "inference_mode": True, "layers_to_transform": None, "task_type": None}
+    settings |= {"target_modules": names, "inference_mode": True}
     try:
         config = PeftConfig.from_peft_type(**settings)
         model = get_peft_model(_skeleton(source, sites), config)
