@@ -64,11 +64,9 @@ def test_runs_are_those_of_train(tmp_path: Path, tiny_model: Callable[[str], Pat
         metric_examples=4,
         device="cpu",
     )
-    entries = compare(config, ["lora", "prompt-tuning", "hard-prompt"], train)
-    assert [one.method for one in entries] == ["lora", "prompt-tuning", "hard-prompt"]
-    assert entries[0].products == entries[0].result.parameters
-    assert entries[1].context == 20
-    assert all(one.result.peak_memory > 1 << 20 for one in entries)
+    (found,) = compare(config, ["lora"], train)
+    assert found.products == found.result.parameters
+    assert found.result.peak_memory > 1 << 20
     train(replace(config, method="lora", output=tmp_path / "alone"))
     alone = load_file(tmp_path / "alone" / "adapter_model.safetensors")
     among = load_file(tmp_path / "all" / "lora" / "adapter_model.safetensors")
