@@ -104,6 +104,8 @@ def save_model(folder: Path, family: str) -> Path:
         with torch.no_grad():
             if parameter.dim() == 1:  # biases, and norms' weights, which are 1 (or stored as what exceeds it)
                 parameter += 0.2 * noise
+                if name == "decoder.final_layer_norm.weight":  # T5 divides by this before its tied head
+                    parameter *= config.hidden_size**0.5
             elif any(part in name for part in ("embed", "wte", "wpe", "shared", "bias")):
                 # Small beside what the layers add: with a tied head, each token's best successor is else itself.
                 scaled = family.startswith("gemma")  # by the square root of the width, in the model

@@ -85,11 +85,10 @@ def test_padding_counts() -> None:
 @pytest.mark.parametrize("method", ["lora", "qlora", "prompt-tuning"])
 def test_it_learns_and_is_served_as_it_was_trained(method: str, config: TrainConfig) -> None:
     config = replace(config, method=method)
-    aim = 0.8
     if method == "prompt-tuning":  # a random model listens little to what stands before the prompt
-        aim, config = 0.95, replace(config, learning_rate=0.3, prompt_length=16, max_steps=60)
+        config = replace(config, learning_rate=0.3, prompt_length=16, max_steps=60)
     result = train(config)
-    assert result.after.loss < aim * result.before.loss
+    assert result.after.loss < 0.8 * result.before.loss
     served = engine_config(Path(config.model))
     served = replace(
         served, base=BaseSpec(config.model, device="cpu", quantization="none" if method == "lora" else "nf4")
@@ -99,7 +98,7 @@ def test_it_learns_and_is_served_as_it_was_trained(method: str, config: TrainCon
     for adapter, mark in ((config.output, result.after), (None, result.before)):
         assert served_loss(engine.model, examples, adapter) == pytest.approx(mark.loss, rel=0.03, abs=0.02)
     if method == "prompt-tuning":
-        return  # its first tokens are within rounding of each other
+        return  # it leaves two first tokens within rounding of each other
     driver = Driver(engine, [config.output])
     answers = [
         driver.submit(f"{n}", one.input_ids[: one.prompt_length], config.output, ignore_eos=False, max_tokens=8)
