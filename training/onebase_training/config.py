@@ -93,7 +93,8 @@ class TrainConfig:
     time_limit: float | None = None
     """Seconds of training after which the run ends, wherever its schedule is."""
     batch_tokens: int = 1024
-    """Tokens of one forward pass. Examples are packed whole, without padding, and do not see each other."""
+    """Tokens of one forward pass. Examples are packed whole, without padding, and do not see each other;
+    an encoder-decoder's are padded, which counts."""
     accumulate: int = 1
     """Forward passes in one optimiser step."""
     learning_rate: float | None = None
