@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PORT ?= 8000
 
-.PHONY: install demo serve test fuzz check format bench clean
+.PHONY: install demo serve test fuzz clients check format bench clean
 
 install: $(STAMP)
 
@@ -30,6 +30,14 @@ test: $(STAMP)
 fuzz: $(STAMP)
 	test -x $(VENV)/fuzz/bin/st || { $(PYTHON) -m venv $(VENV)/fuzz && $(VENV)/fuzz/bin/python -m pip install -q 'schemathesis>=4,<5'; }
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_api.py $(VENV)/fuzz/bin/st
+
+# Clients that others wrote, in an environment above this one: what is here already (torch) is not fetched again.
+clients: $(STAMP)
+	test -x $(VENV)/clients/bin/lm_eval || { $(PYTHON) -m venv $(VENV)/clients \
+		&& $(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(VENV)/clients/lib/python3*/site-packages)/onebase.pth \
+		&& $(VENV)/clients/bin/python -m pip install -q -c constraints.txt litellm langchain-openai lm-eval tenacity; }
+	! command -v npm > /dev/null || npm install --silent --no-package-lock --prefix tests/other_clients
+	PYTHONPATH=tests $(BIN)/python tests/other_clients/run.py $(VENV)/clients/bin/python
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
