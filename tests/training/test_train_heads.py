@@ -1,7 +1,6 @@
 """Classifiers on labels and tags, on decoders and encoders: they learn, and are served as they were trained."""
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, BertConfig, RobertaConfig
+from transformers import AutoModel, BertConfig, RobertaConfig
 
 from onebase_adapters.base import BaseSpec
 from onebase_adapters.base.load import quiet_loading
 from onebase_adapters.errors import ConfigError, DataError
-from onebase_server.engine.config import EngineConfig
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.request import EngineRequest, Output, SamplingParams
 from onebase_training.config import TrainConfig
-from onebase_training.data import NO_LOSS, encode_for_head, read_dataset
+from onebase_training.evaluate_served import EvaluateConfig, evaluate_served
 from onebase_training.methods import METHODS
 from onebase_training.train import train
 from support.tokenizer import save_tokenizer
@@ -70,32 +66,13 @@ def make_config(tmp_path: Path, model: Path, kind: str, options: dict[str, Any])
     )
 
 
-def served_loss(config: TrainConfig, quantization: Any) -> float:
-    """The held-out part's loss per label, of the engine's probabilities."""
-    base = BaseSpec(config.model, quantization=quantization, device="cpu")
-    engine = Engine(EngineConfig(base=base, cache_gib=0.01, max_batch_tokens=32, max_adapters=2))
-    adapter = engine.read_adapter("mine", str(config.output)).result()
-    info = engine.residency.admit("mine", adapter)
-    assert info.head is not None
+def served_loss(config: TrainConfig) -> float:
+    """The held-out part's loss per label, of the served model's probabilities."""
+    base = BaseSpec(config.model, quantization=METHODS[config.method].quantization, device="cpu")
     assert config.eval_data is not None
-    dataset = read_dataset(config.eval_data)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    examples = encode_for_head(dataset.examples, tokenizer, info.head.labels, max_length=100)
-    for number, example in enumerate(examples):
-        sampling = SamplingParams(max_tokens=1, temperature=0)
-        request = EngineRequest(str(number), example.input_ids, sampling, "mine", task="classify")
-        assert engine.submit(request) is None
-    done: dict[str, Output] = {}
-    while engine.busy:
-        done.update({out.id: out for out in engine.step() if out.finish_reason is not None})
-    losses = []
-    for number, example in enumerate(examples):
-        rows = done[str(number)].probabilities
-        assert rows is not None
-        for place, label in enumerate(example.labels):
-            if label != NO_LOSS:
-                losses.append(-math.log(rows[0 if info.head.kind == "sequence" else place][label]))
-    return sum(losses) / len(losses)
+    scored = evaluate_served(EvaluateConfig(config.eval_data, base, config.output))
+    assert scored.base is None and scored.adapter is not None
+    return scored.adapter.loss
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -109,7 +86,7 @@ def test_on_a_decoder(name: str, tmp_path: Path, tiny_model: Callable[[str], Pat
     assert result.after.score.value > 0.6
     notes = json.loads((config.output / "onebase.json").read_text())["head"]
     assert notes["kind"] == ("sequence" if kind == "text" else "token")
-    assert served_loss(config, METHODS[config.method].quantization) == pytest.approx(result.after.loss, abs=0.03)
+    assert served_loss(config) == pytest.approx(result.after.loss, abs=0.03)
 
 
 @pytest.fixture(scope="module", params=["bert", "roberta"])
@@ -143,7 +120,7 @@ def test_on_an_encoder(name: str, tmp_path: Path, encoder: Path) -> None:
     config = make_config(tmp_path, encoder, kind, options)
     result = train(config)
     assert result.after.loss < 0.8 * result.before.loss
-    assert served_loss(config, METHODS[config.method].quantization) == pytest.approx(result.after.loss, abs=0.05)
+    assert served_loss(config) == pytest.approx(result.after.loss, abs=0.05)
 
 
 def test_what_a_head_cannot_learn_from_is_refused(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:

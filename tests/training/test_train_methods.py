@@ -6,17 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from onebase_adapters.base import BaseSpec
-from onebase_adapters.methods import load_adapter
-from onebase_adapters.model.served import ServedModel
 from onebase_training.config import TrainConfig
-from onebase_training.data import NO_LOSS, encode, read_dataset
+from onebase_training.evaluate_served import EvaluateConfig, evaluate_served
 from onebase_training.methods import METHODS
 from onebase_training.result import TrainResult
 from onebase_training.train import train
-from support.serving import Feeder, Stream
 
 ANIMALS = ("cat", "dog", "cow", "owl")
 RUNS: dict[str, dict[str, Any]] = {
@@ -59,36 +55,11 @@ def run(tmp_path: Path, model: Path, options: dict[str, Any]) -> tuple[TrainResu
         max_steps=24,
         epochs=30,
         eval_every=12,
-        metric_examples=0,
+        metric_examples=4,
         device="cpu",
         **({"rank": 4, "learning_rate": 0.02} | CHANGES.get(options["method"], {}) | options),
     )
     return train(config), config
-
-
-def served_loss(model: ServedModel, config: TrainConfig, adapter: Path | None) -> float:
-    """The held-out part's mean loss per learned token, through the engine's model."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    assert config.eval_data is not None
-    examples = encode(read_dataset(config.eval_data).examples, tokenizer, max_length=128)
-    lowered = load_adapter(adapter, "digest", model.shape, model.weights) if adapter else None
-    slot = model.put(lowered) if lowered else 0
-    losses: list[float] = []
-    for one in examples:
-        tokens = list(one.input_ids)
-        before = tokens[: one.prompt_length]
-        if lowered is not None:
-            before = lowered.layout.arrange(before, model.shape.vocab)
-        whole = before + tokens[one.prompt_length :]
-        prefix = lowered.layout.prefix if lowered else 0
-        (logits,) = Feeder(model).logits([Stream(whole, slot, prefix=prefix)])
-        logprobs = logits.float().log_softmax(-1)
-        labels = [label for label in one.labels if label != NO_LOSS]
-        rows = logprobs[-len(labels) - 1 : -1]
-        losses += [-float(row[label]) for row, label in zip(rows, labels, strict=True)]
-    return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -98,12 +69,17 @@ def test_a_method_learns_and_is_served_as_it_was_trained(
     options = RUNS[name]
     result, config = run(tmp_path, tiny_model("llama"), options)
     assert result.after.loss < 0.9 * result.before.loss
-    method = METHODS[options["method"]]
     whole = options["method"] == "full"
-    spec = BaseSpec(str(config.output) if whole else config.model, quantization=method.quantization, device="cpu")
-    served = ServedModel.load(spec, slots=2, blocks=64)
-    loss = served_loss(served, config, None if whole else config.output)
-    assert loss == pytest.approx(result.after.loss, rel=0.03, abs=0.02)
+    assert config.eval_data is not None
+    quantization = METHODS[options["method"]].quantization
+    spec = BaseSpec(str(config.output) if whole else config.model, quantization=quantization, device="cpu")
+    adapter = None if whole else config.output
+    scored = evaluate_served(EvaluateConfig(config.eval_data, spec, adapter, metric_examples=4))
+    served = scored.base if whole else scored.adapter
+    assert served is not None and scored.base is not None
+    assert served.loss == pytest.approx(result.after.loss, rel=0.03, abs=0.02)
     if not whole:
-        assert served_loss(served, config, None) == pytest.approx(result.before.loss, rel=0.03)
-        assert all(torch.isfinite(torch.tensor(loss)) for loss in (result.before.loss, result.after.loss))
+        assert scored.base.loss == pytest.approx(result.before.loss, rel=0.03)
+    assert result.after.score is not None and served.score is not None
+    assert served.score.value == result.after.score.value
+    assert [one.expected for one in served.samples] == [one.expected for one in result.after.samples]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from onebase_training.batches import pack
 from onebase_training.config import TrainConfig
@@ -118,7 +119,7 @@ def generate_samples(
     """Greedy answers, each with a little more room than the wanted one took."""
     if not examples:
         return []
-    ends = end_tokens(model, tokenizer)
+    ends = ends_of(model.model, tokenizer)
     answers = [_answer(example) for example in examples]
     limits = [min(config.max_new_tokens, len(answer) + 8) for answer in answers]
     prompts = [example.input_ids[: example.prompt_length] for example in examples]
@@ -136,9 +137,9 @@ def generate_samples(
     return [Sample(text(p), text(a), text(m)) for p, a, m in zip(prompts, answers, made, strict=True)]
 
 
-def end_tokens(model: Trained, tokenizer: Any) -> frozenset[int]:
+def ends_of(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """What ends an answer: the tokenizer's end of text, and what the model's own generation settings name."""
-    named = model.model.generation_config.eos_token_id if model.model.generation_config else None
+    named = model.generation_config.eos_token_id if model.generation_config else None
     ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
     return frozenset(end for end in ends if end is not None)
 

@@ -1,0 +1,51 @@
+"""`onebase evaluate` at the command line: the table, the file, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from onebase_adapters.errors import AdapterError, DataError
+from onebase_training.cli_evaluate import evaluate
+from onebase_training.config import TrainConfig
+from onebase_training.train import train
+
+app = Typer(pretty_exceptions_enable=False)
+app.command()(evaluate)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"{index} =", "completion": f" {index % 2}"} for index in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_it_shows_and_writes_both_marks(data: Path, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    model = str(tiny_model("llama"))
+    train(
+        TrainConfig(data=data, output=tmp_path / "one", model=model, max_steps=2, metric_examples=0, device="cpu")
+    )
+    file = tmp_path / "marks.json"
+    command = [str(tmp_path / "one"), "--data", str(data), "--model", model, "--metric-examples", "3"]
+    done = CliRunner().invoke(app, [*command, "--output", str(file), "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert "perplexity" in done.stdout
+    assert "exact match of 3" in done.stdout or "accuracy of 3" in done.stdout
+    marks = json.loads(file.read_text())
+    assert marks["adapter"]["loss"] != marks["base"]["loss"]
+    assert len(marks["base"]["samples"]) == 3
+
+
+def test_a_bad_adapter_or_file_is_refused(data: Path, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    model = str(tiny_model("llama"))
+    for arguments, error in (
+        ([str(tmp_path), "--data", str(data)], AdapterError),
+        (["--data", str(tmp_path / "none.jsonl")], DataError),
+    ):
+        done = CliRunner().invoke(app, [*arguments, "--model", model, "--device", "cpu"])
+        assert isinstance(done.exception, error)

@@ -1,0 +1,164 @@
+"""`onebase evaluate`: an adapter's marks and its base's, by the code that serves them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from onebase_adapters.base import BaseSpec, load_base
+from onebase_adapters.errors import AdapterFormatError, ConfigError
+from onebase_adapters.files import read_adapter
+from onebase_adapters.layout import Layout
+from onebase_adapters.methods import load_adapter
+from onebase_adapters.model.classify import probabilities
+from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
+from onebase_adapters.model.served import ServedModel
+from onebase_adapters.primitives import Head, LoweredAdapter
+from onebase_adapters.primitives import Template as ServedTemplate
+from onebase_training.data import NO_LOSS, Dataset, Encoded, Turn, encode, encode_for_head, read_dataset
+from onebase_training.evaluate import Evaluation, Sample, ends_of, mark
+from onebase_training.events import Progress, Stage, silent
+from onebase_training.hard_prompt import Template, encode_with
+from onebase_training.served import ServedRows
+
+_TOGETHER = 16
+"""Sequences that are generated at once."""
+_VIRTUAL = 1024
+"""Room for an adapter's virtual tokens. Pages that nobody writes take no memory."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is scored, and on what."""
+
+    data: Path
+    """Examples in any format that training reads."""
+    base: BaseSpec = field(default_factory=BaseSpec)
+    """As it is to be served."""
+    adapter: Path | None = None
+    """Its folder. None: the bare base alone."""
+    format: str | None = None
+    """The data's; None: recognised from its columns."""
+    max_length: int = 1024
+    """Longer examples raise DataError."""
+    metric_examples: int = 200
+    """Examples that are generated for the metric; the loss is of all. 0: none."""
+    max_new_tokens: int = 128
+    """Most tokens generated for one."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Both marks, on the same examples. A head has no counterpart in the base."""
+
+    base: Evaluation | None
+    adapter: Evaluation | None
+
+
+def evaluate_served(config: EvaluateConfig, progress: Progress = silent) -> Scored:
+    """Raises DataError, AdapterError and its branches, or BaseModelError."""
+    dataset = read_dataset(config.data, format=config.format)
+    if config.adapter is not None:
+        read_adapter(config.adapter)  # refuse a bad one before the base is loaded
+    register_attention()
+    base = load_base(config.base, attention=ATTENTION_NAME, progress=lambda text: progress(Stage(text)))
+    limit = min(config.max_length, base.shape.context)
+    longest = limit + config.max_new_tokens + _VIRTUAL
+    model = ServedModel(base, slots=1, blocks=ServedRows.blocks_for([longest] * _TOGETHER))
+    lowered = None
+    if config.adapter is not None:
+        lowered = load_adapter(config.adapter, config.adapter.name, base.shape, model.weights)
+    head = lowered.one(Head) if lowered else None
+    if base.shape.encoder and head is None:
+        raise ConfigError("An encoder without a classifier writes nothing that could be scored.", field="adapter")
+    plain = None
+    if head is None:
+        progress(Stage("measuring the base"))
+        examples = encode(dataset.examples, base.tokenizer, max_length=limit)
+        plain = _write(ServedRows(model, 0, 0), Layout(), examples, config, model)
+    if lowered is None:
+        return Scored(plain, None)
+    progress(Stage("measuring the adapter"))
+    return Scored(plain, _measure(model, lowered, head, dataset, config, limit))
+
+
+def _measure(
+    model: ServedModel,
+    lowered: LoweredAdapter,
+    head: Head | None,
+    dataset: Dataset,
+    config: EvaluateConfig,
+    limit: int,
+) -> Evaluation:
+    tokenizer = model.base.tokenizer
+    rows = ServedRows(model, model.put(lowered), lowered.layout.prefix)
+    if head is not None:
+        classes = list(head.labels)
+        labelled = encode_for_head(dataset.examples, tokenizer, classes, max_length=limit)
+        return _classify(rows, lowered.layout, head, labelled, model)
+    found = lowered.one(ServedTemplate)
+    if found is None:
+        examples = encode(dataset.examples, tokenizer, max_length=limit)
+    else:
+        turns = tuple(Turn(turn["role"], turn["content"]) for turn in found.messages)
+        shown = encode_with(Template(found.before, found.after, turns), dataset.examples, tokenizer, limit)
+        if shown is None:
+            raise AdapterFormatError("The template leaves no room for the longest example.", field="adapter")
+        examples = shown
+    return _write(rows, lowered.layout, examples, config, model)
+
+
+def _write(
+    rows: ServedRows, layout: Layout, examples: Sequence[Encoded], config: EvaluateConfig, model: ServedModel
+) -> Evaluation:
+    """Loss of what the examples say, and the score of what the model writes instead."""
+    vocab, tokenizer = model.shape.vocab, model.base.tokenizer
+    total, learned = 0.0, 0
+    for one in examples:
+        end = one.prompt_length
+        order = layout.arrange(range(end), end)  # places of the prompt, and virtual tokens from `end` on
+        tokens = [one.input_ids[at] if at < end else vocab + at - end for at in order] + list(one.input_ids[end:])
+        labels = [one.labels[at] if at < end else NO_LOSS for at in order] + list(one.labels[end:])
+        places = [at for at, label in enumerate(labels) if label != NO_LOSS and at]
+        logits = rows.logits(tokens, [at - 1 for at in places])
+        wanted = torch.tensor([labels[at] for at in places], device=logits.device)
+        total += float(cross_entropy(logits, wanted, reduction="sum"))
+        learned += len(places)
+    ends = ends_of(model.base.model, tokenizer)
+    chosen = examples[: config.metric_examples]
+    samples: list[Sample] = []
+    for start in range(0, len(chosen), _TOGETHER):
+        group = chosen[start : start + _TOGETHER]
+        prompts = [layout.arrange(one.input_ids[: one.prompt_length], vocab) for one in group]
+        answers = [[label for label in one.labels[one.prompt_length :] if label != NO_LOSS] for one in group]
+        made = rows.greedy(prompts, [min(config.max_new_tokens, len(one) + 8) for one in answers], ends)
+        for one, answer, written in zip(group, answers, made, strict=True):
+            texts = [one.input_ids[: one.prompt_length], answer, written]
+            samples.append(Sample(*(tokenizer.decode(text, skip_special_tokens=True) for text in texts)))
+    return Evaluation(total / learned, mark(samples, examples), samples)
+
+
+def _classify(
+    rows: ServedRows, layout: Layout, head: Head, examples: Sequence[Encoded], model: ServedModel
+) -> Evaluation:
+    total, learned = 0.0, 0
+    samples = []
+    for one in examples:
+        # A classifier's virtual tokens stand before the text, or after it.
+        tokens = layout.arrange(one.input_ids, model.shape.vocab)
+        own = [at for at, token in enumerate(tokens) if token < model.shape.vocab]
+        hidden = rows.hidden(tokens, own)
+        found = probabilities(head, hidden)
+        labels = {at: label for at, label in enumerate(one.labels) if label != NO_LOSS}
+        guesses = []
+        for at, label in labels.items():
+            row = found[0 if head.kind == "sequence" else at]
+            total -= float(torch.tensor(row[label]).log())
+            guesses.append(head.labels[max(range(len(row)), key=row.__getitem__)])
+        learned += len(labels)
+        expected = " ".join(head.labels[label] for label in labels.values())
+        prompt = model.base.tokenizer.decode(one.input_ids, skip_special_tokens=True)
+        samples.append(Sample(prompt, expected, " ".join(guesses)))
+    return Evaluation(total / learned, mark(samples, examples), samples)
