@@ -13,7 +13,7 @@ from onebase_adapters.methods import load_adapter
 from onebase_adapters.model.served import ServedModel
 from onebase_adapters.primitives import Template as ServedTemplate
 from onebase_training.config import TrainConfig
-from onebase_training.data import NO_LOSS, Example, Turn, read_dataset, split
+from onebase_training.data import NO_LOSS, Example, Turn
 from onebase_training.evaluate_served import EvaluateConfig, evaluate_served
 from onebase_training.hard_prompt import Template, encode_with
 from onebase_training.train import train
@@ -23,9 +23,12 @@ from onebase_training.train import train
 def config(tmp_path: Path, tiny_model: Callable[[str], Path]) -> TrainConfig:
     data = tmp_path / "data.jsonl"
     rows = [{"text": f"number {index}", "label": "odd" if index % 2 else "even"} for index in range(60)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:50]))
+    eval_data = tmp_path / "eval.jsonl"
+    eval_data.write_text("".join(json.dumps(row) + "\n" for row in rows[50:]))
     return TrainConfig(
         data=data,
+        eval_data=eval_data,
         output=tmp_path / "out",
         method="hard-prompt",
         model=str(tiny_model("llama")),
@@ -38,12 +41,8 @@ def config(tmp_path: Path, tiny_model: Callable[[str], Path]) -> TrainConfig:
 def test_it_beats_the_plain_prompt_and_writes_a_template(config: TrainConfig) -> None:
     result = train(config)
     assert result.after.loss < result.before.loss
-    held_out = split(read_dataset(config.files[0]), eval_fraction=config.eval_fraction, seed=config.seed)[1]
-    wanted = {example.line for example in held_out.examples}
-    lines = config.files[0].read_text().splitlines(keepends=True)
-    rest = config.files[0].with_name("held-out.jsonl")
-    rest.write_text("".join(line for number, line in enumerate(lines, 1) if number in wanted))
-    served = evaluate_served(EvaluateConfig(rest, BaseSpec(config.model, device="cpu"), config.output))
+    assert config.eval_data is not None
+    served = evaluate_served(EvaluateConfig(config.eval_data, BaseSpec(config.model, device="cpu"), config.output))
     assert served.adapter is not None and served.base is not None
     assert served.adapter.loss == pytest.approx(result.after.loss, rel=0.02)
     assert served.base.loss == pytest.approx(result.before.loss, rel=0.02)
