@@ -23,9 +23,20 @@ from onebase_adapters.kernels.tiles import query_tiles
 
 NO_WINDOW = 1 << 30
 
-_scores_tile = matmul_tile(rows=4, groups=1, unroll=4)
-_values_tile_wide = matmul_tile(rows=4, groups=4, unroll=1)
-_values_tile = matmul_tile(rows=4, groups=1, unroll=1)
+AHEAD = 4
+"""Pages between the one that is worked on and the one that is being fetched: a page takes a third of the time that
+memory takes to answer, and pages lie anywhere, so that nothing but the table tells which is next."""
+
+_scores_tile = matmul_tile(rows=4, groups=1, unroll=4, prefetch=True)
+_values_tile_wide = matmul_tile(rows=4, groups=4, unroll=1, prefetch=True)
+_values_tile = matmul_tile(rows=4, groups=1, unroll=1, prefetch=True)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _page(tables: np.ndarray, kv_heads: int, sequence: int, block: int, head: int) -> np.int64:
+    """Number of the page of a sequence's block and head, in a cache of [blocks, kv_heads] pages."""
+    number: np.int64 = np.int64(tables[sequence, min(block, tables.shape[1] - 1)]) * kv_heads + head
+    return number
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -110,6 +121,10 @@ def attend(
         blocks = last // BLOCK + 1 - start_block
         keys = blocks * BLOCK
         base = start_block * BLOCK
+        page_bytes = 2 * dim * BLOCK
+        following = min(item + 1, items.shape[0] - 1)
+        next_sequence, next_head = items[following, 0], items[following, 3]
+        next_start = max(0, positions[items[following, 1]] - window + 1) // BLOCK
 
         queries = np.zeros((padded, dim), np.float32)
         for t in range(tokens):
@@ -122,18 +137,16 @@ def attend(
 
         scores = np.zeros((padded, keys), np.float32)
         for block in range(blocks):
-            page = np.int64(tables[sequence, start_block + block]) * kv_heads + head
+            page = k_cache + _page(tables, kv_heads, sequence, start_block + block, head) * page_bytes
+            # After the last keys come the first values.
+            if block + AHEAD < blocks:
+                coming = k_cache + _page(tables, kv_heads, sequence, start_block + block + AHEAD, head) * page_bytes
+            else:
+                first = start_block + block + AHEAD - blocks
+                coming = v_cache + _page(tables, kv_heads, sequence, first, head) * page_bytes
             for r in range(0, padded, 4):
-                _scores_tile(
-                    scores.ctypes.data + 4 * (r * keys + block * BLOCK),
-                    keys,
-                    queries.ctypes.data + 4 * r * dim,
-                    dim,
-                    k_cache + 2 * page * dim * BLOCK,
-                    BLOCK,
-                    dim,
-                    0,
-                )
+                c, a = scores.ctypes.data + 4 * (r * keys + block * BLOCK), queries.ctypes.data + 4 * r * dim
+                _scores_tile(c, keys, a, dim, page, BLOCK, dim, coming - page if r == 0 else 0)
 
         lanes = np.empty(BLOCK, np.float32)
         sums = np.ones(padded, np.float32)
@@ -144,19 +157,25 @@ def attend(
 
         results = np.zeros((padded, dim), np.float32)
         for block in range(blocks):
-            page = np.int64(tables[sequence, start_block + block]) * kv_heads + head
+            page = v_cache + _page(tables, kv_heads, sequence, start_block + block, head) * page_bytes
+            # After the last values come the next item's first keys.
+            if block + AHEAD < blocks:
+                coming = v_cache + _page(tables, kv_heads, sequence, start_block + block + AHEAD, head) * page_bytes
+            else:
+                first = next_start + block + AHEAD - blocks
+                coming = k_cache + _page(tables, kv_heads, next_sequence, first, next_head) * page_bytes
             # Not past the last key: what lies behind it in the block may be another request's leftovers.
             depth = min(BLOCK, last + 1 - base - block * BLOCK)
-            value = v_cache + 2 * page * dim * BLOCK
             for r in range(0, padded, 4):
+                ahead = coming - page if r == 0 else 0
                 c = results.ctypes.data + 4 * r * dim
                 a = scores.ctypes.data + 4 * (r * keys + block * BLOCK)
                 if dim % 64 == 0:
                     for d in range(0, dim, 64):
-                        _values_tile_wide(c + 4 * d, dim, a, keys, value + 2 * d, dim, depth, 0)
+                        _values_tile_wide(c + 4 * d, dim, a, keys, page + 2 * d, dim, depth, ahead)
                 else:
                     for d in range(0, dim, 16):
-                        _values_tile(c + 4 * d, dim, a, keys, value + 2 * d, dim, depth, 0)
+                        _values_tile(c + 4 * d, dim, a, keys, page + 2 * d, dim, depth, ahead)
 
         for t in range(tokens):
             target = carray(
