@@ -15,6 +15,7 @@ from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.cpu.vector import (
     bf16_from_f32,
     f32_from_bf16,
+    larger,
     matmul_tile,
     power_of_two,
     u16_pointer,
@@ -62,7 +63,7 @@ def exp_nonpositive(x: np.float32) -> np.float32:
 def _row_max(row: np.ndarray) -> np.float32:
     highest = np.float32(-3.0e38)
     for i in range(row.shape[0]):
-        highest = max(highest, row[i])
+        highest = larger(highest, row[i])
     return highest
 
 

@@ -8,13 +8,15 @@ import torch
 from bitsandbytes.functional import get_4bit_type
 from numba import njit, prange
 
+from onebase_adapters.kernels.cpu.vector import larger
+
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=True)  # type: ignore[untyped-decorator]
 def _largest(values: np.ndarray) -> np.float32:
     """Of the absolute values; the same in any order."""
     highest = np.float32(0.0)
     for i in range(values.shape[0]):
-        highest = max(highest, abs(values[i]))
+        highest = larger(highest, abs(values[i]))
     return highest
 
 

@@ -8,7 +8,7 @@ the full product of the others decides.
 import numpy as np
 from numba import carray, njit, prange
 
-from onebase_adapters.kernels.cpu.vector import f32_from_bf16, u16_pointer
+from onebase_adapters.kernels.cpu.vector import f32_from_bf16, larger, u16_pointer
 
 CHUNK = 128
 """Tokens that are ruled out together."""
@@ -30,7 +30,7 @@ def _highest(approx: np.ndarray, margins: np.ndarray, scale: np.float32) -> np.f
     slack = np.float32(1 / 256) if scale > 0 else np.float32(-1 / 256)
     for v in range(approx.shape[0]):
         value = f32_from_bf16(approx[v])
-        highest = max(highest, value + scale * margins[v] + slack * abs(value))
+        highest = larger(highest, value + scale * margins[v] + slack * abs(value))
     return highest
 
 

@@ -81,6 +81,20 @@ def power_of_two(typingctx: Any, exponent: Any) -> Any:
     return types.float32(types.float32), codegen
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def larger(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger of two float32 that are not NaN. Python's `max` becomes a branch that LLVM does not recognise as a
+    maximum, so that a loop of it stays scalar."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(F32, [F32, F32]), "llvm.maxnum.f32"
+        )
+        return builder.call(function, args, fastmath=("nnan", "nsz"))
+
+    return types.float32(types.float32, types.float32), codegen
+
+
 def matmul_tile(rows: int, groups: int, unroll: int, *, prefetch: bool = False) -> Callable[..., None]:
     """Make `tile(c, ldc, a, lda, b, ldb, depth, ahead)`: C += A B for one tile, all arguments int64.
 
