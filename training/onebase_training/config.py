@@ -79,6 +79,10 @@ class TrainConfig:
     scale: float = 1.0
     """Of a bottleneck's output."""
 
+    init_from: Path | None = None
+    """Folder of an adapter of the same method and sizes to begin with, for example a prompt that was trained on
+    several tasks (P-tuning v2, section 3.2)."""
+
     head: bool = False
     """Train a classifier on labels or tags in place of the language model's head. On encoders always."""
     pooling: Literal["first", "last", "mean"] | None = None

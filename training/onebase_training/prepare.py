@@ -2,6 +2,7 @@
 
 from onebase_adapters.base import BaseSpec, LoadedBase, load_base
 from onebase_adapters.errors import ConfigError, DataError
+from onebase_adapters.files import check_base, read_adapter
 from onebase_training.attention import PACKED_ATTENTION
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded, encode, encode_for_head, read_dataset, read_datasets, split
@@ -63,6 +64,23 @@ def encode_part(
     if not encoded:
         raise DataError(f"No example of {dataset.source} has at most {limit} tokens.", field="max_length")
     return encoded
+
+
+def start_from(attached: Attached, base: LoadedBase, config: TrainConfig) -> None:
+    """Begin with `config.init_from`. Raises AdapterError and its branches, or ConfigError."""
+    if config.init_from is None:
+        return
+    files = read_adapter(config.init_from)
+    check_base(files, base.shape)
+    trained_by = files.sidecar.get("method", config.method)
+    if attached.load is None or trained_by != config.method:
+        raise ConfigError(
+            f"{config.method} cannot start from an adapter of {trained_by}."
+            if attached.load is not None
+            else f"{config.method} cannot start from an adapter: what it trains is not what is stored.",
+            field="init_from",
+        )
+    attached.load({name: value for name, value in files.tensors.items() if not name.startswith("score.")})
 
 
 def check_room(attached: Attached, base: LoadedBase, longest: int) -> None:

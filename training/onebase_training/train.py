@@ -27,7 +27,7 @@ from onebase_training.methods import Attach, find_method
 from onebase_training.methods.attached import Attached
 from onebase_training.model import Trained, trainable_state
 from onebase_training.output import versions, write_result
-from onebase_training.prepare import check_room, encode_part, load_for_training, read_data
+from onebase_training.prepare import check_room, encode_part, load_for_training, read_data, start_from
 from onebase_training.result import TrainResult
 from onebase_training.stopping import Stopped, early_stop
 from onebase_training.workspace import Workspace, open_workspace
@@ -143,6 +143,7 @@ def _fit(
     )
     steps = count_steps(plan, config, ranks)
     attached = attach(base, config, steps)
+    start_from(attached, base, config)
     if config.head:
         attached = with_head(attached, base, dataset, config)
     check_room(attached, base, max(lengths))

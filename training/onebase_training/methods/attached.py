@@ -30,6 +30,8 @@ class Attached:
     """The base. Only the method's parameters in it take gradients."""
     save: Callable[[Path], None]
     """Writes `adapter_config.json` and `adapter_model.safetensors` into an existing folder."""
+    load: Callable[[Mapping[str, torch.Tensor]], None] | None = None
+    """Takes a stored adapter's tensors as the start. Raises ConfigError where they do not fit. None: it cannot."""
     extra: nn.Module | None = None
     """Parameters that are no part of `model`."""
     virtual: Callable[[], torch.Tensor] | None = None

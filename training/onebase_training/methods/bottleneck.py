@@ -3,6 +3,7 @@ parallel (He et al. 2022, beside the MLP). PEFT has no such method; the files' f
 `onebase_adapters.methods.bottleneck`."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,19 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
         (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2))
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
-    return Attached(base.model, save, extra=nn.ModuleList(made.values()))
+    def load(tensors: Mapping[str, torch.Tensor]) -> None:
+        for site, module in made.items():
+            own = {
+                name.removeprefix(f"{site}."): value
+                for name, value in tensors.items()
+                if name.startswith(f"{site}.")
+            }
+            try:
+                module.load_state_dict(own)
+            except RuntimeError as error:
+                raise ConfigError(f"The adapter to start from does not fit: {error}", field="init_from") from error
+
+    return Attached(base.model, save, load, extra=nn.ModuleList(made.values()))
 
 
 def _is_mlp(site: str) -> bool:

@@ -1,13 +1,13 @@
 """What all of PEFT's methods share: putting its modules on the base, and writing its two files."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +26,7 @@ class PeftParts:
     peft: Any
     model: PreTrainedModel
     save: Callable[[Path], None]
+    load: Callable[[Mapping[str, torch.Tensor]], None]
 
 
 def put_peft(base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] = ()) -> PeftParts:
@@ -52,13 +53,25 @@ def put_peft(base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] =
         (folder / "README.md").unlink(missing_ok=True)
         rewrite(folder / WEIGHTS_FILE, rounded)
 
-    return PeftParts(peft, peft.get_base_model(), save)
+    def load(tensors: Mapping[str, torch.Tensor]) -> None:
+        try:
+            found = set_peft_model_state_dict(peft, dict(tensors))
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ConfigError(f"The adapter to start from does not fit: {error}", field="init_from") from error
+        # PEFT takes a prompt's embeddings in, and calls them unexpected all the same.
+        strangers = [name for name in found.unexpected_keys if name != "prompt_embeddings"]
+        if strangers:
+            raise ConfigError(
+                f"The adapter to start from has what this run has no place for: {strangers[0]}.", field="init_from"
+            )
+
+    return PeftParts(peft, peft.get_base_model(), save, load)
 
 
 def attach_peft(base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] = ()) -> Attached:
     """A method that lives in the base's modules. Raises ConfigError as `put_peft` does."""
     parts = put_peft(base, config, rounded=rounded)
-    return Attached(parts.model, parts.save)
+    return Attached(parts.model, parts.save, parts.load)
 
 
 def rewrite(weights: Path, rounded: tuple[str, ...], **added: torch.Tensor) -> None:

@@ -35,6 +35,7 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     return Attached(
         base.model,
         parts.save,
+        parts.load,
         extra=parts.peft.prompt_encoder,
         prefix=lambda rows: parts.peft.get_prompt(rows),
         prefix_length=config.prompt_length,

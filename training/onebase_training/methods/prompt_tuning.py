@@ -25,6 +25,7 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     return Attached(
         base.model,
         parts.save,
+        parts.load,
         extra=parts.peft.prompt_encoder,
         virtual=lambda: parts.peft.get_prompt(1)[0],
         places=(0,) * config.prompt_length,
