@@ -15,7 +15,7 @@ from onebase_training.train import train
 CAN: dict[str, dict[str, Any]] = {
     "qlora": {},
     "prompt-tuning": {"learning_rate": 0.1},
-    "prefix-tuning": {},
+    "prefix-tuning": {"learning_rate": 0.2},
     "bottleneck": {"placement": "houlsby"},
     "ia3": {"learning_rate": 0.1},
     "lokr": {},
