@@ -21,6 +21,7 @@ from onebase_adapters.files import check_base, read_adapter
 from onebase_training.config import TrainConfig
 from onebase_training.dequantize import dequantize, keep_unpacked
 from onebase_training.events import Evaluated, Event, Stage, Step
+from onebase_training.model import Trained
 from onebase_training.terminal import json_lines
 from onebase_training.train import train
 
@@ -233,6 +234,28 @@ def test_a_run_killed_after_an_early_stop_is_finished_and_not_continued(
     whole = replace(config, output=config.output.with_name("whole"))
     assert train(whole).steps == result.steps
     assert all(torch.equal(value, tensors(whole)[name]) for name, value in tensors(config).items())
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_way_out(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Trained.forward
+
+    def broken(self: Trained, **batch: torch.Tensor) -> torch.Tensor:
+        return usual(self, **batch) * (float("nan") if self.training and torch.is_grad_enabled() else 1)
+
+    monkeypatch.setattr(Trained, "forward", broken)
+    with pytest.raises(ConfigError, match="learning-rate"):
+        train(config)
+    assert left_behind(config) == []
+
+
+def test_doubts_about_the_data_are_told_before_training(config: TrainConfig, tmp_path: Path) -> None:
+    told: list[str] = []
+    again = replace(config, eval_data=config.files[0], max_steps=1)
+    train(again, lambda event: told.append(event.text) if isinstance(event, Stage) else None)
+    assert any("80 examples to train on (prompt-completion), 80 held out" in line for line in told)
+    assert any("held out, but nearly as in training" in line for line in told)
 
 
 def test_events_as_json_lines(config: TrainConfig) -> None:

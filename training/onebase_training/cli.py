@@ -153,6 +153,7 @@ def train(
         DeepSpeed, typer.Option(help="Under torchrun: spread optimiser, gradients (zero2) and weights (zero3).")
     ] = DeepSpeed.NONE,
     offload: Annotated[bool, typer.Option("--offload", help="With it: use the host's memory, too.")] = False,
+    tensorboard: Annotated[Path | None, typer.Option(help="Write curves for tensorboard into this folder.")] = None,
     json_events: Annotated[
         bool, typer.Option("--json", help="Tell of progress in lines of JSON on standard output.")
     ] = False,
@@ -217,15 +218,24 @@ def train(
         overwrite=overwrite,
         resume=resume,
     )
+    from onebase_training.checkpoints import last_checkpoint
     from onebase_training.distributed import this_process
+    from onebase_training.tensorboard import also_tensorboard
     from onebase_training.terminal import json_lines, show, watched
     from onebase_training.train import train as run
+    from onebase_training.workspace import Workspace
 
     if not this_process().first:
         run(config)
         return
-    with json_lines(sys.stdout) if json_events else watched() as progress:
-        result = run(config, progress)
+    shown = json_lines(sys.stdout) if json_events else watched()
+    try:
+        with shown as progress, also_tensorboard(progress, tensorboard) as both:
+            result = run(config, both)
+    except KeyboardInterrupt:
+        if last_checkpoint(Workspace.of(config).folder):
+            typer.echo("Stopped. The same command with --resume goes on from the last checkpoint.", err=True)
+        raise
     if not json_events:
         show(result)
 

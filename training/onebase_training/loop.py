@@ -5,6 +5,7 @@ devices and processes. What is ours: batches from a plan, a loss that is summed 
 labels, checkpoints of the trained parameters alone.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from onebase_adapters.errors import ConfigError
 from onebase_training.checkpoints import STATE_FILE, keep_only, restore, save_trained, staged_checkpoint
 from onebase_training.config import TrainConfig
 from onebase_training.data import Encoded
 from onebase_training.distributed import ALONE, Ranks, deepspeed_settings
 from onebase_training.evaluate import held_out_loss
 from onebase_training.events import Evaluated, Progress, Step
+from onebase_training.methods import find_method
 from onebase_training.model import Trained
 from onebase_training.stopping import Stopped, early_stop
 
@@ -150,7 +153,8 @@ def training_arguments(config: TrainConfig, work: Path, steps: int, device: torc
         warmup_steps=round(config.warmup * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
-        optim="adamw_torch_fused",
+        optim=_optimizer(config, device),
+        logging_nan_inf_filter=False,
         seed=config.seed,
         logging_steps=1,
         eval_strategy="steps",
@@ -170,6 +174,12 @@ def training_arguments(config: TrainConfig, work: Path, steps: int, device: torc
         ),
         ddp_find_unused_parameters=False,
     )
+
+
+def _optimizer(config: TrainConfig, device: torch.device) -> str:
+    """On GPUs with a 4-bit base, one whose moments may move to the host (QLoRA, section 3: paged optimisers)."""
+    paged = device.type == "cuda" and find_method(config.method).quantization != "none"
+    return "paged_adamw_32bit" if paged and config.deepspeed == "none" else "adamw_torch_fused"
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -207,6 +217,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **values: Any) -> None:
         logs = values.get("logs") or {}
+        if not all(math.isfinite(logs.get(name, 0.0)) for name in ("loss", "eval_loss", "grad_norm")):
+            raise ConfigError(
+                f"Training diverged: the loss is no number at step {state.global_step}. Use a lower "
+                f"--learning-rate (now {self._config.learning_rate:g}).",
+                field="learning_rate",
+            )
         if "loss" not in logs:
             return
         done, whole = state.global_step * self._batches, state.max_steps * self._batches

@@ -6,6 +6,7 @@ from onebase_adapters.files import check_base, read_adapter
 from onebase_training.attention import PACKED_ATTENTION
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded, encode, encode_for_head, read_dataset, read_datasets, split
+from onebase_training.data.check import Check
 from onebase_training.dequantize import dequantize, dequantized_bytes, keep_unpacked
 from onebase_training.estimate import free_memory
 from onebase_training.events import Progress, Stage
@@ -20,6 +21,28 @@ def read_data(config: TrainConfig) -> tuple[Dataset, Dataset]:
     if config.eval_data is None:
         return split(dataset, eval_fraction=config.eval_fraction, seed=config.seed)
     return dataset, read_dataset(config.eval_data, format=config.format)
+
+
+def describe(found: Check) -> list[str]:
+    """What should be known of the data before it trains, in a few lines."""
+    lengths = sorted(found.lengths)
+    tokens = sum(lengths)
+    held_out = len(found.held_out) if found.held_out else 0
+    lines = [
+        f"{len(found.data):,} examples to train on ({found.data.format}), {held_out:,} held out",
+        f"{tokens:,} tokens, {found.learned / tokens:.0%} of them learned; {lengths[0]} to {lengths[-1]} tokens an "
+        f"example, median {lengths[len(lengths) // 2]}",
+    ]
+    if len(found.tasks) > 1:
+        lines.append("tasks: " + ", ".join(f"{name} {count:,}" for name, count in found.tasks.items()))
+    doubts = {
+        "longer than the maximum length": len(found.too_long),
+        "of nearly the same prompt as another": sum(map(len, found.duplicates)),
+        "of the same prompt as another, with another answer": sum(map(len, found.conflicts)),
+        "held out, but nearly as in training": len(found.leaks),
+    }
+    told = [f"{count:,} {what}" for what, count in doubts.items() if count]
+    return [*lines, f"careful: {'; '.join(told)} (onebase data check shows them)"] if told else lines
 
 
 def load_for_training(config: TrainConfig, method: Method, progress: Progress) -> LoadedBase:

@@ -16,6 +16,7 @@ from onebase_training.batches import plan_batches
 from onebase_training.checkpoints import best_checkpoint, history, last_checkpoint, restore
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded
+from onebase_training.data.check import check
 from onebase_training.distributed import Ranks, barrier, gathered, this_process
 from onebase_training.estimate import peak_memory, settle
 from onebase_training.evaluate import Evaluation, Sample, evaluate, mark
@@ -27,7 +28,7 @@ from onebase_training.methods import Attach, find_method
 from onebase_training.methods.attached import Attached
 from onebase_training.model import Trained, trainable_state
 from onebase_training.output import versions, write_result
-from onebase_training.prepare import check_room, encode_part, load_for_training, read_data, start_from
+from onebase_training.prepare import check_room, describe, encode_part, load_for_training, read_data, start_from
 from onebase_training.result import TrainResult
 from onebase_training.stopping import Stopped, early_stop
 from onebase_training.workspace import Workspace, open_workspace
@@ -58,8 +59,11 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress, ranks:
     method = find_method(config.method)
     config = config.resolved(learning_rate=method.learning_rate)
     dataset, held_out = read_data(config)
-    progress(Stage(f"{len(dataset)} examples to train on, {len(held_out)} held out ({dataset.format})"))
     base = load_for_training(config, method, progress)
+    limit = min(config.max_length, base.shape.context)
+    found = check(dataset, base.tokenizer, max_length=limit, held_out=held_out, samples=0)
+    for line in describe(found):
+        progress(Stage(line))
     config = replace(config, head=config.head or method.head or base.shape.encoder)
     if method.attach is None and config.head:
         raise ConfigError(f"{config.method} has no parameters, and so no classifier.", field="method")
@@ -78,6 +82,7 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress, ranks:
     progress(Stage("measuring the result"))
     after = evaluate(fitted.model, fitted.held_out, base.tokenizer, config)
     sizes = {"format": dataset.format, "examples": len(dataset), "held_out_examples": len(held_out)}
+    sizes |= {"near_duplicates": sum(map(len, found.duplicates)), "leaks": len(found.leaks)}
     base_notes = {"model": config.model, "fingerprint": base.shape.fingerprint, "quantization": method.quantization}
     notes = {
         "base": base_notes,
