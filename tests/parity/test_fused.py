@@ -1,8 +1,10 @@
 """The fused layers against transformers' own, behind the same served model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,3 +33,21 @@ def test_fused_layers_give_what_transformers_layers_give(
     plain = Feeder(unfused).logits([Stream(p, s) for p, s in zip(prompts, slots.values(), strict=True)])
     exact = [logits(it.exact, tokens, adapter) for tokens, adapter in zip(prompts, slots, strict=True)]
     check_as_exact(torch.cat(ours), torch.cat(plain).float(), torch.cat(exact))
+
+
+def test_all_layers_in_one_call_give_the_bits_of_layer_by_layer(
+    served: Callable, prompt: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = served("llama")
+    prompts = [prompt(40 + 7 * index, index) for index in range(len(it.slots))]
+
+    def logits_of() -> torch.Tensor:
+        streams = [Stream(p, s) for p, s in zip(prompts, it.slots.values(), strict=True)]
+        return torch.cat(Feeder(it.model).logits(streams, (1, 30, 3)))
+
+    at_once = logits_of()
+    # What is said of the adapters only chooses the way: with no such weights there, it changes nothing.
+    traits = it.model._traits
+    monkeypatch.setattr(it.model, "_traits", replace(traits, bottleneck=np.ones_like(traits.bottleneck)))
+    monkeypatch.setattr("onebase_adapters.model.fused.run_layers", None)
+    assert torch.equal(logits_of(), at_once)

@@ -147,6 +147,12 @@ class LowRankTable:
             self._rows = torch.from_numpy(rows.T.copy()).to(device)
         return self._rows
 
+    @property
+    def numbers(self) -> list[int]:
+        """Sites, slots; addresses of columns, a, b, ranks and scales, which stay where they are."""
+        arrays = (self.columns, self.a, self.b, self.ranks, self.scales)
+        return [len(self.sites), len(self.a), *(array.ctypes.data for array in arrays)]
+
     def touches(self, slots: np.ndarray) -> bool:
         """Whether any of these slots has an adapter that changes these sites."""
         return bool(self.ranks[:, slots].any())

@@ -8,6 +8,7 @@ against. Projections that share an input run as one product. Only where it is ex
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +18,7 @@ from onebase_adapters.kernels import Kernels
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
 from onebase_adapters.kernels.cpu import backend as cpu
 from onebase_adapters.kernels.cpu.attention import NO_WINDOW
+from onebase_adapters.kernels.cpu.decoder import run_layers
 from onebase_adapters.kernels.cpu.elementwise import add_rms_norm, rope_attend, silu_mul
 from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
 from onebase_adapters.model.linear import SiteTables, add_bottlenecks
@@ -61,6 +63,11 @@ class Projection:
         self._modules = modules
         self._tables = tables
 
+    @property
+    def numbers(self) -> list[int]:
+        """As `run_layers` reads them."""
+        return self._matmul.numbers + self._tables.low_rank.numbers
+
     def __call__(self, x: torch.Tensor, y: torch.Tensor, owners: Owners) -> None:
         """x [rows, in] to y [rows, out], contiguous bfloat16."""
         if owners.affine and len(self._modules) == 1:
@@ -86,11 +93,24 @@ class FusedLayer:
         self._qkv, self._o, self._gate_up, self._down = projections
         self._after_attention, self._after_mlp = bottlenecks
         self._norms = (layer.input_layernorm.weight.data_ptr(), layer.post_attention_layernorm.weight.data_ptr())
-        self._eps = (layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon)
+        self._eps = config.rms_norm_eps
         self._cache = (cache.k[attention.layer_idx].data_ptr(), cache.v[attention.layer_idx].data_ptr())
         self._heads = (config.num_attention_heads, cache.kv_heads, cache.dim)
         self._scale = attention.scaling
         self._window = getattr(config, "sliding_window", None) or NO_WINDOW
+
+    @property
+    def numbers(self) -> list[int]:
+        """As `run_layers` reads them."""
+        found = [*self._norms, *self._cache]
+        for projection in (self._qkv, self._o, self._gate_up, self._down):
+            found += projection.numbers
+        return found
+
+    @property
+    def attention(self) -> tuple[int, int, int, float, int]:
+        """Heads, key-value heads, dim; scale and window."""
+        return *self._heads, self._scale, self._window
 
     def __call__(
         self, x: torch.Tensor, first: bool, cos: int, sin: int, buffers: list[torch.Tensor], batch: Batch
@@ -101,7 +121,7 @@ class FusedLayer:
         owners = batch.owners
         normed, qkv, attended, change, gate_up, activated = buffers
         at_x, at_change, at_normed = x.data_ptr(), change.data_ptr(), normed.data_ptr()
-        add_rms_norm(at_x, 0 if first else at_change, self._norms[0], at_normed, rows, hidden, self._eps[0])
+        add_rms_norm(at_x, 0 if first else at_change, self._norms[0], at_normed, rows, hidden, self._eps)
         self._qkv(normed, qkv, owners)
         rope_attend(
             qkv.data_ptr(), cos, sin, attended.data_ptr(), *self._cache, *self._heads, self._scale, self._window,
@@ -110,7 +130,7 @@ class FusedLayer:
         self._o(attended, change, owners)
         if owners.bottleneck:
             add_bottlenecks(normed, change, owners, self._after_attention, cpu)
-        add_rms_norm(at_x, at_change, self._norms[1], at_normed, rows, hidden, self._eps[1])
+        add_rms_norm(at_x, at_change, self._norms[1], at_normed, rows, hidden, self._eps)
         self._gate_up(normed, gate_up, owners)
         silu_mul(gate_up.data_ptr(), activated.data_ptr(), rows, activated.shape[1])
         self._down(activated, change, owners)
@@ -127,14 +147,23 @@ class FusedModel:
         self._norm = decoder.norm
         self._layers = layers
         self._scratch = scratch
+        self._numbers = np.array([layer.numbers for layer in layers], np.int64)
 
     def __call__(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states [n, hidden] of the batch's sample rows, ready for the LM head, from its embeddings
         [T, hidden], which are used up."""
         cos, sin = self._rotary(hidden[None], torch.from_numpy(batch.positions)[None])
         buffers = self._scratch(len(hidden))
-        for number, layer in enumerate(self._layers):
-            layer(hidden, number == 0, cos.data_ptr(), sin.data_ptr(), buffers, batch)
+        if batch.owners.affine or batch.owners.bottleneck:
+            for number, layer in enumerate(self._layers):
+                layer(hidden, number == 0, cos.data_ptr(), sin.data_ptr(), buffers, batch)
+        else:
+            addresses = np.array([buffer.data_ptr() for buffer in buffers], np.int64)
+            run_layers(
+                self._numbers, hidden.data_ptr(), *hidden.shape, buffers[5].shape[1], self._norm.variance_epsilon,
+                *self._layers[0].attention, cos.data_ptr(), sin.data_ptr(), addresses, batch.owners.tiles,
+                batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
+            )  # fmt: skip
         wanted, change = hidden[batch.sample_rows], buffers[3][batch.sample_rows]
         normed = torch.empty_like(wanted)
         add_rms_norm(

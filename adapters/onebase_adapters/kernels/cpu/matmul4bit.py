@@ -47,26 +47,33 @@ class PackedLinear:
         self._absmax = torch.cat([state.absmax for state in states], dim=1).contiguous()
         self.in_features = modules[0].in_features
         self.out_features = sum(module.out_features for module in modules)
-        self._fixed = (self.out_features, self.in_features)
-        self._pointers = (self.weight.data_ptr(), self._absmax.data_ptr())
+        self._address = _address(states[0].quant_type)
+        self._function = _prototype(self._address)
         self._blocksize = states[0].blocksize
-        self._function = _function(states[0].quant_type)
         row = 0
         for module in modules:
             module.weight.data = self.weight[row : row + module.out_features]
             row += module.out_features
 
+    @property
+    def numbers(self) -> list[int]:
+        """Address of the product; out_features, in_features; addresses of weight and scales; block size."""
+        sizes = [self.out_features, self.in_features]
+        return [self._address, *sizes, self.weight.data_ptr(), self._absmax.data_ptr(), self._blocksize]
+
     def __call__(self, x: int, out: int, rows: int) -> None:
         """out = x W^T; addresses of contiguous bfloat16 [rows, in_features] and [rows, out_features]."""
-        n, k = self._fixed
-        weight, absmax = self._pointers
+        n, k = self.out_features, self.in_features
+        weight, absmax = self.weight.data_ptr(), self._absmax.data_ptr()
         self._function(rows, n, k, x, weight, absmax, out, self._blocksize, k, n)
 
 
-def _function(quant_type: str) -> Any:
-    name = f"gemv_4bit_inference_cpu_{quant_type}_bf16"
+def _address(quant_type: str) -> int:
+    function = getattr(lib, f"gemv_4bit_inference_cpu_{quant_type}_bf16")
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _prototype(address: int) -> Any:
+    # One of our own: bitsandbytes' shared handle must keep its (absent) argument types.
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    kinds = [integer] * 3 + [pointer] * 4 + [integer] * 3
-    # A prototype of our own: bitsandbytes' shared handle must keep its (absent) argument types.
-    address = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
-    return ctypes.CFUNCTYPE(None, *kinds)(address or 0)
+    return ctypes.CFUNCTYPE(None, *[integer] * 3, *[pointer] * 4, *[integer] * 3)(address)

@@ -43,6 +43,16 @@ def f32_pointer(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def i64_pointer(typingctx: Any, address: Any) -> Any:
+    """An integer address as a pointer to int64, for `carray`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], I64.as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def f32_from_bf16(typingctx: Any, bits: Any) -> Any:
     """bfloat16 bits (uint16) to float32, exact."""
 
