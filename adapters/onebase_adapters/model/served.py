@@ -62,11 +62,10 @@ class ServedModel(AdapterSlots):
         return cls(load_base(spec, attention=ATTENTION_NAME, progress=progress), slots=slots, blocks=blocks)
 
     def _make_screen(self) -> Screen | None:
-        head = self._model.get_output_embeddings()
-        if head is None:
+        if self._bare_head is None:
             return None
-        if self._device.type == "cpu" and Screen.fits(head):
-            return Screen(head)
+        if self._device.type == "cpu" and Screen.fits(self._bare_head):
+            return Screen(self._bare_head)
         log.info("greedy tokens come from all logits: the head cannot be screened here")
         return None
 

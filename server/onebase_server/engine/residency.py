@@ -85,10 +85,6 @@ class Residency:
         if resident is not None:
             self._model.remove(resident.slot)
 
-    def in_use(self, digest: str) -> bool:
-        resident = self._resident.get(digest)
-        return resident is not None and resident.users > 0
-
     def acquire(self, digest: str) -> tuple[int, Layout] | None:
         """The adapter's slot and virtual tokens, held until `release`; or None while it is not resident, its load
         started.
