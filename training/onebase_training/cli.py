@@ -9,6 +9,7 @@ import typer
 
 from onebase_adapters.base.catalog import DEFAULT_BASE
 from onebase_adapters.errors import ConfigError
+from onebase_training import options
 
 
 class Schedule(enum.StrEnum):
@@ -94,14 +95,14 @@ class Pooling(enum.StrEnum):
 
 def train(
     *,
-    data: Annotated[list[Path], typer.Option(help="Training examples; may be given several times.")],
+    data: options.Data,
     output: Annotated[Path, typer.Option(help="Folder of the result.")],
-    method: Annotated[str, typer.Option(help="See `onebase methods`.")] = "qlora",
-    model: Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")] = DEFAULT_BASE,
-    eval_data: Annotated[Path | None, typer.Option(help="Held-out examples; default: a part of the data.")] = None,
-    eval_fraction: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
-    format: Annotated[str | None, typer.Option(help="The data's format; default: seen from its columns.")] = None,
-    max_length: Annotated[int, typer.Option(help="Most tokens of an example.")] = 1024,
+    method: options.MethodName = "qlora",
+    model: options.Model = DEFAULT_BASE,
+    eval_data: options.EvalData = None,
+    eval_fraction: options.EvalFraction = 0.1,
+    format: options.Format = None,
+    max_length: options.MaxLength = 1024,
     too_long: Annotated[TooLong, typer.Option(help="What happens to a longer one.")] = TooLong.ERROR,
     rank: Annotated[int | None, typer.Option(help="Of updates that have one; default: the method's.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale of low-rank updates, times rank.")] = None,
@@ -130,19 +131,19 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
     max_steps: Annotated[int | None, typer.Option(help="Most optimiser steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Most seconds of training.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 1024,
+    batch_tokens: options.BatchTokens = 1024,
     accumulate: Annotated[int, typer.Option(help="Forward passes in a step.")] = 1,
     learning_rate: Annotated[float | None, typer.Option(help="Peak; default: the method's.")] = None,
     schedule: Annotated[Schedule, typer.Option(help="From the peak downwards.")] = Schedule.COSINE,
     warmup: Annotated[float, typer.Option(help="Share of steps of rising learning rate.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0: any.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: options.Seed = 0,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; default: 8 in a run.")] = None,
     patience: Annotated[int, typer.Option(help="Evaluations without gain before it stops; 0: never.")] = 3,
-    metric_examples: Annotated[int, typer.Option(help="Held-out examples to generate for the metric.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of one of them.")] = 128,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    metric_examples: options.MetricExamples = 64,
+    max_new_tokens: options.MaxNewTokens = 128,
+    device: options.Device = "auto",
     dequantize: Annotated[
         Choice, typer.Option(help="Hold frozen 4-bit weights as bfloat16: the same values, faster.")
     ] = Choice.AUTO,
@@ -157,7 +158,7 @@ def train(
     json_events: Annotated[
         bool, typer.Option("--json", help="Tell of progress in lines of JSON on standard output.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    overwrite: options.Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
 ) -> None:
     """Train an adapter from a data file."""

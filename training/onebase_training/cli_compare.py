@@ -6,27 +6,28 @@ from typing import Annotated
 import typer
 
 from onebase_adapters.base.catalog import DEFAULT_BASE
+from onebase_training import options
 
 
 def compare(
     *,
-    data: Annotated[list[Path], typer.Option(help="Training examples; may be given several times.")],
+    data: options.Data,
     output: Annotated[Path, typer.Option(help="Folder that gets one folder a method, and compare.html.")],
     methods: Annotated[str, typer.Option(help="With commas between; see `onebase methods`.")],
-    model: Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")] = DEFAULT_BASE,
-    eval_data: Annotated[Path | None, typer.Option(help="Held-out examples; default: a part of the data.")] = None,
-    eval_fraction: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
+    model: options.Model = DEFAULT_BASE,
+    eval_data: options.EvalData = None,
+    eval_fraction: options.EvalFraction = 0.1,
     epochs: Annotated[float, typer.Option(help="Budget of each: passes over the data.")] = 3.0,
     max_steps: Annotated[int | None, typer.Option(help="Budget of each: optimiser steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Budget of each: seconds of training.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 1024,
-    max_length: Annotated[int, typer.Option(help="Most tokens of an example.")] = 1024,
-    metric_examples: Annotated[int, typer.Option(help="Held-out examples to generate for the metric.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of one of them.")] = 128,
+    batch_tokens: options.BatchTokens = 1024,
+    max_length: options.MaxLength = 1024,
+    metric_examples: options.MetricExamples = 64,
+    max_new_tokens: options.MaxNewTokens = 128,
     head: Annotated[bool, typer.Option("--head", help="Train classifiers on labels or tags.")] = False,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Train several methods with the same budget, and recommend one."""
     from rich.console import Console

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from onebase_adapters.base.catalog import DEFAULT_BASE
+from onebase_training import options
 
 
 class Quantization(enum.StrEnum):
@@ -21,13 +22,13 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Argument(help="The adapter's folder; none: the base.")] = None,
     *,
     data: Annotated[Path, typer.Option(help="Examples, in any format that training reads.")],
-    model: Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")] = DEFAULT_BASE,
+    model: options.Model = DEFAULT_BASE,
     quantization: Annotated[Quantization, typer.Option(help="Of the base, as it is served.")] = Quantization.NF4,
-    format: Annotated[str | None, typer.Option(help="The data's format; default: seen from its columns.")] = None,
+    format: options.Format = None,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens of an example.")] = 1024,
     metric_examples: Annotated[int, typer.Option(min=0, help="Examples to generate for the metric.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one of them.")] = 128,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    device: options.Device = "auto",
     samples: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Write all of it as JSON to this file.")] = None,
 ) -> None:

@@ -6,25 +6,26 @@ from typing import Annotated
 import typer
 
 from onebase_adapters.base.catalog import DEFAULT_BASE
+from onebase_training import options
 
 
 def tune(
     *,
-    data: Annotated[list[Path], typer.Option(help="Training examples; may be given several times.")],
+    data: options.Data,
     output: Annotated[Path, typer.Option(help="Folder of the adapter with the best settings.")],
-    method: Annotated[str, typer.Option(help="See `onebase methods`.")] = "qlora",
+    method: options.MethodName = "qlora",
     trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = 12,
-    model: Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")] = DEFAULT_BASE,
-    eval_data: Annotated[Path | None, typer.Option(help="Held-out examples; default: a part of the data.")] = None,
-    eval_fraction: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
+    model: options.Model = DEFAULT_BASE,
+    eval_data: options.EvalData = None,
+    eval_fraction: options.EvalFraction = 0.1,
     epochs: Annotated[float, typer.Option(help="Of each trial: passes over the data.")] = 1.0,
     max_steps: Annotated[int | None, typer.Option(help="Of each trial: optimiser steps.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 1024,
-    max_length: Annotated[int, typer.Option(help="Most tokens of an example.")] = 1024,
+    batch_tokens: options.BatchTokens = 1024,
+    max_length: options.MaxLength = 1024,
     head: Annotated[bool, typer.Option("--head", help="Train a classifier on labels or tags.")] = False,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Search learning rate and size of a method, then train with the best."""
     from rich.console import Console
