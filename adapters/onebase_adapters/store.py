@@ -193,6 +193,10 @@ class AdapterStore:
                 self.remove_unused(digest)
         return records
 
+    def in_use(self, digest: str) -> bool:
+        """Whether any name points to these files. Raises StorageError."""
+        return self._registry.uses(digest)
+
     def remove_unused(self, digest: str) -> None:
         """Remove these files unless a name or a stage uses them. Raises StorageError."""
         # In a write transaction, so that no other process can commit a name for it in between. Moved aside
