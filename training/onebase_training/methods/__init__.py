@@ -60,9 +60,9 @@ METHODS: dict[str, Method] = {
         "a prefix and a classifier", prefix_tuning.LEARNING_RATE, prefix_tuning.attach, head=True
     ),
     "bottleneck": Method("small layers behind the blocks", bottleneck.LEARNING_RATE, bottleneck.attach),
-    "loha": Method("Hadamard products of low ranks", 1e-3, delta(peft.LoHaConfig, 8, alpha=16), expanded=True),
-    "lokr": Method("Kronecker products", 1e-3, delta(peft.LoKrConfig, 8, alpha=16), expanded=True),
-    "vera": Method("scales of fixed random matrices", 1e-2, delta(peft.VeraConfig, 256), expanded=True),
+    "loha": Method("Hadamard products of low ranks", 5e-3, delta(peft.LoHaConfig, 8, alpha=16), expanded=True),
+    "lokr": Method("Kronecker products", 3e-3, delta(peft.LoKrConfig, 8, alpha=16), expanded=True),
+    "vera": Method("scales of fixed random matrices", 3e-2, delta(peft.VeraConfig, 256), expanded=True),
     "oft": Method("rotations", 1e-3, delta(peft.OFTConfig, oft_block_size=32), expanded=True),
     "hra": Method("reflections", 1e-3, delta(peft.HRAConfig, 8), expanded=True),
     "hard-prompt": Method("wording and examples, chosen among candidates", None, None),

@@ -10,6 +10,7 @@ from onebase_training.config import TrainConfig
 from onebase_training.methods.attached import Attached
 
 LEARNING_RATE = 1e-4
+"""Measured, see DECISIONS.md. Larger bases want less: 2e-5 is usual for 7B (LLaMA 2, section 3.1)."""
 
 
 def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:

@@ -17,7 +17,8 @@ from onebase_training.methods import lora
 from onebase_training.methods.attached import Attached
 from onebase_training.methods.peft_parts import put_peft
 
-LEARNING_RATE = lora.LEARNING_RATE
+LEARNING_RATE = 5e-4
+"""Half of LoRA's: both matrices begin large, and move the update at once."""
 _ITERATIONS = 4
 """Of the fast decomposition (Halko et al. 2011), as in the paper's experiments."""
 
