@@ -1,0 +1,62 @@
+"""The default base: what PEFT makes of the very same examples, and a short run that learns."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from onebase_adapters.base import BaseSpec, load_base
+from onebase_training.config import TrainConfig
+from onebase_training.data import Example, encode
+from onebase_training.events import silent
+from onebase_training.methods import find_method, lora
+from onebase_training.model import Trained
+from onebase_training.prepare import load_for_training
+from onebase_training.train import train
+
+pytestmark = pytest.mark.real
+
+GOOD = ("great", "lovely", "happy", "excellent", "wonderful", "nice", "brilliant", "good", "perfect", "beautiful")
+BAD = ("awful", "terrible", "sad", "horrible", "nasty", "ugly", "boring", "bad", "dreadful", "disgusting")
+
+
+def test_a_packed_row_has_the_loss_that_peft_has_in_4_bits(tmp_path: Path) -> None:
+    examples = [Example(1, prompt=f"The opposite of {word} is", completion=f" not {word}.") for word in GOOD]
+    settings = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    base = load_base(BaseSpec(device="cpu"))
+    torch.manual_seed(0)
+    peer = get_peft_model(base.model, settings).train()
+    encoded = encode(examples, base.tokenizer, max_length=64)
+    total = 0.0
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for one in encoded:
+            ids, labels = torch.tensor([one.input_ids]), torch.tensor([one.labels])
+            total += float(peer(input_ids=ids, labels=labels).loss) * int((labels != -100).sum())
+
+    config = TrainConfig(data=tmp_path, output=tmp_path, rank=8, device="cpu")
+    ours = load_for_training(config, find_method("qlora"), silent)
+    torch.manual_seed(0)
+    model = Trained(lora.attach(ours, config, 1), ours.device).train()
+    with torch.no_grad():
+        loss = float(model(**model.collate(encoded)))
+    assert loss == pytest.approx(total, rel=0.01)
+
+
+def test_a_short_run_learns_and_its_adapter_loads_in_peft(tmp_path: Path) -> None:
+    """Whether a word is good or bad, in one word; tested on words that were not seen."""
+    data, held_out = tmp_path / "data.jsonl", tmp_path / "eval.jsonl"
+    both = [((good, "good"), (bad, "bad")) for good, bad in zip(GOOD, BAD, strict=True)]
+    labelled = [pair for pairs in both for pair in pairs]
+    for path, pairs in ((data, labelled[:14]), (held_out, labelled[14:])):
+        rows = [{"prompt": f"It was {word}. =>", "completion": f" {label}"} for word, label in pairs]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out"
+    config = TrainConfig(data=data, eval_data=held_out, output=output, batch_tokens=140, epochs=12, device="cpu")
+    result = train(config)
+    assert result.after.loss < 0.5 * result.before.loss
+    assert result.after.score is not None and result.before.score is not None
+    assert result.after.score.value > result.before.score.value
+    peer = PeftModel.from_pretrained(load_base(BaseSpec(device="cpu")).model, output)
+    assert sum(value.numel() for name, value in peer.named_parameters() if "lora_" in name) == result.parameters
