@@ -38,11 +38,12 @@ def product(linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
 
 @packs
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("rows", [1, 2, 7, 21, 300])
 @torch.inference_mode()
-def test_a_joined_product_is_the_modules_own_bit_by_bit(quant_type: str) -> None:
+def test_a_joined_product_is_bitsandbytes_own_bit_by_bit(rows: int, quant_type: str) -> None:
     sizes = [32, 96, 64]
     modules = [make_linear(128, size, seed, quant_type) for seed, size in enumerate(sizes)]
-    x = random_bf16(9, 5, 128)
+    x = random_bf16(9, rows, 128)
     apart = torch.cat([module(x) for module in modules], 1)
     joined = PackedLinear(modules)
     assert torch.equal(product(joined, x), apart)

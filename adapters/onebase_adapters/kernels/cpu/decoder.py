@@ -4,16 +4,13 @@ single stream its two to three hundred calls a step cost more than the arithmeti
 The kernels are the same, in the same order, as in `model.fused`: that is where to read what a layer does.
 """
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 
 from onebase_adapters.kernels.cpu.elementwise import add_rms_norm, rope_attend, silu_mul
 from onebase_adapters.kernels.cpu.lowrank import add_low_rank
-from onebase_adapters.kernels.cpu.vector import I8, I64, f32_pointer, i64_pointer
+from onebase_adapters.kernels.cpu.matmul4bit import multiply
+from onebase_adapters.kernels.cpu.vector import f32_pointer, i64_pointer
 
 PROJECTION = 13
 """Numbers of a projection in a layer's row: what `PackedLinear.numbers` and `LowRankTable.numbers` give."""
@@ -21,28 +18,11 @@ PROJECTIONS = 4
 """Where they begin, after the addresses of two norms' weights and of the layer's keys and values."""
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _multiply(
-    typingctx: Any, function: Any, rows: Any, n: Any, k: Any, x: Any, weight: Any, absmax: Any, y: Any, block: Any
-) -> Any:
-    """bitsandbytes' packed 4-bit product at the address `function`; see `PackedLinear`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address, rows, n, k, x, weight, absmax, y, block = args
-        pointer = I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 3 + [pointer] * 4 + [I64] * 3)
-        places = [builder.inttoptr(place, pointer) for place in (x, weight, absmax, y)]
-        builder.call(builder.inttoptr(address, kind.as_pointer()), [rows, n, k, *places, block, k, n])
-        return context.get_dummy_value()
-
-    return types.void(*([types.int64] * 9)), codegen
-
-
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _project(x: int, y: int, rows: int, numbers: np.ndarray, tiles: np.ndarray) -> None:
     """A projection of x [rows, in] to y [rows, out], with the updates of each row's slot."""
     n, k, sites, slots = numbers[1], numbers[2], numbers[6], numbers[7]
-    _multiply(numbers[0], rows, n, k, x, numbers[3], numbers[4], y, numbers[5])
+    multiply(x, y, rows, numbers[0], n, k, numbers[3], numbers[4], numbers[5])
     if tiles.shape[0] > 0:
         add_low_rank(
             x, k, y, n, k, carray(i64_pointer(numbers[8]), (sites + 1,), np.int64), tiles,

@@ -1,20 +1,56 @@
-"""bitsandbytes' 4-bit product on CPUs, called by address, and several weights that share an input as one.
+"""The product with 4-bit weights on CPUs with AVX-512 BF16, and several weights that share an input as one.
 
-Its packed layout is in groups of 32 output rows, so weights side by side are just concatenated: exact.
+bitsandbytes' packed layout (see `tile4bit`) is in groups of 32 output rows, so weights side by side are just
+concatenated: exact. Work is dealt by groups, so that a group's weights are unpacked for eight rows of x at a time.
 """
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from bitsandbytes.cextension import lib
-from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, get_4bit_type, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
+from numba import njit, prange
 from torch import nn
 
-_ROWS = 32
-"""Output rows in a group of the packed layout."""
+from onebase_adapters.kernels.cpu.tile4bit import FEATURES, UNROLL, packed_tile
+
+PANEL = 256
+"""Rows of x that pass by all weights before the next: they stay in the second-level cache meanwhile."""
+
+_one, _two, _three, _four, _eight = (packed_tile(rows) for rows in (1, 2, 3, 4, 8))
+
+
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+def multiply(x: int, y: int, rows: int, codes: int, n: int, k: int, weight: int, absmax: int, block: int) -> None:
+    """y = x W^T: addresses of contiguous bfloat16 x [rows, k] and y [rows, n]; the rest: `PackedLinear.numbers`."""
+    groups = n // FEATURES
+    panels = (rows + PANEL - 1) // PANEL
+    blocks, pairs = k // block, block // 2
+    for task in prange(panels * groups):
+        panel, group = task // groups, task % groups
+        w = weight + group * k * FEATURES // 2
+        s = absmax + 2 * group * FEATURES
+        row = panel * PANEL
+        last = min(rows, row + PANEL)
+        while row < last:
+            left = last - row
+            a, c = x + 2 * row * k, y + 2 * (row * n + group * FEATURES)
+            if left >= 8:
+                _eight(c, n, a, k, w, s, n, blocks, pairs, codes)
+                row += 8
+            elif left >= 4:
+                _four(c, n, a, k, w, s, n, blocks, pairs, codes)
+                row += 4
+            elif left == 3:
+                _three(c, n, a, k, w, s, n, blocks, pairs, codes)
+                row += 3
+            elif left == 2:
+                _two(c, n, a, k, w, s, n, blocks, pairs, codes)
+                row += 2
+            else:
+                _one(c, n, a, k, w, s, n, blocks, pairs, codes)
+                row += 1
 
 
 def packable(module: nn.Module) -> bool:
@@ -28,7 +64,8 @@ def packable(module: nn.Module) -> bool:
 
 def fits_packed(in_features: int, out_features: int, blocksize: int = 64) -> bool:
     """Whether a weight of this size, once in 4 bit, could use the packed product on this machine."""
-    return has_avx512bf16() and out_features % _ROWS == 0 and in_features % blocksize == 0
+    fits = out_features % FEATURES == 0 and in_features % blocksize == 0 and blocksize % (2 * UNROLL) == 0
+    return fits and has_avx512bf16()
 
 
 class PackedLinear:
@@ -45,10 +82,9 @@ class PackedLinear:
         states = [module.weight.quant_state for module in modules]
         self.weight = torch.cat([module.weight.data for module in modules])
         self._absmax = torch.cat([state.absmax for state in states], dim=1).contiguous()
+        self._codes = get_4bit_type(states[0].quant_type, device="cpu").bfloat16().repeat(2)
         self.in_features = modules[0].in_features
         self.out_features = sum(module.out_features for module in modules)
-        self._address = _address(states[0].quant_type)
-        self._function = _prototype(self._address)
         self._blocksize = states[0].blocksize
         row = 0
         for module in modules:
@@ -57,23 +93,10 @@ class PackedLinear:
 
     @property
     def numbers(self) -> list[int]:
-        """Address of the product; out_features, in_features; addresses of weight and scales; block size."""
+        """Address of the codes' values; out_features, in_features; addresses of weight and scales; block size."""
         sizes = [self.out_features, self.in_features]
-        return [self._address, *sizes, self.weight.data_ptr(), self._absmax.data_ptr(), self._blocksize]
+        return [self._codes.data_ptr(), *sizes, self.weight.data_ptr(), self._absmax.data_ptr(), self._blocksize]
 
     def __call__(self, x: int, out: int, rows: int) -> None:
         """out = x W^T; addresses of contiguous bfloat16 [rows, in_features] and [rows, out_features]."""
-        n, k = self.out_features, self.in_features
-        weight, absmax = self.weight.data_ptr(), self._absmax.data_ptr()
-        self._function(rows, n, k, x, weight, absmax, out, self._blocksize, k, n)
-
-
-def _address(quant_type: str) -> int:
-    function = getattr(lib, f"gemv_4bit_inference_cpu_{quant_type}_bf16")
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-def _prototype(address: int) -> Any:
-    # One of our own: bitsandbytes' shared handle must keep its (absent) argument types.
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    return ctypes.CFUNCTYPE(None, *[integer] * 3, *[pointer] * 4, *[integer] * 3)(address)
+        multiply(x, out, rows, *self.numbers)
