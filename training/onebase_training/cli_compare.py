@@ -21,6 +21,7 @@ def compare(
     max_steps: Annotated[int | None, typer.Option(help="Budget of each: optimiser steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Budget of each: seconds of training.")] = None,
     batch_tokens: options.BatchTokens = 1024,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; default: 8 in a run.")] = None,
     max_length: options.MaxLength = 1024,
     metric_examples: options.MetricExamples = 64,
     max_new_tokens: options.MaxNewTokens = 128,
@@ -28,6 +29,10 @@ def compare(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted comparison, or add methods to a finished one."),
+    ] = False,
 ) -> None:
     """Train several methods with the same budget, and recommend one."""
     from rich.console import Console
@@ -36,6 +41,7 @@ def compare(
     from onebase_training import compare as comparison
     from onebase_training import compare_show
     from onebase_training.config import TrainConfig
+    from onebase_training.events import Event, Stage
 
     config = TrainConfig(
         data=tuple(data),
@@ -47,6 +53,7 @@ def compare(
         max_steps=max_steps,
         time_limit=time_limit,
         batch_tokens=batch_tokens,
+        eval_every=eval_every,
         max_length=max_length,
         metric_examples=metric_examples,
         max_new_tokens=max_new_tokens,
@@ -54,15 +61,20 @@ def compare(
         seed=seed,
         device=device,
         overwrite=overwrite,
+        resume=resume,
     )
-    folder = comparison.output_of(config)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    entries = comparison.compare(config, names, comparison.train_watched)
-    choice = comparison.choose(entries)
     console = Console()
+
+    def tell(event: Event) -> None:  # a run of its own shows the bar
+        if isinstance(event, Stage):
+            typer.echo(event.text, err=True)
+
+    entries = comparison.compare(config, names, comparison.train_watched, tell)
+    choice = comparison.choose(entries)
     compare_show.show(entries, choice, console)
-    page = folder / "compare.html"
-    title = f"{', '.join(names)} on {model}"
+    page = config.output / "compare.html"
+    title = f"{', '.join(entry.method for entry in entries)} on {model}"
     with disk_errors(str(page)):
         page.write_text(compare_show.render(entries, choice, title), encoding="utf-8")
     console.print(f"Wrote {page}", highlight=False, soft_wrap=True)

@@ -1,38 +1,28 @@
 """Several methods on the same data with the same budget, and which of them to take.
 
-Each run has a process of its own, so that its peak memory is its own.
+Each run has a process of its own, so that its peak memory is its own. What is known of a finished one is written at
+once: an interrupted comparison goes on where it was, and another method can join it later.
 """
 
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from onebase_adapters.base import BaseSpec, load_base
-from onebase_adapters.errors import AdapterError, ConfigError
-from onebase_adapters.methods import load_adapter
-from onebase_adapters.model.weights import ModelWeights
+from onebase_adapters.base import BaseSpec
+from onebase_adapters.errors import ConfigError
+from onebase_training.compare_files import Entry, open_comparison, write_comparison
 from onebase_training.config import TrainConfig
-from onebase_training.evaluate import gain
+from onebase_training.evaluate import Evaluation, gain
+from onebase_training.events import Progress, Stage, silent
 from onebase_training.methods import find_method
+from onebase_training.prepare import read_data
 from onebase_training.result import TrainResult
+from onebase_training.serving_cost import serving_cost
+from onebase_training.workspace import Workspace
 
-Run = Callable[[TrainConfig], TrainResult]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method's run, and what its adapter costs."""
-
-    method: str
-    result: TrainResult
-    file_bytes: int
-    """Of the weights."""
-    products: int | None
-    """Multiplications that a served token costs beside the base's. None: it is a base of its own."""
-    context: int
-    """Tokens of the context that each request gives up."""
+Run = Callable[[TrainConfig, Evaluation | None], TrainResult]
+"""Trains; the base's own marks are given where they are known."""
 
 
 @dataclass(frozen=True)
@@ -43,40 +33,77 @@ class Choice:
     reason: str
 
 
-def compare(config: TrainConfig, methods: Sequence[str], run: Run) -> list[Entry]:
-    """Train each method into a folder of its name below `config.output`, then weigh the adapters.
+def compare(config: TrainConfig, methods: Sequence[str], run: Run, progress: Progress = silent) -> list[Entry]:
+    """Train each method into a folder of its name below `config.output`, and weigh what comes out.
 
-    Raises what `train` raises; what is finished by then stays.
+    With `config.resume`, what is finished there is taken, and an unfinished run goes on. Raises what `train` raises;
+    what is finished by then stays.
     """
     if len(set(methods)) != len(methods) or not methods:
         raise ConfigError("Name each method once.", field="methods")
     for method in methods:
         find_method(method)
-    results = {}
-    for method in methods:
-        mine = replace(config, method=method, output=config.output / method)
+    dataset, held_out = read_data(config)
+    described = {"settings": config.settings(), "data": {"train": dataset.digest, "held_out": held_out.digest}}
+    output = config.output.expanduser().resolve()
+    entries = {entry.method: entry for entry in open_comparison(output, described, config)}
+    for number, method in enumerate(methods, 1):
+        if method in entries:
+            progress(Stage(f"{method} ({number} of {len(methods)}): finished before"))
+            continue
+        progress(Stage(f"{method} ({number} of {len(methods)})"))
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            results[method] = pool.submit(run, mine).result()
-    base = load_base(BaseSpec(config.model, device=config.device))
-    weights = ModelWeights(base.model)
-    entries = []
-    for method, result in results.items():
-        files = list(result.output.glob("*.safetensors"))
-        size = sum(path.stat().st_size for path in files)
-        try:
-            lowered = load_adapter(result.output, method, base.shape, weights)
-            context = lowered.layout.tokens
-            products = 0 if context else lowered.parameters
-            entries.append(Entry(method, result, size, products, context))
-        except AdapterError:
-            entries.append(Entry(method, result, size, None, 0))
-    return entries
+            known = known_before(method, list(entries.values()), config)
+            entries[method] = pool.submit(_weigh, run, _one(config, method), known).result()
+        write_comparison(output, described, list(entries.values()))
+    return list(entries.values())
+
+
+def _one(config: TrainConfig, method: str) -> TrainConfig:
+    """The method's own run, which goes on if it was interrupted. A folder that is there was not weighed."""
+    mine = replace(config, method=method, output=config.output / method)
+    unfinished = config.resume and Workspace.of(mine).folder.exists()
+    return replace(mine, resume=unfinished, overwrite=not unfinished)
+
+
+def known_before(method: str, entries: Sequence[Entry], config: TrainConfig) -> Evaluation | None:
+    """The base's marks by an earlier run that had the very same base."""
+    wanted = _base_of(method, config)
+    return next((entry.before for entry in entries if _base_of(entry.method, config) == wanted), None)
+
+
+def _base_of(method: str, config: TrainConfig) -> tuple[str, bool]:
+    found = find_method(method)
+    return found.quantization, config.head or found.head
+
+
+def _weigh(run: Run, config: TrainConfig, before: Evaluation | None) -> Entry:
+    """In the process of the run, and after it: its peak memory is measured by then."""
+    result = run(config, before)
+    size = sum(path.stat().st_size for path in result.output.glob("*.safetensors"))
+    whole = config.method == "full"
+    cost = None if whole else serving_cost(result.output, BaseSpec(config.model, device=config.device))
+    return Entry(
+        method=config.method,
+        before=result.before,
+        after=result.after,
+        steps=result.steps,
+        stopped=result.stopped,
+        parameters=result.parameters,
+        seconds=result.seconds,
+        peak_memory=result.peak_memory,
+        file_bytes=size,
+        cost=cost,
+    )
 
 
 def choose(entries: Sequence[Entry]) -> Choice:
     """Of those that the best is not better than for certain, the one with the smallest file."""
-    best = max(entries, key=_quality)
-    equal = [entry for entry in entries if entry is best or not _surely_better(best, entry)]
+    served = [entry for entry in entries if entry.cost is None or not entry.cost.refused]
+    if not served:
+        return Choice(entries[0].method, "It is not served: none of these is.")
+    best = max(served, key=_quality)
+    equal = [entry for entry in served if entry is best or not _surely_better(best, entry)]
     chosen = min(equal, key=lambda entry: entry.file_bytes)
     size = f"{chosen.file_bytes / 2**20:.2f} MiB"
     if len(equal) == 1:
@@ -87,34 +114,36 @@ def choose(entries: Sequence[Entry]) -> Choice:
         other = f"{best.file_bytes / 2**20:.2f} MiB"
         reason = f"{best.method} is the best, but not beyond chance; of all within it this file is the smallest: "
         reason += f"{size}, against {other}."
-    return Choice(chosen.method, reason)
+    return Choice(chosen.method, f"{reason} {_beside_base(chosen)}")
+
+
+def _beside_base(entry: Entry) -> str:
+    gained = gain(entry.before, entry.after)
+    if gained is None:
+        return f"Its loss is {entry.before.loss - entry.after.loss:+.4f} below the base's."
+    interval = f"{gained.value:+.3f} ({gained.low:+.3f} to {gained.high:+.3f}) beside the base"
+    if gained.low > 0:
+        return f"It gains {interval}."
+    return f"But it is not better than the base beyond chance, {interval}: train longer, or on more examples."
 
 
 def _quality(entry: Entry) -> tuple[float, float]:
-    after = entry.result.after
-    return (after.score.value if after.score else 0.0, -after.loss)
+    score = entry.after.score
+    return (score.value if score else 0.0, -entry.after.loss)
 
 
 def _surely_better(one: Entry, other: Entry) -> bool:
     """By the paired interval of the metric; without a metric, by the loss alone."""
-    difference = gain(other.result.after, one.result.after)
+    difference = gain(other.after, one.after)
     if difference is None:
-        return one.result.after.loss < other.result.after.loss
+        return one.after.loss < other.after.loss
     return difference.low > 0
 
 
-def train_watched(config: TrainConfig) -> TrainResult:
+def train_watched(config: TrainConfig, before: Evaluation | None) -> TrainResult:
     """`train`, shown in the terminal. At the module's top, where a new process finds it."""
     from onebase_training.terminal import watched
     from onebase_training.train import train
 
     with watched() as progress:
-        return train(config, progress)
-
-
-def output_of(config: TrainConfig) -> Path:
-    """Checked: the folder of the comparison must be new."""
-    output = config.output.expanduser().resolve()
-    if output.exists() and any(output.iterdir()) and not config.overwrite:
-        raise ConfigError(f"{output} exists. Choose another output, or --overwrite it.", field="output")
-    return output
+        return train(config, progress, before=before)

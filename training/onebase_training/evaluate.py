@@ -63,11 +63,12 @@ def mark(samples: Sequence[Sample], examples: Sequence[Encoded]) -> Score | None
 
 
 def gain(before: Evaluation, after: Evaluation) -> Score | None:
-    """By how much the metric rose, with its interval over the same samples."""
-    if before.score is None:
+    """By how much the metric rose, with its interval over the samples that both have (a classifier has them all)."""
+    if before.score is None or after.score is None:
         return None
-    ours, base = ([one.generated for one in evaluation.samples] for evaluation in (after, before))
-    return difference(before.score.metric, ours, base, [one.expected for one in after.samples])
+    both = list(zip(after.samples, before.samples, strict=False))
+    ours, base = ([one[side].generated for one in both] for side in (0, 1))
+    return difference(before.score.metric, ours, base, [mine.expected for mine, _ in both])
 
 
 @torch.no_grad()

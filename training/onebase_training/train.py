@@ -36,17 +36,17 @@ from onebase_training.workspace import Workspace, open_workspace
 _BEFORE_FILE = "before.json"
 
 
-def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
-    """Train and write `config.output`.
+def train(config: TrainConfig, progress: Progress = silent, *, before: Evaluation | None = None) -> TrainResult:
+    """Train and write `config.output`. `before`: the base's own marks on this very data, where they are known.
 
     Raises ConfigError, DataError, BaseModelError or StorageError; nothing half-written is left behind.
     """
     ranks = this_process()
     if not ranks.first:
-        return _train(config, Workspace.of(config), silent, ranks)
+        return _train(config, Workspace.of(config), silent, ranks, before)
     workspace = open_workspace(config)
     try:
-        result = _train(config, workspace, progress, ranks)
+        result = _train(config, workspace, progress, ranks, before)
     except BaseException:
         if last_checkpoint(workspace.folder) is None:
             workspace.clear()
@@ -55,7 +55,9 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     return result
 
 
-def _train(config: TrainConfig, workspace: Workspace, progress: Progress, ranks: Ranks) -> TrainResult:
+def _train(
+    config: TrainConfig, workspace: Workspace, progress: Progress, ranks: Ranks, before: Evaluation | None
+) -> TrainResult:
     method = find_method(config.method)
     config = config.resolved(learning_rate=method.learning_rate)
     dataset, held_out = read_data(config)
@@ -72,7 +74,8 @@ def _train(config: TrainConfig, workspace: Workspace, progress: Progress, ranks:
     digests = {"train": dataset.digest, "held_out": held_out.digest}
     if ranks.first:
         workspace.begin(config, data=digests, base=base.shape.fingerprint)
-    before = _before(workspace, base, dataset, evaluation, config, progress, ranks)
+    if before is None:
+        before = _before(workspace, base, dataset, evaluation, config, progress, ranks)
 
     if method.attach is None:
         fitted = _choose(base, dataset, held_out, config, progress)
