@@ -36,8 +36,8 @@ class Choice:
 def compare(config: TrainConfig, methods: Sequence[str], run: Run, progress: Progress = silent) -> list[Entry]:
     """Train each method into a folder of its name below `config.output`, and weigh what comes out.
 
-    With `config.resume`, what is finished there is taken, and an unfinished run goes on. Raises what `train` raises;
-    what is finished by then stays.
+    With `config.resume`, what is finished there is taken, and an unfinished run goes on. Raises what `train`
+    raises; what is finished by then stays.
     """
     if len(set(methods)) != len(methods) or not methods:
         raise ConfigError("Name each method once.", field="methods")

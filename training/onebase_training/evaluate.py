@@ -63,7 +63,7 @@ def mark(samples: Sequence[Sample], examples: Sequence[Encoded]) -> Score | None
 
 
 def gain(before: Evaluation, after: Evaluation) -> Score | None:
-    """By how much the metric rose, with its interval over the samples that both have (a classifier has them all)."""
+    """By how much the metric rose, with its interval over the samples that both have: a classifier has all."""
     if before.score is None or after.score is None:
         return None
     both = list(zip(after.samples, before.samples, strict=False))

@@ -1,4 +1,4 @@
-"""What an adapter costs where it is served: the time of a token beside the base's, measured, and the context it takes.
+"""What serving an adapter costs: the time of a token beside the base's, measured, and the context it takes.
 
 Two batches of the same texts, one with the adapter and one without, are run in turns, each round writing the same
 token again. The quickest rounds are compared: other programs only ever make a round slower.
@@ -12,7 +12,6 @@ from typing import Any
 from onebase_adapters.base import BaseSpec, load_base
 from onebase_adapters.batch import Chunk
 from onebase_adapters.errors import AdapterError
-from onebase_adapters.layout import Layout
 from onebase_adapters.methods import load_adapter
 from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
 from onebase_adapters.model.served import ServedModel
