@@ -127,3 +127,13 @@ async def test_models_are_checked(http: httpx.AsyncClient, path: str) -> None:
     reply = await http.post(path, json={"model": "nobody", "prompt": "a"} if path == "/tokenize" else
                             {"model": "nobody", "tokens": [1]})  # fmt: skip
     assert reply.status_code == 404
+
+
+async def test_the_openapi_document_knows_every_answer(http: httpx.AsyncClient) -> None:
+    document = (await http.get("/openapi.json")).json()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            (status,) = [status for status in operation["responses"] if status.startswith("2")]
+            for kind, content in operation["responses"][status]["content"].items():
+                assert kind != "application/json" or content["schema"].get("$ref"), (method, path)
+            assert {"4XX", "5XX"} <= operation["responses"].keys(), (method, path)

@@ -74,4 +74,4 @@ def _run(command: Sequence[str], url: str, folder: Path) -> int:
     given = [argument.replace("{url}", url) for argument in command]
     own = {"ONEBASE_URL": url, "ONEBASE_KEY": KEY, "ONEBASE_TOKENIZER": str(folder)}
     without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(given, check=False, env={**without, **own}).returncode
+    return subprocess.run(given, check=False, stdin=subprocess.DEVNULL, env={**without, **own}).returncode

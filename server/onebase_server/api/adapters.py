@@ -14,6 +14,7 @@ from onebase_server.api.adapter_sources import Stage, from_files, from_path
 from onebase_server.api.auth import require_admin
 from onebase_server.api.directory import AdapterDirectory, Entry
 from onebase_server.api.errors import InvalidRequestError
+from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.adapters import (
     PromoteRequest,
     RegisterFields,
@@ -21,6 +22,7 @@ from onebase_server.api.schemas.adapters import (
     VersionFields,
     VersionRequest,
 )
+from onebase_server.api.schemas.answers import answers
 from onebase_server.api.services import services_of
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], dependencies=[Depends(require_admin)])
@@ -45,7 +47,7 @@ def _bodies(json: type[BaseModel], form: type[BaseModel]) -> dict[str, Any]:
     "",
     status_code=201,
     summary="Register an adapter",
-    response_model=None,
+    **answers(doc.Adapter, 201),
     openapi_extra=_bodies(RegisterRequest, RegisterFields),
 )
 async def register_adapter(request: Request) -> Response:
@@ -58,7 +60,7 @@ async def register_adapter(request: Request) -> Response:
     return JSONResponse(_describe(adapters, entry), 201)
 
 
-@router.get("", summary="List the adapters")
+@router.get("", summary="List the adapters", **answers(doc.Adapters))
 async def list_adapters(request: Request) -> dict[str, Any]:
     """All that are registered, those that are not served included: `problem` says why."""
     adapters = services_of(request).adapters
@@ -69,7 +71,7 @@ async def list_adapters(request: Request) -> dict[str, Any]:
     "/{name:path}/versions",
     status_code=201,
     summary="Register a new version",
-    response_model=None,
+    **answers(doc.Adapter, 201),
     openapi_extra=_bodies(VersionRequest, VersionFields),
 )
 async def register_version(name: str, request: Request) -> Response:
@@ -82,28 +84,28 @@ async def register_version(name: str, request: Request) -> Response:
     return JSONResponse(_describe(adapters, entry), 201)
 
 
-@router.post("/{name:path}/promote", summary="Make a version the current one")
+@router.post("/{name:path}/promote", summary="Make a version the current one", **answers(doc.Adapter))
 async def promote_version(name: str, body: PromoteRequest, request: Request) -> dict[str, Any]:
     """The next request for the name gets it; those that run finish on what they began with."""
     adapters = services_of(request).adapters
     return _describe(adapters, await adapters.promote(name, body.version))
 
 
-@router.post("/{name:path}/rollback", summary="Go back to the version before")
+@router.post("/{name:path}/rollback", summary="Go back to the version before", **answers(doc.Adapter))
 async def roll_back(name: str, request: Request) -> dict[str, Any]:
     """To the one that was current before the last change; once more undoes it."""
     adapters = services_of(request).adapters
     return _describe(adapters, await adapters.promote(name, None))
 
 
-@router.get("/{name:path}", summary="One adapter")
+@router.get("/{name:path}", summary="One adapter", **answers(doc.Adapter))
 async def get_adapter(name: str, request: Request) -> dict[str, Any]:
     """What is known of a `name`'s current version, or of a `name@version`."""
     adapters = services_of(request).adapters
     return _describe(adapters, adapters.get(name))
 
 
-@router.delete("/{name:path}", summary="Delete an adapter, or a version of it")
+@router.delete("/{name:path}", summary="Delete an adapter, or a version of it", **answers(doc.Deleted))
 async def delete_adapter(name: str, request: Request) -> dict[str, Any]:
     """Requests that run under it finish; new ones get 404."""
     await services_of(request).adapters.delete(name)

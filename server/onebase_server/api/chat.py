@@ -16,6 +16,8 @@ from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.grammar import grammar_of
 from onebase_server.api.logprobs import for_chat
 from onebase_server.api.requests import check_prompt, encode, fit, render_chat, sampling
+from onebase_server.api.schemas import answers as doc
+from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.chat import ChatRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import ChunkFormat, SseResponse, Write, event
@@ -26,7 +28,7 @@ from onebase_server.logs import note
 router = APIRouter(tags=["inference"])
 
 
-@router.post("/v1/chat/completions", summary="Answer a conversation", response_model=None)
+@router.post("/v1/chat/completions", summary="Answer a conversation", **answers(doc.Chat, streams=True))
 async def create_chat_completion(body: ChatRequest, request: Request, tenant: Tenant) -> Response:
     """OpenAI's chat endpoint; `model` is an adapter's name or the base's."""
     job = await prepare_chat(services_of(request), body, tenant)

@@ -18,6 +18,8 @@ from onebase_server.api.errors import InvalidRequestError
 from onebase_server.api.grammar import grammar_of
 from onebase_server.api.logprobs import CompletionLogprobs, joined
 from onebase_server.api.requests import fit, prompt_tokens, sampling, templated
+from onebase_server.api.schemas import answers as doc
+from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.base import MOST_SEQUENCES
 from onebase_server.api.schemas.generation import CompletionRequest
 from onebase_server.api.services import Services, services_of
@@ -30,7 +32,7 @@ router = APIRouter(tags=["inference"])
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-@router.post("/v1/completions", summary="Continue a prompt", response_model=None)
+@router.post("/v1/completions", summary="Continue a prompt", **answers(doc.Completion, streams=True))
 async def create_completion(body: CompletionRequest, request: Request, tenant: Tenant) -> Response:
     """OpenAI's completions endpoint; `model` is an adapter's name or the base's."""
     job = await _prepare(services_of(request), body, tenant)

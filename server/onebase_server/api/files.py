@@ -10,6 +10,8 @@ from starlette.responses import FileResponse, Response
 
 from onebase_server.api.auth import require_admin
 from onebase_server.api.errors import InvalidRequestError
+from onebase_server.api.schemas import answers as doc
+from onebase_server.api.schemas.answers import answers
 from onebase_server.api.services import services_of
 from onebase_server.jobs.records import StoredFile
 
@@ -39,7 +41,7 @@ _BODY = {
 }
 
 
-@router.post("", summary="Upload a file", openapi_extra=_BODY)
+@router.post("", summary="Upload a file", openapi_extra=_BODY, **answers(doc.File))
 async def upload_file(request: Request) -> dict[str, Any]:
     """A multipart form with `file` and `purpose`, which is `fine-tune`."""
     services = services_of(request)
@@ -57,7 +59,7 @@ async def upload_file(request: Request) -> dict[str, Any]:
     return describe_file(stored)
 
 
-@router.get("", summary="List the files")
+@router.get("", summary="List the files", **answers(doc.Files))
 async def list_files(
     request: Request,
     purpose: str | None = None,
@@ -74,7 +76,7 @@ async def list_files(
     return {"object": "list", "data": data, "has_more": more, **ends}
 
 
-@router.get("/{file_id}", summary="One file")
+@router.get("/{file_id}", summary="One file", **answers(doc.File))
 async def get_file(file_id: str, request: Request) -> dict[str, Any]:
     """What is known of it."""
     return describe_file(await asyncio.to_thread(services_of(request).book.file, file_id))
@@ -87,7 +89,7 @@ async def get_file_content(file_id: str, request: Request) -> FileResponse:
     return FileResponse(stored.path, media_type="application/octet-stream", filename=stored.name)
 
 
-@router.delete("/{file_id}", summary="Delete a file")
+@router.delete("/{file_id}", summary="Delete a file", **answers(doc.Deleted))
 async def delete_file(file_id: str, request: Request) -> dict[str, Any]:
     """Refused while a job needs it."""
     await asyncio.to_thread(services_of(request).book.delete_file, file_id)

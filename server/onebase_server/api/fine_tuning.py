@@ -12,6 +12,8 @@ from onebase_adapters.registry import check_name
 from onebase_server.api.auth import require_admin
 from onebase_server.api.errors import InvalidRequestError
 from onebase_server.api.files import page_of
+from onebase_server.api.schemas import answers as doc
+from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.fine_tuning import FineTuningRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import SseResponse, Write, event
@@ -23,7 +25,7 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], dependen
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
-@router.post("", summary="Start a fine-tuning job")
+@router.post("", summary="Start a fine-tuning job", **answers(doc.Job))
 async def create_job(body: FineTuningRequest, request: Request) -> dict[str, Any]:
     """It waits its turn, trains at low priority, and registers its result under `suffix`."""
     services = services_of(request)
@@ -58,7 +60,7 @@ async def create_job(body: FineTuningRequest, request: Request) -> dict[str, Any
     return _describe(services, await services.runner.submit(spec))
 
 
-@router.get("", summary="List the jobs")
+@router.get("", summary="List the jobs", **answers(doc.Jobs))
 async def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
     """Newest first."""
     services = services_of(request)
@@ -67,21 +69,21 @@ async def list_jobs(request: Request, after: str | None = None, limit: Limit = 2
     return {"object": "list", "data": [_describe(services, job) for job in page], "has_more": more}
 
 
-@router.get("/{job_id}", summary="One job")
+@router.get("/{job_id}", summary="One job", **answers(doc.Job))
 async def get_job(job_id: str, request: Request) -> dict[str, Any]:
     """How it stands."""
     services = services_of(request)
     return _describe(services, await asyncio.to_thread(services.book.job, job_id))
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a job")
+@router.post("/{job_id}/cancel", summary="Cancel a job", **answers(doc.Job))
 async def cancel_job(job_id: str, request: Request) -> dict[str, Any]:
     """Nothing is left of it but its history. One that has ended stays as it is."""
     services = services_of(request)
     return _describe(services, await services.runner.cancel(job_id))
 
 
-@router.get("/{job_id}/events", summary="What happened to a job", response_model=None)
+@router.get("/{job_id}/events", summary="What happened to a job", **answers(doc.JobEvents, streams=True))
 async def list_events(
     job_id: str, request: Request, after: str | None = None, limit: Limit = 20, stream: bool = False
 ) -> Response | dict[str, Any]:
@@ -102,7 +104,7 @@ async def list_events(
     return Response(msgspec.json.encode(document), media_type="application/json")
 
 
-@router.get("/{job_id}/checkpoints", summary="A job's evaluations")
+@router.get("/{job_id}/checkpoints", summary="A job's evaluations", **answers(doc.Checkpoints))
 async def list_checkpoints(
     job_id: str, request: Request, after: str | None = None, limit: Limit = 10
 ) -> dict[str, Any]:

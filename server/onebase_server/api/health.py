@@ -8,6 +8,8 @@ import prometheus_client
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from onebase_server.api.schemas import answers as doc
+from onebase_server.api.schemas.answers import answers
 from onebase_server.api.services import services_of
 from onebase_server.engine.client import EngineUnavailableError
 
@@ -16,7 +18,7 @@ router = APIRouter(tags=["health"])
 _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
-@router.get("/health", summary="Is the engine ready?", response_model=None)
+@router.get("/health", summary="Is the engine ready?", **answers(doc.Health))
 @router.get("/ping", include_in_schema=False, response_model=None)
 async def health(request: Request) -> Response:
     """200 while requests are taken; 503 while the engine starts, restarts or drains."""
@@ -41,7 +43,7 @@ async def get_metrics(request: Request) -> Response:
     return Response(encode(services.metrics.registry), headers={"content-type": content_type})
 
 
-@router.get("/version", summary="Version of the server")
+@router.get("/version", summary="Version of the server", **answers(doc.Version))
 async def get_version() -> dict[str, Any]:
     """As vLLM answers it."""
     return {"version": version("onebase")}

@@ -7,12 +7,14 @@ from fastapi import APIRouter, Depends, Request
 from onebase_adapters.errors import AdapterNotFoundError
 from onebase_server.api.auth import require_key
 from onebase_server.api.directory import Entry, Target
+from onebase_server.api.schemas import answers as doc
+from onebase_server.api.schemas.answers import answers
 from onebase_server.api.services import Services, services_of
 
 router = APIRouter(tags=["models"], dependencies=[Depends(require_key)])
 
 
-@router.get("/v1/models", summary="List what can be asked")
+@router.get("/v1/models", summary="List what can be asked", **answers(doc.Models))
 async def list_models(request: Request) -> dict[str, Any]:
     """The base first, then the adapters by name."""
     services = services_of(request)
@@ -20,7 +22,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [_base(services), *(_adapter(services, entry) for entry in served)]}
 
 
-@router.get("/v1/models/{name:path}", summary="One model")
+@router.get("/v1/models/{name:path}", summary="One model", **answers(doc.Model))
 async def get_model(name: str, request: Request) -> dict[str, Any]:
     """404 if it does not exist or is not served; `name@version` is one version of an adapter."""
     services = services_of(request)

@@ -18,6 +18,8 @@ from onebase_server.api.directory import Target
 from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.errors import GenerationError, InvalidRequestError, generation_error
 from onebase_server.api.requests import check_prompt, check_unicode, fit, prompt_tokens, templated
+from onebase_server.api.schemas import answers as doc
+from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.base import MOST_SEQUENCES
 from onebase_server.api.schemas.prompts import ClassificationRequest, EmbeddingRequest, PooledRequest
 from onebase_server.api.services import Services, services_of
@@ -31,7 +33,7 @@ _NOTHING = SamplingParams()
 Places = Sequence[tuple[int, int]] | None
 
 
-@router.post("/v1/embeddings", summary="Turn texts into vectors", response_model=None)
+@router.post("/v1/embeddings", summary="Turn texts into vectors", **answers(doc.Embeddings))
 async def create_embeddings(body: EmbeddingRequest, request: Request, tenant: Tenant) -> Response:
     """The mean of the last hidden states, of length 1; under an adapter, of the adapted model."""
     services = services_of(request)
@@ -52,7 +54,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, tenant: Te
 
 
 @router.post("/classify", include_in_schema=False, response_model=None)
-@router.post("/v1/classify", summary="Label texts, or each of their tokens", response_model=None)
+@router.post("/v1/classify", summary="Label texts, or each of their tokens", **answers(doc.Classification))
 async def create_classification(body: ClassificationRequest, request: Request, tenant: Tenant) -> Response:
     """By the head of the adapter that `model` names: the answer is vLLM's, and for a head that labels tokens each
     token with its place in the text."""

@@ -15,6 +15,8 @@ from onebase_server.api.auth import Tenant
 from onebase_server.api.chat import Answer, Chat, prepare_chat
 from onebase_server.api.choices import Choice, run_all, usage_of
 from onebase_server.api.disconnect import unless_disconnected
+from onebase_server.api.schemas import answers as doc
+from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.chat import ChatRequest
 from onebase_server.api.schemas.responses import NamedFunction, ResponseInput, ResponsesRequest
 from onebase_server.api.services import services_of
@@ -28,7 +30,7 @@ _FIELDS = {"messages": "input", "max_completion_tokens": "max_output_tokens", "r
 """What a chat calls it, and what this endpoint does."""
 
 
-@router.post("/v1/responses", summary="Answer an input", response_model=None)
+@router.post("/v1/responses", summary="Answer an input", **answers(doc.Response, streams=True))
 async def create_response(body: ResponsesRequest, request: Request, tenant: Tenant) -> Response:
     """OpenAI's responses endpoint; `model` is an adapter's name or the base's."""
     try:

@@ -6,13 +6,15 @@ from fastapi import APIRouter, Depends, Request
 
 from onebase_server.api.auth import require_key
 from onebase_server.api.requests import check_prompt, encode, render_chat, templated
+from onebase_server.api.schemas import answers as doc
+from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.prompts import DetokenizeRequest, TokenizeRequest
 from onebase_server.api.services import services_of
 
 router = APIRouter(tags=["tokens"], dependencies=[Depends(require_key)])
 
 
-@router.post("/tokenize", summary="Text or a conversation to tokens")
+@router.post("/tokenize", summary="Text or a conversation to tokens", **answers(doc.Tokens))
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """What a completion or a chat with the same input would send to the engine."""
     services = services_of(request)
@@ -38,7 +40,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     }
 
 
-@router.post("/detokenize", summary="Tokens to text")
+@router.post("/detokenize", summary="Tokens to text", **answers(doc.Prompt))
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
     """The text of a sequence, special tokens included."""
     services = services_of(request)
