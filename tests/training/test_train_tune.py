@@ -1,6 +1,7 @@
 """The search: what it tries, what it cuts, what it takes."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,27 @@ def test_each_kind_of_method_has_its_own_sizes() -> None:
     for method, size in (("prompt-tuning", "prompt_length"), ("bottleneck", "bottleneck"), ("ia3", None)):
         (one,) = tune(replace(CONFIG, method=method), 1, fake, silent).tried
         assert set(one.settings) == {"learning_rate", size} - {None}
+
+
+def test_the_first_trial_has_the_methods_own_rank() -> None:
+    for method, rank in (("qlora", 16), ("adalora", 8), ("loha", 8)):
+        (one,) = tune(replace(CONFIG, method=method), 1, fake, silent).tried
+        assert one.settings["rank"] == rank
+
+
+def test_a_trial_that_diverges_does_not_end_the_search() -> None:
+    def fragile(config: TrainConfig, progress: Progress) -> TrainResult:
+        if (config.learning_rate or 0) > limit:
+            raise ConfigError("Training diverged.", field="learning_rate")
+        return fake(config, progress)
+
+    limit = 2e-3
+    found = tune(CONFIG, 12, fragile, silent)
+    assert math.inf in {one.loss for one in found.tried}
+    assert (found.best.learning_rate or 0) <= limit
+    limit = 0.0
+    with pytest.raises(ConfigError, match="Every trial diverged"):
+        tune(CONFIG, 2, fragile, silent)
 
 
 def test_what_cannot_be_tuned_is_refused() -> None:

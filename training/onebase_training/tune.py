@@ -4,6 +4,7 @@ Settings are proposed by optuna's TPE (Bergstra et al. 2011), runs are cut by su
 Talwalkar 2016): of those that reach their 1st, 2nd, 4th, ... evaluation, the better half goes on.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,6 @@ from onebase_training.result import TrainResult
 
 Run = Callable[[TrainConfig, Progress], TrainResult]
 
-_RANKED = ("qlora", "lora", "rslora", "dora", "pissa", "adalora", "loha", "lokr", "hra")
 _PROMPTED = ("prompt-tuning", "p-tuning", "prefix-tuning", "p-tuning-v2")
 
 
@@ -28,7 +28,7 @@ class Tried:
 
     settings: Mapping[str, Any]
     loss: float
-    """Best held-out loss that it reached, in nats."""
+    """Best held-out loss that it reached, in nats; infinite where it diverged before the first."""
     finished: bool
     """Whether it ran to its end, or was cut."""
 
@@ -79,6 +79,12 @@ def tune(config: TrainConfig, trials: int, run: Run, progress: Progress) -> Tune
                 tried.append(Tried(settings, min(losses), finished=False))
                 progress(Stage("  cut: others were better by then"))
                 raise
+            except ConfigError as error:
+                if error.field != "learning_rate":
+                    raise
+                tried.append(Tried(settings, min(losses, default=math.inf), finished=False))
+                progress(Stage("  cut: it diverged"))
+                raise optuna.TrialPruned from error
         tried.append(Tried(settings, min(losses), finished=True))
         return min(losses)
 
@@ -89,6 +95,8 @@ def tune(config: TrainConfig, trials: int, run: Run, progress: Progress) -> Tune
     study.enqueue_trial(_defaults(config))
     study.optimize(objective, n_trials=trials)
     finished = [one for one in tried if one.finished]
+    if not finished:
+        raise ConfigError("Every trial diverged: begin with a lower --learning-rate.", field="learning_rate")
     best = min(finished, key=lambda one: one.loss)
     return Tuned(tuple(tried), replace(config, **dict(best.settings)))
 
@@ -96,8 +104,8 @@ def tune(config: TrainConfig, trials: int, run: Run, progress: Progress) -> Tune
 def _defaults(config: TrainConfig) -> dict[str, float]:
     """The first trial: what training would have taken. It is never cut, for there is nothing to compare it with."""
     settings: dict[str, float] = {"learning_rate": _default_rate(config)}
-    if config.method in _RANKED:
-        settings["rank"] = config.rank or 16
+    if (rank := find_method(config.method).rank) is not None:
+        settings["rank"] = config.rank or rank
     if config.method in _PROMPTED:
         settings["prompt_length"] = config.prompt_length
     if config.method == "bottleneck":
@@ -111,7 +119,7 @@ def _suggest(trial: Any, config: TrainConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "learning_rate": trial.suggest_float("learning_rate", rate / 10, rate * 10, log=True)
     }
-    if config.method in _RANKED:
+    if find_method(config.method).rank is not None:
         settings["rank"] = trial.suggest_int("rank", 2, 64, log=True)
     if config.method in _PROMPTED:
         settings["prompt_length"] = trial.suggest_int("prompt_length", 2, 128, log=True)

@@ -43,15 +43,23 @@ class Method:
     """Needs the base's weights as plain matrices, not in 4 bits."""
     head: bool = False
     """Always trains a classifier."""
+    rank: int | None = None
+    """The default of those whose rank is worth tuning."""
 
 
 METHODS: dict[str, Method] = {
-    "qlora": Method("low-rank updates on the 4-bit base", lora.LEARNING_RATE, lora.attach),
-    "lora": Method("low-rank updates on the bfloat16 base", lora.LEARNING_RATE, lora.attach, "none"),
-    "rslora": Method("LoRA with a scale for large ranks", lora.LEARNING_RATE, rslora.attach),
-    "dora": Method("LoRA with trained magnitudes", dora.LEARNING_RATE, dora.attach, expanded=True),
-    "pissa": Method("LoRA from principal components", pissa.LEARNING_RATE, pissa.attach, expanded=True),
-    "adalora": Method("LoRA with ranks by need", adalora.LEARNING_RATE, adalora.attach, expanded=True),
+    "qlora": Method("low-rank updates on the 4-bit base", lora.LEARNING_RATE, lora.attach, rank=lora.RANK),
+    "lora": Method(
+        "low-rank updates on the bfloat16 base", lora.LEARNING_RATE, lora.attach, "none", rank=lora.RANK
+    ),
+    "rslora": Method("LoRA with a scale for large ranks", lora.LEARNING_RATE, rslora.attach, rank=lora.RANK),
+    "dora": Method("LoRA with trained magnitudes", dora.LEARNING_RATE, dora.attach, expanded=True, rank=lora.RANK),
+    "pissa": Method(
+        "LoRA from principal components", pissa.LEARNING_RATE, pissa.attach, expanded=True, rank=lora.RANK
+    ),
+    "adalora": Method(
+        "LoRA with ranks by need", adalora.LEARNING_RATE, adalora.attach, expanded=True, rank=adalora.RANK
+    ),
     "ia3": Method("trained factors of activations", ia3.LEARNING_RATE, ia3.attach, expanded=True),
     "prompt-tuning": Method("embeddings before the prompt", prompt_tuning.LEARNING_RATE, prompt_tuning.attach),
     "p-tuning": Method("embeddings in the prompt, by an encoder", p_tuning.LEARNING_RATE, p_tuning.attach),
@@ -60,11 +68,13 @@ METHODS: dict[str, Method] = {
         "a prefix and a classifier", prefix_tuning.LEARNING_RATE, prefix_tuning.attach, head=True
     ),
     "bottleneck": Method("small layers behind the blocks", bottleneck.LEARNING_RATE, bottleneck.attach),
-    "loha": Method("Hadamard products of low ranks", 5e-3, delta(peft.LoHaConfig, 8, alpha=16), expanded=True),
-    "lokr": Method("Kronecker products", 3e-3, delta(peft.LoKrConfig, 8, alpha=16), expanded=True),
+    "loha": Method(
+        "Hadamard products of low ranks", 5e-3, delta(peft.LoHaConfig, 8, alpha=16), expanded=True, rank=8
+    ),
+    "lokr": Method("Kronecker products", 3e-3, delta(peft.LoKrConfig, 8, alpha=16), expanded=True, rank=8),
     "vera": Method("scales of fixed random matrices", 3e-2, delta(peft.VeraConfig, 256), expanded=True),
     "oft": Method("rotations", 1e-3, delta(peft.OFTConfig, oft_block_size=32), expanded=True),
-    "hra": Method("reflections", 1e-3, delta(peft.HRAConfig, 8), expanded=True),
+    "hra": Method("reflections", 1e-3, delta(peft.HRAConfig, 8), expanded=True, rank=8),
     "hard-prompt": Method("wording and examples, chosen among candidates", None, None),
     "full": Method("all weights", full.LEARNING_RATE, full.attach, "none"),
 }

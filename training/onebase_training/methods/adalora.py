@@ -14,13 +14,13 @@ from onebase_training.methods.peft_parts import is_transposed, put_peft, target_
 
 LEARNING_RATE = 5e-3
 """Measured, see DECISIONS.md: E begins at zero, and moves the update only by its product with P and Q."""
-_RANK = 8
+RANK = 8
 """On average, at the end; it begins with half as much again, as in the paper's experiments."""
 
 
 def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     """Pruning starts after a tenth of the steps; the last third trains with the final ranks."""
-    rank = config.rank or _RANK
+    rank = config.rank or RANK
     warm, last = steps // 10, steps // 3
     if warm >= steps - last:
         raise ConfigError(f"adalora needs more than {steps} steps.", field="epochs")
