@@ -134,7 +134,7 @@ class FakeEngine:
         if request.task == "embed":
             yield Output(request.id, embedding=(0.6, 0.8, float(len(request.prompt))), finish_reason="stop")
             return
-        head = self.heads[request.adapter or ""]
+        head = next(self.heads[digest] for digest in request.loaded if digest in self.heads)
         count = len(head.labels)
         numbers = [len(request.prompt)] if head.kind == "sequence" else request.prompt
         rows = tuple(tuple(0.5 if at == n % count else 0.5 / (count - 1) for at in range(count)) for n in numbers)

@@ -14,6 +14,7 @@ import pytest
 import onebase_client
 from onebase_client import (
     AdapterExistsError,
+    AdapterPart,
     AdapterRefusedError,
     ApiError,
     AsyncOneBase,
@@ -373,3 +374,29 @@ def test_something_else_that_answers(waits: list[float]) -> None:
 def test_nothing_listens() -> None:
     with OneBase("http://127.0.0.1:9", max_retries=0) as client, pytest.raises(ConnectionFailedError):
         client.list_models()
+
+
+def test_several_adapters_at_once(client: OneBase, adapter_root: Path, new_adapter: Make, engine: Any) -> None:
+    judge = {"head": {"kind": "sequence", "labels": ["no", "yes"]}}
+    for name, config in {"a": {}, "b": {}, "judge": judge}.items():
+        new_adapter(adapter_root / name, name.encode(), **config)
+        client.adapters.register(name, path=name)
+    parts: list[AdapterPart] = [{"name": "a", "weight": 0.5}, {"name": "b"}]
+    assert client.complete("abc", adapters=parts).model == "0.5 a + b"
+    assert [part.weight for part in engine.requests[-1].parts] == [0.5, 1.0]
+    assert "".join(chunk.text for chunk in client.chat_stream(USER, adapters=parts, max_tokens=3))
+    assert client.embed("abc", adapters=parts)[0].embedding
+    assert client.classify("abc", adapters=[{"name": "judge"}, *parts])[0].label in ("no", "yes")
+    with pytest.raises(NotFoundError) as caught:
+        client.complete("abc", adapters=[{"name": "nobody"}])
+    assert caught.value.param == "adapters[0].name"
+
+
+async def test_several_adapters_at_once_awaited(
+    live: str, admin_key: str, adapter_root: Path, new_adapter: Make, engine: Any
+) -> None:
+    new_adapter(adapter_root / "a")
+    async with AsyncOneBase(live, admin_key=admin_key) as client:
+        await client.adapters.register("a", path="a")
+        await client.embed("abc", adapters=[{"name": "a", "weight": 2}])
+        assert engine.requests[-1].parts[0].weight == 2

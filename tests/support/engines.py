@@ -1,7 +1,7 @@
 """An engine over a tiny model, driven step by step; what must hold after every step is checked."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.kernels.block import BLOCK
 from onebase_server.engine.config import EngineConfig
 from onebase_server.engine.engine import Engine
-from onebase_server.engine.request import EngineRequest, Output, SamplingParams, TokenLogprobs
+from onebase_server.engine.request import EngineRequest, Output, Part, SamplingParams, TokenLogprobs
 
 
 def engine_config(folder: Path, *, blocks: int = 128, **options: Any) -> EngineConfig:
@@ -57,13 +57,22 @@ class Driver:
         self.engine.residency.admit(str(folder), future.result(timeout=30))
 
     def submit(
-        self, name: str, prompt: Sequence[int], adapter: Path | None = None, *, tenant: str = "", **sampling: Any
+        self,
+        name: str,
+        prompt: Sequence[int],
+        adapter: Path | None = None,
+        *,
+        tenant: str = "",
+        parts: Mapping[Path, float] | None = None,
+        **sampling: Any,
     ) -> Result:
-        """Greedy and past the end token, unless said otherwise."""
+        """Greedy and past the end token, unless said otherwise; `parts` are composed."""
         params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, "max_tokens": 8} | sampling)
-        digest = None if adapter is None else str(adapter)
+        digest = str(parts) if parts else None if adapter is None else str(adapter)
+        composed = tuple(Part(str(part), weight, part.name) for part, weight in (parts or {}).items())
         result = self.results[name] = Result()
-        refused = self.engine.submit(EngineRequest(name, tuple(prompt), params, digest, tenant))
+        request = EngineRequest(name, tuple(prompt), params, digest, tenant, parts=composed)
+        refused = self.engine.submit(request)
         if refused is not None:
             result.take(refused)
         return result

@@ -27,6 +27,7 @@ from onebase_client.errors import (
 from onebase_client.models import (
     Adapter,
     AdapterInfo,
+    AdapterPart,
     Chat,
     ChatChoice,
     ChatChunk,
@@ -49,6 +50,7 @@ __all__ = [
     "Adapter",
     "AdapterExistsError",
     "AdapterInfo",
+    "AdapterPart",
     "AdapterRefusedError",
     "Adapters",
     "ApiError",

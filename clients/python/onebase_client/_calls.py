@@ -158,13 +158,17 @@ def chat(messages: Sequence[models.Message], model: str | None, options: Mapping
     return Call("POST", "/v1/chat/completions", _model(models.Chat), json=body)
 
 
-def embed(texts: models.Prompt, model: str | None) -> Call[list[models.Embedding]]:
-    body = {"model": model, "input": texts}
+def embed(
+    texts: models.Prompt, model: str | None, adapters: Sequence[models.AdapterPart] | None
+) -> Call[list[models.Embedding]]:
+    body = {"model": model, "adapters": adapters, "input": texts}
     return Call("POST", "/v1/embeddings", _list(models.Embedding), json=body)
 
 
-def classify(texts: models.Prompt, model: str) -> Call[list[models.Classification]]:
-    body = {"model": model, "input": texts}
+def classify(
+    texts: models.Prompt, model: str | None, adapters: Sequence[models.AdapterPart] | None
+) -> Call[list[models.Classification]]:
+    body = {"model": model, "adapters": adapters, "input": texts}
     return Call("POST", "/v1/classify", _list(models.Classification), json=body)
 
 

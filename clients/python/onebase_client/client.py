@@ -74,13 +74,25 @@ class OneBase:
         """The same, piece by piece; see `complete_stream`."""
         return self._stream(calls.chat_stream(messages, model, options))
 
-    def classify(self, texts: models.Prompt, *, model: str) -> list[models.Classification]:
-        """Label texts, or each of their tokens, by the head of the adapter `model`."""
-        return self._call(calls.classify(texts, model))
+    def classify(
+        self,
+        texts: models.Prompt,
+        *,
+        model: str | None = None,
+        adapters: Sequence[models.AdapterPart] | None = None,
+    ) -> list[models.Classification]:
+        """Label texts, or each of their tokens, by the head of the adapter `model`, or of one of `adapters`."""
+        return self._call(calls.classify(texts, model, adapters))
 
-    def embed(self, texts: models.Prompt, *, model: str | None = None) -> list[models.Embedding]:
+    def embed(
+        self,
+        texts: models.Prompt,
+        *,
+        model: str | None = None,
+        adapters: Sequence[models.AdapterPart] | None = None,
+    ) -> list[models.Embedding]:
         """Vectors of texts."""
-        return self._call(calls.embed(texts, model))
+        return self._call(calls.embed(texts, model, adapters))
 
     def list_models(self) -> list[models.Model]:
         """The base and every adapter that is served."""
@@ -238,13 +250,25 @@ class AsyncOneBase:
         """See `OneBase.chat_stream`."""
         return self._stream(calls.chat_stream(messages, model, options))
 
-    async def classify(self, texts: models.Prompt, *, model: str) -> list[models.Classification]:
+    async def classify(
+        self,
+        texts: models.Prompt,
+        *,
+        model: str | None = None,
+        adapters: Sequence[models.AdapterPart] | None = None,
+    ) -> list[models.Classification]:
         """See `OneBase.classify`."""
-        return await self._call(calls.classify(texts, model))
+        return await self._call(calls.classify(texts, model, adapters))
 
-    async def embed(self, texts: models.Prompt, *, model: str | None = None) -> list[models.Embedding]:
+    async def embed(
+        self,
+        texts: models.Prompt,
+        *,
+        model: str | None = None,
+        adapters: Sequence[models.AdapterPart] | None = None,
+    ) -> list[models.Embedding]:
         """See `OneBase.embed`."""
-        return await self._call(calls.embed(texts, model))
+        return await self._call(calls.embed(texts, model, adapters))
 
     async def list_models(self) -> list[models.Model]:
         """See `OneBase.list_models`."""

@@ -1,7 +1,7 @@
 """What the server answers, typed. Fields that a newer server adds are ignored."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 
@@ -254,9 +254,19 @@ class Classification(_Answer):
     tokens: list[TokenLabel] | None = None
 
 
+class AdapterPart(TypedDict):
+    """One of the adapters that a request composes: their changes of the base are weighted and added up."""
+
+    name: str
+    weight: NotRequired[float]
+    """1 if left out. Templates, learned tokens and prefixes, and heads have no other."""
+
+
 class GenerationOptions(TypedDict, total=False):
     """How to generate: OpenAI's fields, then vLLM's. What is left out is the server's default."""
 
+    adapters: Sequence[AdapterPart]
+    """Several for one request; `model` is the base then, or None."""
     max_tokens: int
     n: int
     temperature: float

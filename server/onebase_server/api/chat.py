@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from onebase_server.api.auth import Tenant
 from onebase_server.api.choices import Choice, make_choices, run_all, usage_of
+from onebase_server.api.composition import target_of
 from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.grammar import grammar_of
 from onebase_server.api.logprobs import for_chat
@@ -22,7 +23,7 @@ from onebase_server.api.schemas.chat import ChatRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import ChunkFormat, SseResponse, Write, event
 from onebase_server.api.tools import ToolCall, ToolParser, tools_of
-from onebase_server.engine.request import EngineRequest, TokenLogprobs
+from onebase_server.engine.request import TokenLogprobs
 from onebase_server.logs import note
 
 router = APIRouter(tags=["inference"])
@@ -153,7 +154,7 @@ def _delta_of(calls: Sequence[tuple[int, ToolCall]]) -> bytes:
 
 async def prepare_chat(services: Services, body: ChatRequest, tenant: str) -> Chat:
     """Check a body and make its sequences. Raises an error of ours that names the field."""
-    target = services.adapters.resolve(body.model)
+    target = target_of(services.adapters, body)
     prompt = render_chat(
         services,
         target,
@@ -175,7 +176,7 @@ async def prepare_chat(services: Services, body: ChatRequest, tenant: str) -> Ch
         grammar=await grammar_of(body),
     )
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    request = EngineRequest(request_id, tuple(tokens), params, target.adapter, tenant, body.priority or 0)
+    request = target.request(request_id, tokens, params, tenant, body.priority)
     note(id=request_id, model=target.name, prompt_tokens=len(tokens))
     envelope = {
         "id": request_id,

@@ -99,7 +99,7 @@ def make_choices(
             min_tokens=sampling.min_tokens,
         )
         own = replace(request, id=f"{request.id}-{index}", sampling=sampling)
-        timer = services.metrics.sequence(target.name, len(request.prompt))
+        timer = services.metrics.sequence(target.label, len(request.prompt))
         choices.append(Choice(index, own, text, timer))
     return choices
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from onebase_server.api.auth import Tenant
 from onebase_server.api.choices import Choice, make_choices, run_all, usage_of
+from onebase_server.api.composition import target_of
 from onebase_server.api.directory import Target
 from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.errors import InvalidRequestError
@@ -24,7 +25,7 @@ from onebase_server.api.schemas.base import MOST_SEQUENCES
 from onebase_server.api.schemas.generation import CompletionRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import ChunkFormat, SseResponse, Write, event
-from onebase_server.engine.request import EngineRequest, TokenLogprobs
+from onebase_server.engine.request import TokenLogprobs
 from onebase_server.logs import note
 
 router = APIRouter(tags=["inference"])
@@ -160,7 +161,7 @@ def _best(group: Sequence[Choice], scores: dict[int, float], count: int) -> Sequ
 
 
 async def _prepare(services: Services, body: CompletionRequest, tenant: str) -> _Completion:
-    target = services.adapters.resolve(body.model)
+    target = target_of(services.adapters, body)
     count = _sequences_per_prompt(body)
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and not body.echo:
@@ -185,7 +186,7 @@ async def _prepare(services: Services, body: CompletionRequest, tenant: str) -> 
         special = body.add_special_tokens is not False
         tokens = await prompt_tokens(services, target, prompt, add_special_tokens=special, field=field)
         fit(services, target, len(tokens), generated, field=field)
-        request = EngineRequest(request_id, tuple(tokens), params, target.adapter, tenant, body.priority or 0)
+        request = target.request(request_id, tokens, params, tenant, body.priority)
         groups.append(make_choices(services, body, target, request, count, number * count))
         echoed.append(_echo(services, body, target, prompt, tokens))
     note(

@@ -17,6 +17,7 @@ from onebase_adapters.registry import AdapterRecord, check_name
 from onebase_adapters.store import AdapterStore, StagedAdapter
 from onebase_server.engine.client import EngineClient
 from onebase_server.engine.messages import HeadInfo, TemplateInfo
+from onebase_server.engine.request import EngineRequest, Part, SamplingParams, Task
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +35,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Target:
-    """What a request's `model` means."""
+    """What a request runs: what its `model` means, or its `adapters` together."""
 
     name: str
     adapter: str | None
-    """The adapter's digest; None is the base."""
+    """The adapter's digest, or the composition's; None is the base."""
     virtual_tokens: int = 0
     """Tokens that each request gives up of its context."""
     template: TemplateInfo | None = None
     head: HeadInfo | None = None
     """What `/v1/classify` needs."""
+    composed: bool = False
+    """Whether it is several adapters, or one with a weight."""
+    parts: tuple[Part, ...] = ()
+    """What the engine composes."""
 
     @classmethod
     def of(cls, name: str, record: AdapterRecord) -> "Target":
@@ -55,6 +60,25 @@ class Target:
             int(info.get("virtual_tokens", 0)),
             msgspec.convert(info.get("template"), TemplateInfo | None),
             msgspec.convert(info.get("head"), HeadInfo | None),
+        )
+
+    @property
+    def label(self) -> str:
+        """For metrics: there are too many compositions for a label each."""
+        return "composed" if self.composed else self.name
+
+    def request(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        tenant: str,
+        priority: int | None,
+        task: Task = "generate",
+    ) -> EngineRequest:
+        """To the engine, for one prompt."""
+        return EngineRequest(
+            request_id, tuple(prompt), sampling, self.adapter, tenant, priority or 0, task, self.parts
         )
 
 

@@ -44,7 +44,7 @@ class GenerationError(OneBaseError):
     """The engine ended an accepted request without an answer. `kind` is the output's `error_kind`."""
 
     def __init__(self, message: str, *, kind: str) -> None:
-        super().__init__(message)
+        super().__init__(message, field="adapters" if kind == "composition" else None)
         self.kind = kind
 
 
@@ -76,6 +76,7 @@ _GENERATION: Mapping[str, tuple[int, str, int | None]] = {
     "too_large": (400, _INVALID, None),
     "adapter": (400, _INVALID, None),
     "task": (400, _INVALID, None),
+    "composition": (400, _INVALID, None),
     "grammar": (400, _INVALID, None),
     "engine_died": (503, "server_error", 5),
     "shutting_down": (503, "server_error", 5),
@@ -117,7 +118,7 @@ def reply_to(error: Exception) -> ErrorReply:
         case GenerationError():
             status, kind, retry_after = _GENERATION.get(error.kind, (500, "server_error", None))
             headers = {} if retry_after is None else {"retry-after": str(retry_after)}
-            return ErrorReply(status, error.message, kind, code=error.kind, headers=headers)
+            return ErrorReply(status, error.message, kind, error.field, error.kind, headers)
         case OneBaseError():
             return ErrorReply(400, error.message, param=error.field)
         case RequestValidationError():

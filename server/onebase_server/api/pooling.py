@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from onebase_server.api.auth import Tenant
+from onebase_server.api.composition import target_of
 from onebase_server.api.directory import Target
 from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.errors import GenerationError, InvalidRequestError, generation_error
@@ -37,7 +38,7 @@ Places = Sequence[tuple[int, int]] | None
 async def create_embeddings(body: EmbeddingRequest, request: Request, tenant: Tenant) -> Response:
     """The mean of the last hidden states, of length 1; under an adapter, of the adapted model."""
     services = services_of(request)
-    target = services.adapters.resolve(body.model)
+    target = target_of(services.adapters, body)
     special = body.add_special_tokens is not False
     prompts = []
     for prompt, field in _inputs(body):
@@ -59,7 +60,7 @@ async def create_classification(body: ClassificationRequest, request: Request, t
     """By the head of the adapter that `model` names: the answer is vLLM's, and for a head that labels tokens each
     token with its place in the text."""
     services = services_of(request)
-    target = services.adapters.resolve(body.model)
+    target = target_of(services.adapters, body)
     if target.head is None:
         raise InvalidRequestError(f"The model {target.name!r} has no classification head.", field="model")
     prompts, places = [], []
@@ -136,15 +137,7 @@ async def _run(
             _one(
                 services,
                 target,
-                EngineRequest(
-                    f"{request_id}-{index}",
-                    tuple(prompt),
-                    _NOTHING,
-                    target.adapter,
-                    tenant,
-                    body.priority or 0,
-                    task,
-                ),
+                target.request(f"{request_id}-{index}", prompt, _NOTHING, tenant, body.priority, task),
             )
         )
         for index, prompt in enumerate(prompts)
@@ -158,7 +151,7 @@ async def _run(
 
 
 async def _one(services: Services, target: Target, request: EngineRequest) -> Output:
-    with services.metrics.sequence(target.name, len(request.prompt)) as timer:
+    with services.metrics.sequence(target.label, len(request.prompt)) as timer:
         async with aclosing(services.engine.generate(request)) as outputs:
             async for output in outputs:
                 if output.finish_reason in ("error", "abort"):

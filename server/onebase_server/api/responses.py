@@ -272,6 +272,7 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
     return ChatRequest.model_validate(
         {
             "model": body.model,
+            "adapters": body.adapters,
             "messages": turns,
             "tools": [
                 {"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in body.tools or ()

@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from onebase_server.api.auth import require_key
+from onebase_server.api.composition import target_of
 from onebase_server.api.requests import check_prompt, encode, render_chat, templated
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
@@ -18,7 +19,7 @@ router = APIRouter(tags=["tokens"], dependencies=[Depends(require_key)])
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """What a completion or a chat with the same input would send to the engine."""
     services = services_of(request)
-    target = services.adapters.resolve(body.model)
+    target = target_of(services.adapters, body)
     if body.prompt is not None:
         text, special, field = templated(target, body.prompt), body.add_special_tokens is not False, "prompt"
     else:

@@ -202,8 +202,8 @@ class Engine:
         )
 
     def uses(self, digest: str) -> bool:
-        """Whether a request that has not ended names this adapter."""
-        return any(sequence.request.adapter == digest for sequence in self._sequences.values())
+        """Whether a request that has not ended needs this loaded adapter."""
+        return any(digest in sequence.request.loaded for sequence in self._sequences.values())
 
     def _refusal(self, request: EngineRequest) -> tuple[str, str] | None:
         """(kind, why) for a request that can never run."""
@@ -220,8 +220,9 @@ class Engine:
             return "task", f"{self.info.model} is an encoder-decoder: a prompt's tokens have no logprobs"
         if (refusal := self._too_large(tokens)) is not None:
             return refusal
-        if request.adapter is not None and not self.residency.knows(request.adapter):
-            return "adapter", f"adapter {request.adapter} is not loaded"
+        for digest in request.loaded:
+            if not self.residency.knows(digest):
+                return "adapter", f"adapter {digest} is not loaded"
         return None
 
     def _too_large(self, tokens: int) -> tuple[str, str] | None:
@@ -245,10 +246,12 @@ class Engine:
                 if sequence.grammar is not None and not sequence.grammar.ready:
                     self._aside.append(sequence)
                     continue
-                resident = self.residency.acquire(digest) if digest is not None else (0, NO_LAYOUT)
+                parts = sequence.request.parts
+                resident = self.residency.acquire(digest, parts) if digest is not None else (0, NO_LAYOUT)
             except (AdapterError, GrammarError) as error:
                 del self._sequences[sequence.request.id]
-                kind = "grammar" if isinstance(error, GrammarError) else "adapter"
+                whose = "composition" if sequence.request.parts else "adapter"
+                kind = "grammar" if isinstance(error, GrammarError) else whose
                 outputs.append(_failure(sequence, kind, error.message))
                 continue
             if resident is None:

@@ -37,6 +37,15 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the output has to follow, as llguidance writes it; the end is chosen where the grammar allows it."""
 
 
+class Part(msgspec.Struct, frozen=True):
+    """One of the adapters that a request composes."""
+
+    digest: str
+    weight: float
+    name: str
+    """For messages."""
+
+
 class EngineRequest(msgspec.Struct, frozen=True):
     """One sequence to continue."""
 
@@ -45,7 +54,7 @@ class EngineRequest(msgspec.Struct, frozen=True):
     """Token ids, at least one."""
     sampling: SamplingParams
     adapter: str | None = None
-    """Digest of a loaded adapter; None is the base."""
+    """Digest of a loaded adapter, or of a composition of several; None is the base."""
     tenant: str = ""
     """Whose request it is: tenants share the engine fairly, and share no cached prefix."""
     priority: int = 0
@@ -53,6 +62,15 @@ class EngineRequest(msgspec.Struct, frozen=True):
     task: Task = "generate"
     """`classify`: the adapter's head reads the prompt; `embed`: its mean last hidden state, of length 1. Neither
     generates anything: `sampling` is ignored."""
+    parts: tuple[Part, ...] = ()
+    """The loaded adapters that are composed."""
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Digests of the loaded adapters that it needs."""
+        if self.parts:
+            return tuple(part.digest for part in self.parts)
+        return () if self.adapter is None else (self.adapter,)
 
     @property
     def most_tokens(self) -> int:
@@ -91,4 +109,4 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str | None = None
     """Why, where `finish_reason` is `error`."""
     error_kind: str | None = None
-    """`too_large`, `engine_died`, `out_of_memory`, `adapter`, `grammar`, `task` or `internal`."""
+    """`too_large`, `engine_died`, `out_of_memory`, `adapter`, `composition`, `grammar`, `task` or `internal`."""

@@ -3,16 +3,18 @@ cold adapter waits aside while all others keep running."""
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from onebase_adapters.compose import Weighted, compose
 from onebase_adapters.layout import Layout
 from onebase_adapters.methods import load_adapter
 from onebase_adapters.model.slots import AdapterSlots
 from onebase_adapters.primitives import Head, LoweredAdapter, Template
 from onebase_server.engine.messages import AdapterInfo, HeadInfo, TemplateInfo
+from onebase_server.engine.request import Part
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ class _Resident:
 
 class Residency:
     """Adapters by digest: known (a folder), resident (a slot), in use (by so many sequences). Least recently
-    used ones leave when a slot is wanted; those in use never do."""
+    used ones leave when a slot is wanted; those in use never do. A composition of known ones is resident as they
+    are, under a digest of its own."""
 
     def __init__(self, model: AdapterSlots, wake: Callable[[], None]) -> None:
         """`wake` is called, on the reader's thread, when an adapter has been read."""
@@ -56,7 +59,7 @@ class Residency:
     def add(self, digest: str, folder: Path) -> Future[LoweredAdapter]:
         """Start reading and lowering an adapter. Its result is for `admit`, or is its AdapterError."""
         self._folders[digest] = folder
-        return self._load(digest)
+        return self._load(digest, ())
 
     def admit(self, digest: str, adapter: LoweredAdapter) -> AdapterInfo:
         """Make a read adapter resident if a slot can be had; it is known in any case."""
@@ -85,16 +88,16 @@ class Residency:
         if resident is not None:
             self._model.remove(resident.slot)
 
-    def acquire(self, digest: str) -> tuple[int, Layout] | None:
-        """The adapter's slot and virtual tokens, held until `release`; or None while it is not resident, its load
-        started.
+    def acquire(self, digest: str, parts: Sequence[Part] = ()) -> tuple[int, Layout] | None:
+        """The slot and virtual tokens of an adapter (or of the composition of `parts`), held until `release`; or
+        None while it is not resident, its load started.
 
-        Raises AdapterError if it could not be read (the files are gone or were changed)."""
+        Raises AdapterError if it could not be read (the files are gone or were changed) or does not compose."""
         resident = self._resident.get(digest)
         if resident is None:
             if digest not in self._loading and len(self._loading) >= _READ_AHEAD:
                 return None
-            future = self._load(digest)
+            future = self._load(digest, parts)
             if not future.done() or (future.exception() is None and not self._make_room()):
                 return None
             del self._loading[digest]
@@ -117,13 +120,24 @@ class Residency:
         for digest in [d for d, future in self._loading.items() if future.done() and d not in wanted]:
             del self._loading[digest]
 
-    def _load(self, digest: str) -> Future[LoweredAdapter]:
+    def _load(self, digest: str, parts: Sequence[Part]) -> Future[LoweredAdapter]:
         if digest not in self._loading:
-            folder = self._folders[digest]
-            future = self._reader.submit(load_adapter, folder, digest, self._model.shape, self._model.weights)
+            if parts:
+                folders = [self._folders[part.digest] for part in parts]
+                future = self._reader.submit(self._compose, digest, parts, folders)
+            else:
+                future = self._reader.submit(self._read, digest, self._folders[digest])
             self._loading[digest] = future
             future.add_done_callback(lambda _: self._wake())
         return self._loading[digest]
+
+    def _read(self, digest: str, folder: Path) -> LoweredAdapter:
+        return load_adapter(folder, digest, self._model.shape, self._model.weights)
+
+    def _compose(self, digest: str, parts: Sequence[Part], folders: Sequence[Path]) -> LoweredAdapter:
+        read = [self._read(part.digest, folder) for part, folder in zip(parts, folders, strict=True)]
+        weighted = [Weighted(part.name, one, part.weight) for part, one in zip(parts, read, strict=True)]
+        return compose(digest, weighted)
 
     def _make_room(self) -> bool:
         """See that a slot is free, if one can be."""

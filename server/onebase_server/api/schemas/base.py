@@ -107,6 +107,22 @@ Logprobs = Annotated[int, Field(ge=0, le=20)]
 Text = Annotated[str, BeforeValidator(_text_of_parts)]
 
 
+class AdapterPart(Body):
+    """One of the adapters that a request composes."""
+
+    name: str = Field(min_length=1)
+    weight: float = Field(1.0, ge=-100, le=100, allow_inf_nan=False)
+
+
+class Targeted(Body):
+    """What runs: the base, an adapter, or several at once."""
+
+    model: str | None = None
+    """An adapter's name, or the base's; left out, it is the base."""
+    adapters: list[AdapterPart] | None = Field(None, min_length=1, max_length=8)
+    """Instead of one adapter's name: several, whose changes of the base are weighted and added up."""
+
+
 class Error(BaseModel):
     """What went wrong."""
 

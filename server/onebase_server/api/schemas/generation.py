@@ -6,7 +6,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.schemas.base import Body, LogitBias, Logprobs, Penalty, Prompts, Refused, Stops, TokenId
+from onebase_server.api.schemas.base import (
+    Body,
+    LogitBias,
+    Logprobs,
+    Penalty,
+    Prompts,
+    Refused,
+    Stops,
+    Targeted,
+    TokenId,
+)
 
 
 class StreamOptions(Body):
@@ -49,7 +59,7 @@ def _schema_or_text(value: Any) -> Any:
 AnyJsonSchema = Annotated[Any, BeforeValidator(_schema_or_text), WithJsonSchema({"type": ["object", "string"]})]
 
 
-class Generation(Body):
+class Generation(Targeted):
     """What completions and chats have in common. Null means the default everywhere, as some clients send it."""
 
     refused: ClassVar[Mapping[str, Refused]] = {
@@ -57,8 +67,6 @@ class Generation(Body):
         "metadata": Refused("completions are not stored", {}),
     }
 
-    model: str | None = None
-    """An adapter's name, or the base's; left out, it is the base."""
     max_tokens: int | None = Field(None, ge=0)
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None

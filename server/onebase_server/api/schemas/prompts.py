@@ -6,14 +6,13 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.schemas.base import Body, Prompts, Refused, TokenId
+from onebase_server.api.schemas.base import Body, Prompts, Refused, Targeted, TokenId
 from onebase_server.api.schemas.chat import Message, TemplateVariables
 
 
-class PooledRequest(Body):
+class PooledRequest(Targeted):
     """What embeddings and classifications have in common."""
 
-    model: str | None = None
     input: Prompts
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     user: str | None = None
@@ -33,10 +32,9 @@ class ClassificationRequest(PooledRequest):
     """POST /v1/classify."""
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Targeted):
     """POST /tokenize: a prompt, or a conversation."""
 
-    model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from onebase_server.api.schemas.base import Body, Logprobs, Refused, Text
+from onebase_server.api.schemas.base import Body, Logprobs, Refused, Targeted, Text
 from onebase_server.api.schemas.chat import Function, tool_choice
 
 
@@ -98,7 +98,7 @@ class TextOptions(Body):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(Targeted):
     """POST /v1/responses."""
 
     refused: ClassVar[Mapping[str, Refused]] = {
@@ -114,7 +114,6 @@ class ResponsesRequest(Body):
         "truncation": Refused("a too long input is an error", "disabled"),
     }
 
-    model: str | None = None
     input: Annotated[
         list[ResponseInput],
         BeforeValidator(_response_input),
