@@ -119,6 +119,7 @@ class FakeEngine:
                 () if tops is None else tuple(fake_logprobs(token, tops) for token in piece),
                 prompt_logprobs=heads if number == 0 else None,
                 cached_tokens=3 if number == 0 else 0,
+                waited=0.25 if number == 0 else 0.0,
                 finish_reason=reply.finish_reason if last else None,  # type: ignore[arg-type]
                 stop_token=reply.stop_token if last and reply.finish_reason == "stop" else None,
                 error="It broke." if last and reply.error_kind else None,
@@ -132,7 +133,8 @@ class FakeEngine:
             yield Output(request.id, finish_reason="error", error="It broke.", error_kind=reply.error_kind)
             return
         if request.task == "embed":
-            yield Output(request.id, embedding=(0.6, 0.8, float(len(request.prompt))), finish_reason="stop")
+            vector = (0.6, 0.8, float(len(request.prompt)))
+            yield Output(request.id, embedding=vector, waited=0.25, finish_reason="stop")
             return
         head = next(self.heads[digest] for digest in request.loaded if digest in self.heads)
         count = len(head.labels)

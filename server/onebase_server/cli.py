@@ -77,6 +77,9 @@ def serve(
     prefix_cache: Annotated[bool, typer.Option(help="Reuse the cache of common beginnings.")] = True,
     log_level: Annotated[LogLevel, typer.Option(help="info has a line for each request.")] = LogLevel.WARNING,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON lines.")] = False,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Send OpenTelemetry traces to this collector, e.g. http://localhost:4318.")
+    ] = None,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to finish in when told to stop.")] = 30.0,
 ) -> None:
     """Serve one base model and its adapters, OpenAI-compatible."""
@@ -105,6 +108,7 @@ def serve(
         log_level=log_level.value,
         log_format="json" if log_json else "text",
         grace=grace,
+        otlp_endpoint=otlp_endpoint,
     )
     from onebase_server.serving import run
 

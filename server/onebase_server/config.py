@@ -30,6 +30,8 @@ class ServerConfig:
     """Opens the administration of adapters."""
     api_keys: tuple[str, ...] = ()
     """Any of them is needed for inference; without any, inference is open."""
+    otlp_endpoint: str | None = None
+    """URL of a collector that takes OpenTelemetry's traces over HTTP; None: none are made."""
     log_level: str = "warning"
     """`info` has a line for each request."""
     log_format: LogFormat = "text"

@@ -23,10 +23,12 @@ def begin_request(request_id: str) -> dict[str, Any]:
 
 
 def note(**fields: Any) -> None:
-    """Add to what the request's last line will say."""
+    """Add to what the request's last line will say; seconds to the microsecond, and None is nothing."""
     current = _request.get()
     if current is not None:
-        current.update(fields)
+        for name, value in fields.items():
+            if value is not None:
+                current[name] = round(value, 6) if isinstance(value, float) else value
 
 
 def configure_logging(level: str, form: LogFormat) -> None:

@@ -5,10 +5,11 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import closing, contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 from rich.console import Console
 
 from onebase_adapters.base import fetch_base
@@ -23,6 +24,9 @@ from onebase_server.jobs.book import JobBook
 from onebase_server.logs import configure_logging
 from onebase_server.text.tokenizer import load_codec
 
+if TYPE_CHECKING:  # an extra
+    from onebase_server.api.tracing import Tracing
+
 T = TypeVar("T")
 
 _SLOW_CLIENT_SECONDS = 5
@@ -32,12 +36,32 @@ _SLOW_CLIENT_SECONDS = 5
 def run(config: ServerConfig) -> int:
     """Serve until told to stop; returns the exit status. Raises ConfigError, BaseModelError or StorageError."""
     configure_logging(config.log_level, config.log_format)
+    tracing = _tracing(config)
     # Before the model is loaded: a port in use should not cost the wait.
     with (
         claim_port(config.host, config.port) as listener,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        return runner.run(_serve(config, listener))
+        return runner.run(_serve(config, listener, tracing))
+
+
+def _tracing(config: ServerConfig) -> "Tracing | None":
+    """Raises ConfigError."""
+    if config.otlp_endpoint is None:
+        return None
+    if not config.otlp_endpoint.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--otlp-endpoint {config.otlp_endpoint!r} is no URL: it begins with http:// or https://.",
+            field="otlp_endpoint",
+        )
+    try:
+        from onebase_server.api.tracing import Tracing
+    except ImportError as error:
+        raise ConfigError(
+            f"--otlp-endpoint needs OpenTelemetry ({error.name} is missing): pip install 'onebase[otel]'.",
+            field="otlp_endpoint",
+        ) from error
+    return Tracing.to(config.otlp_endpoint, config.base_name)
 
 
 def claim_port(host: str, port: int) -> socket.socket:
@@ -62,7 +86,7 @@ def claim_port(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _serve(config: ServerConfig, listener: socket.socket) -> int:
+async def _serve(config: ServerConfig, listener: socket.socket, tracing: "Tracing | None") -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     engine = ProcessEngine(config.engine)
     with (
@@ -75,7 +99,8 @@ async def _serve(config: ServerConfig, listener: socket.socket) -> int:
             services = await signals.unless_stopped(_start(config, engine, store, book, console))
             if services is None:
                 return 130
-            server = _Server(_uvicorn_config(services))
+            around = tracing.request if tracing is not None else None
+            server = _Server(_uvicorn_config(create_app(services, around=around)))
             async with asyncio.TaskGroup() as group:
                 serving = group.create_task(server.serve(sockets=[listener]))
                 greet(console, config, services, listener)
@@ -90,6 +115,8 @@ async def _serve(config: ServerConfig, listener: socket.socket) -> int:
                 await services.runner.stop()
             engine.kill()
             await engine.stop(0)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
 
 async def _start(
@@ -125,9 +152,9 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _uvicorn_config(services: Services) -> uvicorn.Config:
+def _uvicorn_config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(services),
+        app,
         http="httptools",
         ws="none",
         lifespan="off",

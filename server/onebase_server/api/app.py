@@ -21,15 +21,16 @@ from onebase_server.api import (
     tokens,
 )
 from onebase_server.api.errors import handle
-from onebase_server.api.middleware import RequestGuard
+from onebase_server.api.middleware import Around, RequestGuard
 from onebase_server.api.schemas.base import ErrorDocument
 from onebase_server.api.services import Services
 
 _UPLOADS = ("/v1/adapters", "/v1/files")
 
 
-def create_app(services: Services) -> FastAPI:
-    """The ASGI application. Its engine is started and its adapters are loaded by the caller."""
+def create_app(services: Services, *, around: Around | None = None) -> FastAPI:
+    """The ASGI application. Its engine is started and its adapters are loaded by the caller; `around` is entered
+    for each request."""
     app = FastAPI(
         title="OneBase",
         version=version("onebase"),
@@ -61,5 +62,5 @@ def create_app(services: Services) -> FastAPI:
     def body_limit(path: str) -> int:
         return settings.max_upload_bytes if path.startswith(_UPLOADS) else settings.max_body_bytes
 
-    app.add_middleware(RequestGuard, body_limit=body_limit, answered=services.metrics.answered)
+    app.add_middleware(RequestGuard, body_limit=body_limit, answered=services.metrics.answered, around=around)
     return app

@@ -53,6 +53,7 @@ class Choice:
         """Add an output; returns the text that may now be shown. Raises GenerationError if it is a bad ending."""
         if output.cached_tokens:
             self.cached_tokens = output.cached_tokens
+        self.timer.waited = output.waited or self.timer.waited
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         before = self.text.tokens
@@ -122,7 +123,13 @@ async def run_all(engine: EngineClient, choices: Sequence[Choice], show: Show) -
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        note(completion_tokens=sum(choice.completion_tokens for choice in choices))
+        timers = [choice.timer for choice in choices]
+        note(
+            completion_tokens=sum(choice.completion_tokens for choice in choices),
+            finish_reasons=[choice.finish_reason for choice in choices if choice.finish_reason is not None],
+            queue_seconds=max(timer.waited for timer in timers),
+            first_token_seconds=min((timer.first_token for timer in timers if timer.first_token), default=None),
+        )
 
 
 async def _run(engine: EngineClient, choice: Choice, show: Show) -> None:

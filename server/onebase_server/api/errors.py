@@ -20,6 +20,7 @@ from onebase_adapters.errors import (
 from onebase_server.engine.client import EngineUnavailableError, QueueFullError
 from onebase_server.engine.request import Output
 from onebase_server.jobs.book import FileInUseError, UnknownFileError, UnknownJobError
+from onebase_server.logs import note
 
 _INVALID = "invalid_request_error"
 
@@ -75,8 +76,8 @@ INTERNAL = ErrorReply(500, "The server failed; its log says why.", "server_error
 _GENERATION: Mapping[str, tuple[int, str, int | None]] = {
     "too_large": (400, _INVALID, None),
     "adapter": (400, _INVALID, None),
-    "task": (400, _INVALID, None),
     "composition": (400, _INVALID, None),
+    "task": (400, _INVALID, None),
     "grammar": (400, _INVALID, None),
     "engine_died": (503, "server_error", 5),
     "shutting_down": (503, "server_error", 5),
@@ -135,7 +136,13 @@ def reply_to(error: Exception) -> ErrorReply:
 
 async def handle(_: Request, error: Exception) -> Response:
     """The exception handler of the application."""
-    return reply_to(error).response()
+    return noted(reply_to(error)).response()
+
+
+def noted(reply: ErrorReply) -> ErrorReply:
+    """The same, once the request's log line knows of it."""
+    note(error=reply.code or reply.type)
+    return reply
 
 
 def generation_error(output: Output) -> GenerationError:

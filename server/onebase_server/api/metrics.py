@@ -36,6 +36,7 @@ class Metrics:
         self.registry.register(_EngineState(engine, adapters, base_name, self._in_flight))
         self._first_token = self._histogram("vllm:time_to_first_token_seconds", "Until the first token", _SECONDS)
         self._between = self._histogram("vllm:inter_token_latency_seconds", "Between two tokens", _SECONDS)
+        self._queue = self._histogram("vllm:request_queue_time_seconds", "Until its prompt is computed", _SECONDS)
         self._whole = self._histogram("vllm:e2e_request_latency_seconds", "Of a whole sequence", _SECONDS)
         self._prompt = self._histogram("vllm:request_prompt_tokens", "Tokens of a prompt", _TOKENS)
         self._generated = self._histogram("vllm:request_generation_tokens", "Tokens generated", _TOKENS)
@@ -72,7 +73,18 @@ class Metrics:
 class SequenceTimer:
     """One sequence, from its submission to its end; tells the metrics."""
 
-    __slots__ = ("_between", "_generated", "_labels", "_last", "_metrics", "_name", "_prompt_tokens", "_started")
+    __slots__ = (
+        "_between",
+        "_generated",
+        "_labels",
+        "_last",
+        "_metrics",
+        "_name",
+        "_prompt_tokens",
+        "_started",
+        "first_token",
+        "waited",
+    )
 
     def __init__(self, metrics: Metrics, name: str, prompt_tokens: int) -> None:
         self._metrics = metrics
@@ -82,6 +94,10 @@ class SequenceTimer:
         self._between = metrics._between.labels(*self._labels)
         self._started = self._last = 0.0
         self._generated = 0
+        self.first_token: float | None = None
+        """Seconds until it came."""
+        self.waited = 0.0
+        """Seconds in the engine's queue, as the engine tells."""
 
     def __enter__(self) -> "SequenceTimer":
         self._started = time.perf_counter()
@@ -95,7 +111,8 @@ class SequenceTimer:
             for _ in range(tokens):
                 self._between.observe((now - self._last) / tokens)
         else:
-            self._metrics._first_token.labels(*self._labels).observe(now - self._started)
+            self.first_token = now - self._started
+            self._metrics._first_token.labels(*self._labels).observe(self.first_token)
         self._generated += tokens
         self._last = now
 
@@ -103,6 +120,7 @@ class SequenceTimer:
         """It has ended with an answer."""
         metrics, labels = self._metrics, self._labels
         metrics._ended.labels(*labels, reason).inc()
+        metrics._queue.labels(*labels).observe(self.waited)
         metrics._whole.labels(*labels).observe(time.perf_counter() - self._started)
         metrics._prompt.labels(*labels).observe(self._prompt_tokens)
         metrics._generated.labels(*labels).observe(self._generated)

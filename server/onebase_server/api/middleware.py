@@ -4,16 +4,21 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_server.api.disconnect import ClientGoneError
-from onebase_server.api.errors import INTERNAL, reply_to
+from onebase_server.api.errors import INTERNAL, noted, reply_to
 from onebase_server.logs import begin_request
 
 log = logging.getLogger(__name__)
+
+Around = Callable[[Scope, dict[str, Any]], AbstractContextManager[None]]
+"""Takes a request's scope, and what will have been noted of it at its end."""
 
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -22,13 +27,19 @@ class RequestGuard:
     """Pure ASGI: what it adds to a streamed chunk is one function call."""
 
     def __init__(
-        self, app: ASGIApp, *, body_limit: Callable[[str], int], answered: Callable[[str, str, int], None]
+        self,
+        app: ASGIApp,
+        *,
+        body_limit: Callable[[str], int],
+        answered: Callable[[str, str, int], None],
+        around: Around | None = None,
     ) -> None:
         """`body_limit` gives the most bytes of a body by the request's path; `answered` is told of each answer:
-        its route, method and status."""
+        its route, method and status; `around` is entered for each request."""
         self._app = app
         self._body_limit = body_limit
         self._answered = answered
+        self._around = around
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,6 +49,18 @@ class RequestGuard:
         given = headers.get(b"x-request-id", b"")
         request_id = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         fields = begin_request(request_id.decode())
+        with self._around(scope, fields) if self._around is not None else nullcontext():
+            await self._guarded(scope, receive, send, headers, request_id, fields)
+
+    async def _guarded(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        headers: Mapping[bytes, bytes],
+        request_id: bytes,
+        fields: dict[str, Any],
+    ) -> None:
         begun = time.perf_counter()
         started = False
 
@@ -71,7 +94,7 @@ class RequestGuard:
         except ClientGoneError:
             fields["client_gone"] = True
         except Exception as error:
-            reply = reply_to(error)
+            reply = noted(reply_to(error))
             if reply is INTERNAL:
                 log.exception("a request failed: %s %s", scope["method"], scope["path"])
             if started:

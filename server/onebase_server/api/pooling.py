@@ -143,7 +143,9 @@ async def _run(
         for index, prompt in enumerate(prompts)
     ]
     try:
-        return await asyncio.gather(*tasks)
+        outputs = await asyncio.gather(*tasks)
+        note(queue_seconds=max(output.waited for output in outputs))
+        return outputs
     finally:
         for running in tasks:
             running.cancel()
@@ -157,6 +159,7 @@ async def _one(services: Services, target: Target, request: EngineRequest) -> Ou
                 if output.finish_reason in ("error", "abort"):
                     raise generation_error(output)
                 if output.finish_reason is not None:
+                    timer.waited = output.waited
                     timer.end(output.finish_reason)
                     return output
     raise GenerationError("The engine ended the request without saying why.", kind="internal")

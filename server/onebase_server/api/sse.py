@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from onebase_server.api.disconnect import ClientGoneError, unless_disconnected
-from onebase_server.api.errors import INTERNAL, reply_to
+from onebase_server.api.errors import INTERNAL, noted, reply_to
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class SseResponse(Response):
         except Exception as error:
             if not started:
                 raise
-            reply = reply_to(error)
+            reply = noted(reply_to(error))
             if reply is INTERNAL:
                 log.exception("a stream failed")
             last = b"data: " + reply.body() + b"\n\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from msgspec.structs import replace
 
 from onebase_adapters.base.load import load_base, model_bytes
 from onebase_adapters.base.shape import cache_shape
@@ -295,12 +296,13 @@ class Engine:
             logprobs=() if stopped or choice.logprobs is None else (choice.logprobs,),
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
             cached_tokens=sequence.cached_tokens if first else 0,
+            waited=sequence.waited if first else 0.0,
             finish_reason=reason,
             stop_token=choice.token if stopped else None,
         )
 
     def _conclude(self, sequence: Sequence) -> Output:
-        output = self._reader.conclude(sequence)
+        output = replace(self._reader.conclude(sequence), waited=sequence.waited)
         self._end(sequence)
         return output
 

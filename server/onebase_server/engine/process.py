@@ -76,6 +76,7 @@ def _merge(outputs: list[Output]) -> Output:
         logprobs=tuple(itertools.chain.from_iterable(o.logprobs for o in outputs)),
         prompt_logprobs=first.prompt_logprobs,
         cached_tokens=first.cached_tokens,
+        waited=first.waited,
         probabilities=last.probabilities,
         embedding=last.embedding,
         finish_reason=last.finish_reason,

@@ -100,6 +100,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """Once, with the first output, if asked for; the first entry is None."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache (in the first output)."""
+    waited: float = 0.0
+    """Seconds until its prompt began to be computed (in the first output)."""
     probabilities: tuple[tuple[float, ...], ...] = ()
     """Of a classification: each label's, once for a sequence, or for each of the prompt's tokens."""
     embedding: tuple[float, ...] = ()

@@ -7,6 +7,7 @@ blocks back and is computed again later. The oldest of the highest priority is n
 advances, and with it everything ends.
 """
 
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
@@ -196,6 +197,7 @@ class Scheduler:
         sequence.computed = len(prefix) * self.pool.block_size
         if not sequence.started:
             sequence.started = True
+            sequence.waited = time.perf_counter() - sequence.arrived
             sequence.cached_tokens = bisect_left(sequence.own, sequence.computed)
         self._dequeue(sequence)
         self.running.append(sequence)

@@ -1,6 +1,7 @@
 """A request while the engine works on it: its tokens, how far they are computed, the blocks that it holds."""
 
 import hashlib
+import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
@@ -37,6 +38,9 @@ class Sequence:
     """The scheduler's step at which it was first queued; -1 before."""
     cached_tokens: int = 0
     """Prompt tokens that were found in the cache when it first ran."""
+    arrived: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    """Seconds until it first ran."""
     started: bool = False
     """Whether it has run at all (then `cached_tokens` is settled)."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
