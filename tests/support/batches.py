@@ -59,7 +59,7 @@ def make_table(
 ) -> LowRankTable:
     """A table over sites of `outs` features: `ranks[slot - 1][site]`, 0 for an untouched site."""
     sites = [Site(f"site{index}", in_features, out) for index, out in enumerate(outs)]
-    table = LowRankTable(sites, len(ranks) + 1, transposed_a=kernels.TRANSPOSED_A, grouped_b=kernels.GROUPED_B)
+    table = LowRankTable(sites, len(ranks) + 1, paired_columns=kernels.PAIRED_COLUMNS)
     for slot, each in enumerate(ranks, start=1):
         updates = {
             site.name: LowRank(
@@ -79,7 +79,7 @@ def make_bottlenecks(
     kernels: Kernels, width: int, ranks: Sequence[int], device: torch.device = CPU
 ) -> BottleneckTable:
     """A table of bottlenecks of these ranks by slot, 0 for none: each activation in turn, every second parallel."""
-    table = BottleneckTable("block", len(ranks) + 1, device, transposed=kernels.TRANSPOSED_A)
+    table = BottleneckTable("block", len(ranks) + 1, device, transposed=kernels.TRANSPOSED_DOWN)
     for slot, rank in enumerate(ranks, start=1):
         if rank:
             part = Bottleneck(

@@ -32,13 +32,14 @@ class Kernels(Protocol):
         ...
 
     @property
-    def TRANSPOSED_A(self) -> bool:  # noqa: N802
-        """Whether a table keeps A as [in, rank]."""
+    def PAIRED_COLUMNS(self) -> int:  # noqa: N802
+        """How many columns of the transposed B a low-rank table keeps together in pairs of rows, as it then keeps
+        all of the transposed A's; 0: A and the transposed B lie row by row."""
         ...
 
     @property
-    def GROUPED_B(self) -> int:  # noqa: N802
-        """How many columns of the transposed B a table keeps together; 0: all."""
+    def TRANSPOSED_DOWN(self) -> bool:  # noqa: N802
+        """Whether a bottleneck's matrix to the bottleneck is kept as [hidden, rank]."""
         ...
 
     def attention_items(self, query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:

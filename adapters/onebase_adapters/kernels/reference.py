@@ -15,8 +15,8 @@ from onebase_adapters.kernels.tiles import query_tiles
 from onebase_adapters.primitives import Activation
 
 TILE_ROWS = 16
-TRANSPOSED_A = False
-GROUPED_B = 0
+PAIRED_COLUMNS = 0
+TRANSPOSED_DOWN = False
 
 
 def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:
@@ -32,7 +32,7 @@ def _rows_of(slot: int, owners: Owners, device: torch.device) -> torch.Tensor:
 def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRankTable) -> None:
     """y[t, columns of site s] += scale * B (A x[t]) with the weights of row t's slot, for each site s of the table.
 
-    x [T, in], y [T, all columns].
+    x [T, in], y [T, all columns]. A x is rounded to x's dtype, as in PEFT.
     """
     for slot, updates in table.updates.items():
         rows = _rows_of(slot, owners, x.device)
@@ -41,7 +41,8 @@ def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRan
         inputs = x[rows].float()
         for site, update in enumerate(updates):
             if update is not None:
-                delta = inputs @ update.a.float().t() @ update.b.float().t() * update.scale
+                between = (inputs @ update.a.float().t()).to(x.dtype).float()
+                delta = between @ update.b.float().t() * update.scale
                 first, last = int(table.columns[site]), int(table.columns[site + 1])
                 y[rows, first:last] = (y[rows, first:last].float() + delta).to(y.dtype)
 

@@ -17,6 +17,8 @@ _ALIGN = 64
 """Elements: matrices begin on cache lines (and on what a GPU loads at once)."""
 _TAIL = 64
 """Elements that a kernel may read past a matrix' end."""
+_LANES = 16
+"""Columns that a kernel takes at once, where it takes them in pairs of rows."""
 
 
 class Arena:
@@ -48,35 +50,37 @@ class Arena:
         return target
 
 
-def group_columns(matrix: torch.Tensor, width: int) -> torch.Tensor:
-    """[rows, columns] as one row: `width` columns of all rows, then the next ones; how many the last group has is
-    rounded up to a multiple of 16."""
-    groups = [
-        torch.nn.functional.pad(part, (0, _padded(part.shape[1]) - part.shape[1]))
-        for part in torch.split(matrix, width, 1)
-    ]
-    return torch.cat([group.reshape(-1) for group in groups])
+def in_pairs(matrix: torch.Tensor, width: int, multiple: int = 1) -> torch.Tensor:
+    """[rows, columns] as one row: `width` columns of all rows, then the next ones. Of each group [pairs, columns,
+    2]: two rows interleaved, an odd one with zeros. The last group's columns are rounded up to a multiple of
+    `multiple`."""
+    groups = []
+    for part in torch.split(matrix, width, 1):
+        rows, columns = part.shape
+        padded = torch.nn.functional.pad(part, (0, -columns % multiple, 0, rows % 2))
+        groups.append(padded.view(-(-rows // 2), 2, -1).transpose(1, 2).reshape(-1))
+    return torch.cat(groups)
 
 
-def _padded(columns: int) -> int:
-    return -(-columns // 16) * 16
+def _rounded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 class LowRankTable:
     """Resident low-rank weights of a group of sites that read the same input, by slot.
 
-    B is kept transposed, [rank, out], or that in groups of columns; the sites' A side by side, [sum of ranks, in],
-    or transposed.
+    B is kept transposed, [rank, out], the sites' A side by side, [sum of ranks, in]; or B and A's transpose
+    `in_pairs`, B in groups of `paired_columns`.
     """
 
-    def __init__(self, sites: Sequence[Site], slots: int, *, transposed_a: bool, grouped_b: int) -> None:
-        """`transposed_a`, `grouped_b`: as the kernels have them."""
+    def __init__(self, sites: Sequence[Site], slots: int, *, paired_columns: int) -> None:
+        """`paired_columns`: as the kernels have it."""
         self.sites = tuple(sites)
         self.in_features = sites[0].in_features
         self.columns = np.cumsum([0] + [site.out_features for site in sites]).astype(np.int64)
         """[sites + 1]: the sites' column ranges in the group's output."""
         self.updates: dict[int, Sequence[LowRank | None]] = {}
-        """By slot: each site's update, views of the arena (None: untouched). Not kept where B is grouped."""
+        """By slot: each site's update, views of the arena (None: untouched). Not kept in pairs."""
         self.a = np.zeros(slots, np.int64)
         """By slot: address of A."""
         self.b = np.zeros((len(sites), slots), np.int64)
@@ -84,21 +88,26 @@ class LowRankTable:
         self.ranks = np.zeros((len(sites), slots), np.int64)
         """0: untouched."""
         self.scales = np.zeros((len(sites), slots), np.float32)
+        self.spans = np.zeros(slots, np.int64)
+        """Bytes from a slot's A to the end of its last B, which lie in a row."""
         self.widest = 0
         """The largest sum of a slot's ranks."""
         self._rows: torch.Tensor | None = None
-        self._transposed_a = transposed_a
-        self._grouped_b = grouped_b
+        self._paired_columns = paired_columns
         self._arenas: dict[int, Arena] = {}
         """By slot: what the addresses point into."""
 
     def size(self, updates: Mapping[str, LowRank]) -> int:
         """Elements that `put` takes from an arena for these updates."""
         mine = [updates[site.name] for site in self.sites if site.name in updates]
-        joined = Arena.size(sum(update.a.numel() for update in mine)) if mine else 0
-        if self._grouped_b:
-            return joined + sum(Arena.size(update.rank * _padded(update.b.shape[0])) for update in mine)
-        return joined + sum(Arena.size(update.b.numel()) for update in mine)
+        if not mine:
+            return 0
+        if not self._paired_columns:
+            joined = Arena.size(sum(update.a.numel() for update in mine))
+            return joined + sum(Arena.size(update.b.numel()) for update in mine)
+        joined = Arena.size(_rounded(self.in_features, 2) * sum(update.rank for update in mine))
+        sizes = [_rounded(update.rank, 2) * _rounded(update.b.shape[0], _LANES) for update in mine]
+        return joined + sum(Arena.size(size) for size in sizes)
 
     def put(self, slot: int, updates: Mapping[str, LowRank], arena: Arena) -> None:
         """Make `updates` (by site name) the slot's weights; sites without one stay untouched."""
@@ -106,7 +115,7 @@ class LowRankTable:
         if not any(chosen):
             return
         joined = torch.cat([update.a for update in chosen if update is not None])
-        a = arena.hold(joined.t()).t() if self._transposed_a else arena.hold(joined)
+        a = arena.hold(in_pairs(joined.t(), len(joined)) if self._paired_columns else joined)
         self.a[slot] = a.data_ptr()
         held: list[LowRank | None] = []
         first = 0
@@ -114,21 +123,26 @@ class LowRankTable:
             if update is None:
                 held.append(None)
                 continue
-            b = arena.hold(group_columns(update.b.t(), self._grouped_b) if self._grouped_b else update.b.t())
-            if not self._grouped_b:
+            transposed = update.b.t()
+            if self._paired_columns:
+                b = arena.hold(in_pairs(transposed, self._paired_columns, _LANES))
+            else:
+                b = arena.hold(transposed)
                 held.append(LowRank(update.site, a[first : first + update.rank], b.t(), update.scale))
             first += update.rank
             self.b[index, slot] = b.data_ptr()
             self.ranks[index, slot] = update.rank
             self.scales[index, slot] = update.scale
+        self.spans[slot] = b.data_ptr() + b.nbytes - a.data_ptr()
         self._arenas[slot] = arena
-        if not self._grouped_b:
+        if not self._paired_columns:
             self.updates[slot] = held
         self._changed()
 
     def clear(self, slot: int) -> None:
         """Forget the slot's weights."""
         self.ranks[:, slot] = 0
+        self.spans[slot] = 0
         self.updates.pop(slot, None)
         self._arenas.pop(slot, None)
         self._changed()
@@ -149,8 +163,8 @@ class LowRankTable:
 
     @property
     def numbers(self) -> list[int]:
-        """Sites, slots; addresses of columns, a, b, ranks and scales, which stay where they are."""
-        arrays = (self.columns, self.a, self.b, self.ranks, self.scales)
+        """Sites, slots; addresses of columns, a, b, ranks, scales and spans, which stay where they are."""
+        arrays = (self.columns, self.a, self.b, self.ranks, self.scales, self.spans)
         return [len(self.sites), len(self.a), *(array.ctypes.data for array in arrays)]
 
     def touches(self, slots: np.ndarray) -> bool:

@@ -201,7 +201,7 @@ def fuse(
             projections.append(Projection([layer.get_submodule(f"{owner}.{name}") for name in names], tables))
             sites.append(tables)
         behind = [
-            BottleneckTable(f"model.layers.{index}.{owner}", slots, device, transposed=kernels.TRANSPOSED_A)
+            BottleneckTable(f"model.layers.{index}.{owner}", slots, device, transposed=kernels.TRANSPOSED_DOWN)
             for owner in ("self_attn", "mlp")
         ]
         layers.append(FusedLayer(layer, projections, behind, cache))

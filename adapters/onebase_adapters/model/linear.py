@@ -24,7 +24,7 @@ class SiteTables:
 
     def __init__(self, sites: Sequence[Site], slots: int, kernels: Kernels, device: torch.device) -> None:
         self.sites = tuple(sites)
-        self.low_rank = LowRankTable(sites, slots, transposed_a=kernels.TRANSPOSED_A, grouped_b=kernels.GROUPED_B)
+        self.low_rank = LowRankTable(sites, slots, paired_columns=kernels.PAIRED_COLUMNS)
         self.affine = AffineTable(sites, slots, device)
         self._kernels = kernels
 

@@ -113,7 +113,7 @@ class ServedModel(AdapterSlots):
 def _hook_sublayers(base: LoadedBase, slots: int, kernels: Kernels, context: Context) -> list[BottleneckTable]:
     """Let each sublayer's output pass its bottlenecks."""
     tables = [
-        BottleneckTable(name, slots, base.device, transposed=kernels.TRANSPOSED_A)
+        BottleneckTable(name, slots, base.device, transposed=kernels.TRANSPOSED_DOWN)
         for name in sorted(base.shape.sublayers)
     ]
     for table in tables:

@@ -2,7 +2,8 @@
 
 A work item is a run of a sequence's query tokens with one key-value head; its rows are (token, query head)
 pairs. Scores of a whole row are kept, so the softmax is the plain two-pass one. Keys lie transposed in their
-block ([dim, 16 tokens]) and values straight ([16 tokens, dim]), so that both products are `matmul_tile`s.
+block ([dim, 16 tokens]) and values straight ([16 tokens, dim]), so that both products are `pair_tile`s. Weights of
+the softmax are rounded to bfloat16, as in transformers' own attention.
 
 Invariant: a row sees only its own sequence's keys, block by block from the first, and everything is summed
 per lane in that order; so its result does not depend on chunking, on its neighbours, or on prefix reuse.
@@ -12,11 +13,10 @@ import numpy as np
 from numba import carray, njit, prange
 
 from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.cpu.pairs import pair_tile
 from onebase_adapters.kernels.cpu.vector import (
     bf16_from_f32,
-    f32_from_bf16,
     larger,
-    matmul_tile,
     power_of_two,
     u16_pointer,
 )
@@ -28,9 +28,12 @@ AHEAD = 4
 """Pages between the one that is worked on and the one that is being fetched: a page takes a third of the time that
 memory takes to answer, and pages lie anywhere, so that nothing but the table tells which is next."""
 
-_scores_tile = matmul_tile(rows=4, groups=1, unroll=4, prefetch=True)
-_values_tile_wide = matmul_tile(rows=4, groups=4, unroll=1, prefetch=True)
-_values_tile = matmul_tile(rows=4, groups=1, unroll=1, prefetch=True)
+# Same unroll for four rows and for eight, so that both give the same bits.
+_scores_four = pair_tile(rows=4, groups=1, unroll=2, paired=False)
+_scores_eight = pair_tile(rows=8, groups=1, unroll=2, paired=False)
+_values_four = pair_tile(rows=4, groups=4, unroll=1, paired=False, accumulate=True)
+_values_eight = pair_tile(rows=8, groups=2, unroll=1, paired=False, accumulate=True)
+_values_part = pair_tile(rows=4, groups=1, unroll=1, paired=False, accumulate=True)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -68,24 +71,67 @@ def _row_max(row: np.ndarray) -> np.float32:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _softmax_row(row: np.ndarray, first: int, last: int, lanes: np.ndarray) -> np.float32:
-    """Exponentiate row[first..last] against its maximum, zero the rest, and return the sum (lane by lane)."""
+def _softmax_row(
+    row: np.ndarray, weights: np.ndarray, first: int, last: int, scale: np.float32, lanes: np.ndarray
+) -> np.float32:
+    """weights = exp(scale * (row - its maximum)) in bfloat16 for first..last, else 0; returns their sum (lane by
+    lane). `row` float32 is used up."""
     # Slices with plain indices: numba vectorises those, not indices that might be negative.
     row[:first] = np.float32(0.0)
     row[last + 1 :] = np.float32(0.0)
     seen = row[first : last + 1]
     highest = _row_max(seen)
     for i in range(seen.shape[0]):
-        seen[i] = exp_nonpositive(seen[i] - highest)
+        seen[i] = exp_nonpositive((seen[i] - highest) * scale)
+    for i in range(row.shape[0]):
+        weights[i] = bf16_from_f32(row[i])
     for j in range(BLOCK):
         lanes[j] = np.float32(0.0)
     for block in range(first // BLOCK, row.shape[0] // BLOCK):
+        part = row[block * BLOCK : (block + 1) * BLOCK]
         for j in range(BLOCK):
-            lanes[j] += row[block * BLOCK + j]
+            lanes[j] += part[j]
     total = np.float32(0.0)
     for j in range(BLOCK):
         total += lanes[j]
     return total
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _score_page(scores: int, keys: int, queries: int, dim: int, rows: int, page: int, ahead: int) -> None:
+    """scores [rows, 16] = queries [rows, dim] x page [dim, 16]; rows a multiple of 4."""
+    r = 0
+    while r < rows:
+        c, a = scores + 4 * r * keys, queries + 2 * r * dim
+        if rows - r >= 8:
+            _scores_eight(c, keys, a, dim, page, 2 * BLOCK, BLOCK, dim // 2, ahead)
+            r += 8
+        else:
+            _scores_four(c, keys, a, dim, page, 2 * BLOCK, BLOCK, dim // 2, ahead)
+            r += 4
+        ahead = 0
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _add_values(
+    results: int, weights: int, keys: int, dim: int, rows: int, page: int, second: int, pairs: int, ahead: int
+) -> None:
+    """results [rows, dim] += weights [rows, 2 * pairs] x page [2 * pairs, dim]; rows a multiple of 4."""
+    r = 0
+    while r < rows:
+        a = weights + 2 * r * keys
+        c = results + 4 * r * dim
+        if rows - r >= 8 and dim % 32 == 0:
+            for d in range(0, dim, 32):
+                _values_eight(c + 4 * d, dim, a, keys, page + 2 * d, 2 * dim, second, pairs, ahead)
+            r += 8
+        else:
+            for d in range(0, dim - dim % 64, 64):
+                _values_four(c + 4 * d, dim, a, keys, page + 2 * d, 2 * dim, second, pairs, ahead)
+            for d in range(dim - dim % 64, dim, 16):
+                _values_part(c + 4 * d, dim, a, keys, page + 2 * d, 2 * dim, second, pairs, ahead)
+            r += 4
+        ahead = 0
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
@@ -127,16 +173,22 @@ def attend(
         next_sequence, next_head = items[following, 0], items[following, 3]
         next_start = max(0, positions[items[following, 1]] - window + 1) // BLOCK
 
-        queries = np.zeros((padded, dim), np.float32)
-        for t in range(tokens):
-            source = carray(
-                u16_pointer(q + 2 * ((first_token + t) * q_stride + head * group * dim)), group * dim, np.uint16
-            )
-            for g in range(group):
-                for d in range(dim):
-                    queries[t * group + g, d] = f32_from_bf16(source[g * dim + d]) * np.float32(scale)
+        # Two allocations for all: scores [padded, keys], results [padded, dim], a sum for each row and for each
+        # lane; queries [padded, dim] and weights [padded, keys].
+        floats = np.empty(padded * (keys + dim + 1) + BLOCK, np.float32)
+        scores, results = floats[: padded * keys], floats[padded * keys : padded * (keys + dim)]
+        sums, lanes = floats[padded * (keys + dim) : padded * (keys + dim + 1)], floats[padded * (keys + dim + 1) :]
+        words = np.empty(padded * (dim + keys), np.uint16)
+        queries, weights = words[: padded * dim], words[padded * dim :]
 
-        scores = np.zeros((padded, keys), np.float32)
+        for t in range(tokens):
+            start = q + 2 * ((first_token + t) * q_stride + head * group * dim)
+            source = carray(u16_pointer(start), group * dim, np.uint16)
+            target = queries[t * group * dim : (t + 1) * group * dim]
+            for i in range(group * dim):
+                target[i] = source[i]
+        queries[rows * dim :] = np.uint16(0)
+
         for block in range(blocks):
             page = k_cache + _page(tables, kv_heads, sequence, start_block + block, head) * page_bytes
             # After the last keys come the first values.
@@ -145,18 +197,18 @@ def attend(
             else:
                 first = start_block + block + AHEAD - blocks
                 coming = v_cache + _page(tables, kv_heads, sequence, first, head) * page_bytes
-            for r in range(0, padded, 4):
-                c, a = scores.ctypes.data + 4 * (r * keys + block * BLOCK), queries.ctypes.data + 4 * r * dim
-                _scores_tile(c, keys, a, dim, page, BLOCK, dim, coming - page if r == 0 else 0)
+            c = scores.ctypes.data + 4 * block * BLOCK
+            _score_page(c, keys, queries.ctypes.data, dim, padded, page, coming - page)
 
-        lanes = np.empty(BLOCK, np.float32)
-        sums = np.ones(padded, np.float32)
         for r in range(rows):
             token = first_token + r // group
             position, end = positions[token], visible[token]
-            sums[r] = _softmax_row(scores[r], max(0, position - window + 1 - base), end - base, lanes)
+            row, target = scores[r * keys : (r + 1) * keys], weights[r * keys : (r + 1) * keys]
+            first = max(0, position - window + 1 - base)
+            sums[r] = _softmax_row(row, target, first, end - base, np.float32(scale), lanes)
+        weights[rows * keys :] = np.uint16(0)
 
-        results = np.zeros((padded, dim), np.float32)
+        results[:] = np.float32(0.0)
         for block in range(blocks):
             page = v_cache + _page(tables, kv_heads, sequence, start_block + block, head) * page_bytes
             # After the last values come the next item's first keys.
@@ -165,18 +217,13 @@ def attend(
             else:
                 first = next_start + block + AHEAD - blocks
                 coming = k_cache + _page(tables, kv_heads, next_sequence, first, next_head) * page_bytes
-            # Not past the last key: what lies behind it in the block may be another request's leftovers.
+            # Not past the last key: what lies behind it in the block may be another request's leftovers. So the
+            # last one of an odd number is paired with itself, and there is no weight for its double.
             depth = min(BLOCK, last + 1 - base - block * BLOCK)
-            for r in range(0, padded, 4):
-                ahead = coming - page if r == 0 else 0
-                c = results.ctypes.data + 4 * r * dim
-                a = scores.ctypes.data + 4 * (r * keys + block * BLOCK)
-                if dim % 64 == 0:
-                    for d in range(0, dim, 64):
-                        _values_tile_wide(c + 4 * d, dim, a, keys, page + 2 * d, dim, depth, ahead)
-                else:
-                    for d in range(0, dim, 16):
-                        _values_tile(c + 4 * d, dim, a, keys, page + 2 * d, dim, depth, ahead)
+            c, a = results.ctypes.data, weights.ctypes.data + 2 * block * BLOCK
+            _add_values(c, a, keys, dim, padded, page, dim, depth // 2, coming - page)
+            if depth % 2 == 1:
+                _add_values(c, a + 2 * (depth - 1), keys, dim, padded, page + 2 * (depth - 1) * dim, 0, 1, 0)
 
         for t in range(tokens):
             target = carray(
@@ -184,10 +231,11 @@ def attend(
                 group * dim,
                 np.uint16,
             )
+            source = results[t * group * dim : (t + 1) * group * dim]
             for g in range(group):
                 inverse = np.float32(1.0) / sums[t * group + g]
                 for d in range(dim):
-                    target[g * dim + d] = bf16_from_f32(results[t * group + g, d] * inverse)
+                    target[g * dim + d] = bf16_from_f32(source[g * dim + d] * inverse)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]

@@ -11,8 +11,8 @@ from onebase_adapters.kernels.cpu import attention, bottleneck, elementwise, low
 from onebase_adapters.kernels.table import LowRankTable
 
 TILE_ROWS = lowrank.TILE
-TRANSPOSED_A = True
-GROUPED_B = lowrank.GROUP
+PAIRED_COLUMNS = lowrank.GROUP
+TRANSPOSED_DOWN = True
 
 
 def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:

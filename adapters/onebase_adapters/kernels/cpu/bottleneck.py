@@ -8,8 +8,15 @@ import math
 import numpy as np
 from numba import carray, njit, prange
 
-from onebase_adapters.kernels.cpu.lowrank import TILE, expand_four, expand_one, shrink_four, shrink_one
+from onebase_adapters.kernels.cpu.lowrank import TILE
+from onebase_adapters.kernels.cpu.pairs import pair_tile
 from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, f32_pointer, u16_pointer
+
+# Same unroll for one row and for four, so that both give the same bits.
+_down_four = pair_tile(rows=4, groups=1, unroll=4, paired=False)
+_down_one = pair_tile(rows=1, groups=1, unroll=4, paired=False)
+_up_four = pair_tile(rows=4, groups=1, unroll=1, paired=False, accumulate=True)
+_up_one = pair_tile(rows=1, groups=1, unroll=1, paired=False, accumulate=True)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -49,7 +56,7 @@ def add_bottleneck(
     them. By slot [slots]: `down` and `up`, addresses of the transposed weights [width, rank] and [rank, width]
     (bfloat16); `down_bias`, `up_bias`, addresses of float32; `ranks` (0: untouched) and `activations` (places in
     `primitives.ACTIVATIONS`) int64; `scales` float32.
-    width a multiple of 4.
+    width even.
     """
     for tile in prange(tiles.shape[0]):
         slot = tiles[tile, 0]
@@ -61,33 +68,42 @@ def add_bottleneck(
                     rows += 1
             computed = 1 if rows == 1 else TILE
             wide = (rank + 15) // 16 * 16
-            padded = (width + 63) // 64 * 64
-            # One allocation for inputs [computed, width], hidden [computed, wide] and delta [computed, padded].
-            work = np.zeros(computed * (width + wide + padded), np.float32)
-            inputs = work[: computed * width]
-            hidden = work[computed * width : computed * (width + wide)]
-            delta = work[computed * (width + wide) :]
+            padded = (width + 15) // 16 * 16
+            # Sums [computed, wide] and delta [computed, padded]; inputs [computed, width] and hidden [computed,
+            # wide].
+            floats = np.empty(computed * (wide + padded), np.float32)
+            sums, delta = floats[: computed * wide], floats[computed * wide :]
+            words = np.zeros(computed * (width + wide), np.uint16)
+            inputs, hidden = words[: computed * width], words[computed * width :]
             for t in range(rows):
                 row = carray(u16_pointer(x + 2 * tiles[tile, 1 + t] * width), width, np.uint16)
                 target = inputs[t * width : (t + 1) * width]
                 for i in range(width):
-                    target[i] = f32_from_bf16(row[i])
+                    target[i] = row[i]
             for r in range(0, rank, 16):
-                c, weights = hidden.ctypes.data + 4 * r, down[slot] + 2 * r
+                c, weights = sums.ctypes.data + 4 * r, down[slot] + 2 * r
                 if rows == 1:
-                    shrink_one(c, wide, inputs.ctypes.data, width, weights, rank, width, 0)
+                    _down_one(c, wide, inputs.ctypes.data, width, weights, 2 * rank, rank, width // 2, 0)
                 else:
-                    shrink_four(c, wide, inputs.ctypes.data, width, weights, rank, width, 0)
+                    _down_four(c, wide, inputs.ctypes.data, width, weights, 2 * rank, rank, width // 2, 0)
             biases = carray(f32_pointer(down_bias[slot]), rank, np.float32)
             for t in range(rows):
                 for r in range(rank):
-                    hidden[t * wide + r] = _activate(hidden[t * wide + r] + biases[r], activations[slot])
-            for o in range(0, width, 64):
+                    hidden[t * wide + r] = bf16_from_f32(
+                        _activate(sums[t * wide + r] + biases[r], activations[slot])
+                    )
+            delta[:] = np.float32(0.0)
+            h = hidden.ctypes.data
+            # An odd rank's last one is paired with itself; what it is multiplied by, past the rank, is zero.
+            odd, last = rank % 2, 2 * (rank - 1)
+            for o in range(0, width, 16):
                 c, weights = delta.ctypes.data + 4 * o, up[slot] + 2 * o
                 if rows == 1:
-                    expand_one(c, padded, hidden.ctypes.data, wide, weights, width, rank, 0)
+                    _up_one(c, padded, h, wide, weights, 2 * width, width, rank // 2, 0)
+                    _up_one(c, padded, h + last, wide, weights + last * width, 0, 0, odd, 0)
                 else:
-                    expand_four(c, padded, hidden.ctypes.data, wide, weights, width, rank, 0)
+                    _up_four(c, padded, h, wide, weights, 2 * width, width, rank // 2, 0)
+                    _up_four(c, padded, h + last, wide, weights + last * width, 0, 0, odd, 0)
             terms = carray(f32_pointer(up_bias[slot]), width, np.float32)
             scale = scales[slot]
             for t in range(rows):

@@ -12,7 +12,7 @@ from onebase_adapters.kernels.cpu.lowrank import add_low_rank
 from onebase_adapters.kernels.cpu.matmul4bit import multiply
 from onebase_adapters.kernels.cpu.vector import f32_pointer, i64_pointer
 
-PROJECTION = 13
+PROJECTION = 14
 """Numbers of a projection in a layer's row: what `PackedLinear.numbers` and `LowRankTable.numbers` give."""
 PROJECTIONS = 4
 """Where they begin, after the addresses of two norms' weights and of the layer's keys and values."""
@@ -22,11 +22,12 @@ PROJECTIONS = 4
 def _project(x: int, y: int, rows: int, numbers: np.ndarray, tiles: np.ndarray) -> None:
     """A projection of x [rows, in] to y [rows, out], with the updates of each row's slot."""
     n, k, sites, slots = numbers[1], numbers[2], numbers[6], numbers[7]
-    multiply(x, y, rows, numbers[0], n, k, numbers[3], numbers[4], numbers[5])
+    a = carray(i64_pointer(numbers[9]), (slots,), np.int64)
+    spans = carray(i64_pointer(numbers[13]), (slots,), np.int64)
+    multiply(x, y, rows, numbers[0], n, k, numbers[3], numbers[4], numbers[5], tiles, a, spans)
     if tiles.shape[0] > 0:
         add_low_rank(
-            x, k, y, n, k, carray(i64_pointer(numbers[8]), (sites + 1,), np.int64), tiles,
-            carray(i64_pointer(numbers[9]), (slots,), np.int64),
+            x, k, y, n, k, carray(i64_pointer(numbers[8]), (sites + 1,), np.int64), tiles, a,
             carray(i64_pointer(numbers[10]), (sites, slots), np.int64),
             carray(i64_pointer(numbers[11]), (sites, slots), np.int64),
             carray(f32_pointer(numbers[12]), (sites, slots), np.float32),

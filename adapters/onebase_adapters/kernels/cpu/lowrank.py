@@ -1,16 +1,18 @@
 """Low-rank updates for a batch in which every token may have another adapter: y += scale * B (A x), by slot.
 
-Tokens of one slot go through in tiles of up to four, so that an adapter's weights are read once for them. A and
-B are kept transposed, [in, rank] and [rank, out], each slot with its own rank: nothing is padded to the largest.
-B lies in groups of columns, so that it is read from its beginning to its end: memory is faster at that.
+Tokens of one slot go through in tiles of up to four, so that an adapter's weights are read once for them. A and B
+are kept transposed, [in, rank] and [rank, out], each slot with its own rank: nothing is padded to the largest. They
+lie in pairs of rows (see `pairs`), B besides in groups of columns, so that both are read from beginning to end:
+memory is faster at that. What lies between A and B is rounded to bfloat16, as PEFT's is.
 
-Invariant: a token's update is summed in the same order whatever else is in its tile (see `vector`).
+Invariant: a token's update is summed in the same order whatever else is in its tile (see `pairs`).
 """
 
 import numpy as np
 from numba import carray, njit, prange
 
-from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, matmul_tile, u16_pointer
+from onebase_adapters.kernels.cpu.pairs import add_scaled, narrow_rows, pair_tile
+from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, u16_pointer
 
 TILE = 4
 """Tokens in a tile, at most."""
@@ -20,12 +22,12 @@ GROUP = 64
 """Columns of B that lie together."""
 
 # Same unroll for one row and for four, so that both give the same bits.
-shrink_four = matmul_tile(rows=4, groups=1, unroll=4, prefetch=True)
-shrink_one = matmul_tile(rows=1, groups=1, unroll=4, prefetch=True)
-expand_four = matmul_tile(rows=4, groups=4, unroll=1, prefetch=True)
-expand_one = matmul_tile(rows=1, groups=4, unroll=1, prefetch=True)
-_expand_part_four = matmul_tile(rows=4, groups=1, unroll=1, prefetch=True)
-_expand_part_one = matmul_tile(rows=1, groups=1, unroll=1, prefetch=True)
+_shrink_four = pair_tile(rows=4, groups=1, unroll=4, paired=True)
+_shrink_one = pair_tile(rows=1, groups=1, unroll=4, paired=True)
+_expand_four = pair_tile(rows=4, groups=4, unroll=1, paired=True)
+_expand_one = pair_tile(rows=1, groups=4, unroll=1, paired=True)
+_expand_part_four = pair_tile(rows=4, groups=1, unroll=1, paired=True)
+_expand_part_one = pair_tile(rows=1, groups=1, unroll=1, paired=True)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -58,59 +60,70 @@ def _update(
                 rows += 1
         computed = 1 if rows == 1 else TILE
         width = (total + 15) // 16 * 16
-        # One allocation for inputs [computed, in], hidden [computed, width] and delta [computed, GROUP].
-        work = np.empty(computed * (in_features + width + GROUP), np.float32)
-        inputs = work[: computed * in_features]
-        hidden = work[computed * in_features : computed * (in_features + width)]
-        delta = work[computed * (in_features + width) :]
-        inputs[rows * in_features :] = np.float32(0.0)
-        for t in range(rows):
-            row = carray(u16_pointer(x + 2 * tiles[tile, 1 + t] * x_stride), in_features, np.uint16)
-            target = inputs[t * in_features : (t + 1) * in_features]
-            for i in range(in_features):
-                target[i] = f32_from_bf16(row[i])
+        wide = np.empty(computed * (width + GROUP), np.float32)
+        sums, delta = wide[: computed * width], wide[computed * width :]
+        narrow = np.empty(computed * (in_features + width), np.uint16)
+        inputs, hidden = narrow[: computed * in_features], narrow[computed * in_features :]
+        at = inputs.ctypes.data
+        if rows == 1:
+            at = x + 2 * tiles[tile, 1] * x_stride
+        else:
+            inputs[rows * in_features :] = np.uint16(0)
+            for t in range(rows):
+                row = carray(u16_pointer(x + 2 * tiles[tile, 1 + t] * x_stride), in_features, np.uint16)
+                target = inputs[t * in_features : (t + 1) * in_features]
+                for i in range(in_features):  # a slice's assignment is not vectorised
+                    target[i] = row[i]
 
-        hidden[:] = np.float32(0.0)
+        pairs, stride = in_features // 2, 2 * total
         ahead = a[following] - a[slot]
         for r in range(0, total, 16):
-            c, weights = hidden.ctypes.data + 4 * r, a[slot] + 2 * r
+            c, weights = sums.ctypes.data + 4 * r, a[slot] + 4 * r
             if rows == 1:
-                shrink_one(c, width, inputs.ctypes.data, in_features, weights, total, in_features, ahead)
+                _shrink_one(c, width, at, in_features, weights, stride, 0, pairs, ahead)
             else:
-                shrink_four(c, width, inputs.ctypes.data, in_features, weights, total, in_features, ahead)
+                _shrink_four(c, width, at, in_features, weights, stride, 0, pairs, ahead)
+        if total < width:
+            # An odd rank's last one is paired with what comes next, which meets zeros in B, but must be a number.
+            for t in range(computed):
+                sums[t * width + total] = np.float32(0.0)
+        narrow_rows(hidden.ctypes.data, sums.ctypes.data, computed * width)
 
         first = 0
         for site in range(sites):
             rank = ranks[site, slot]
             if rank > 0:
                 out_features = columns[site + 1] - columns[site]
-                h = hidden.ctypes.data + 4 * first
+                h = hidden.ctypes.data + 2 * first
+                pairs = (rank + 1) // 2
                 ahead = b[site, following] - b[site, slot]
                 scale = scales[site, slot]
                 for o in range(0, out_features, GROUP):
                     # All groups before this one are whole.
-                    weights = b[site, slot] + 2 * o * rank
+                    weights = b[site, slot] + 4 * o * pairs
                     present = min(GROUP, out_features - o)
-                    wide = (present + 15) // 16 * 16
-                    delta[:] = np.float32(0.0)
-                    if wide == GROUP and rows == 1:
-                        expand_one(delta.ctypes.data, GROUP, h, width, weights, GROUP, rank, ahead)
-                    elif wide == GROUP:
-                        expand_four(delta.ctypes.data, GROUP, h, width, weights, GROUP, rank, ahead)
+                    wide_part = (present + 15) // 16 * 16
+                    c, stride = delta.ctypes.data, 2 * wide_part
+                    if wide_part == GROUP and rows == 1:
+                        _expand_one(c, GROUP, h, width, weights, stride, 0, pairs, ahead)
+                    elif wide_part == GROUP:
+                        _expand_four(c, GROUP, h, width, weights, stride, 0, pairs, ahead)
                     else:
-                        for part in range(0, wide, 16):
-                            c, some = delta.ctypes.data + 4 * part, weights + 2 * part
+                        for part in range(0, wide_part, 16):
+                            some = weights + 4 * part
                             if rows == 1:
-                                _expand_part_one(c, GROUP, h, width, some, wide, rank, ahead)
+                                _expand_part_one(c + 4 * part, GROUP, h, width, some, stride, 0, pairs, ahead)
                             else:
-                                _expand_part_four(c, GROUP, h, width, some, wide, rank, ahead)
+                                _expand_part_four(c + 4 * part, GROUP, h, width, some, stride, 0, pairs, ahead)
+                    whole = present // 16 * 16
                     for t in range(rows):
                         start = y + 2 * (tiles[tile, 1 + t] * y_stride + columns[site] + o)
-                        sums = carray(u16_pointer(start), present, np.uint16)
+                        add_scaled(start, delta.ctypes.data + 4 * t * GROUP, scale, whole)
+                        target = carray(u16_pointer(start), present, np.uint16)
                         change = delta[t * GROUP : t * GROUP + present]
-                        for i in range(present):
-                            sums[i] = bf16_from_f32(f32_from_bf16(sums[i]) + scale * change[i])
-            first += rank
+                        for i in range(whole, present):
+                            target[i] = bf16_from_f32(f32_from_bf16(target[i]) + scale * change[i])
+                first += rank
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
@@ -150,8 +163,8 @@ def add_low_rank(
     `x`, `y` are addresses of bfloat16 rows with the given strides (elements). `columns` [sites + 1] int64 are the
     sites' column ranges in y. `tiles` [n, 1 + TILE] int32: slot, then token indices, -1 where there are fewer.
     By slot: `a` [slots] int64, address of the sites' A side by side, transposed [in, sum of ranks]; and by site
-    and slot: `b` [sites, slots] int64, address of B transposed [rank, out] as `group_columns` puts it; `ranks`
-    int64 (0: site untouched); `scales` float32. in_features a multiple of 4.
+    and slot: `b` [sites, slots] int64, address of B transposed [rank, out] in groups of `GROUP` columns, both as
+    `table.in_pairs` puts them; `ranks` int64 (0: site untouched); `scales` float32. in_features even.
     """
     if tiles.shape[0] > SERIAL_TILES:
         _update_all(x, x_stride, y, y_stride, in_features, columns, tiles, a, b, ranks, scales)

@@ -7,6 +7,7 @@ concatenated: exact. Work is dealt by groups, so that a group's weights are unpa
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, get_4bit_type, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
@@ -18,14 +19,37 @@ from onebase_adapters.kernels.cpu.tile4bit import FEATURES, UNROLL, packed_tile
 PANEL = 256
 """Rows of x that pass by all weights before the next: they stay in the second-level cache meanwhile."""
 
+_NO_TILES = np.empty((0, 1), np.int32)
+_NOTHING = np.empty(0, np.int64)
 _one, _two, _three, _four, _eight = (packed_tile(rows) for rows in (1, 2, 3, 4, 8))
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
-def multiply(x: int, y: int, rows: int, codes: int, n: int, k: int, weight: int, absmax: int, block: int) -> None:
-    """y = x W^T: addresses of contiguous bfloat16 x [rows, k] and y [rows, n]; the rest: `PackedLinear.numbers`."""
+def multiply(
+    x: int,
+    y: int,
+    rows: int,
+    codes: int,
+    n: int,
+    k: int,
+    weight: int,
+    absmax: int,
+    block: int,
+    tiles: np.ndarray,
+    starts: np.ndarray,
+    sizes: np.ndarray,
+) -> None:
+    """y = x W^T: addresses of contiguous bfloat16 x [rows, k] and y [rows, n]; the rest to `block` are
+    `PackedLinear.numbers`.
+
+    Meanwhile the adapters' weights for these sites, which are needed next and for which memory would be too slow,
+    are fetched: of each tile's slot `tiles[:, 0]` the `sizes` bytes at `starts`, cut in pieces, in the order in
+    which threads will read them.
+    """
     groups = n // FEATURES
     panels = (rows + PANEL - 1) // PANEL
+    turns = (min(rows, PANEL) + 7) // 8
+    pieces = groups * turns // max(1, tiles.shape[0]) if panels == 1 else 0
     blocks, pairs = k // block, block // 2
     for task in prange(panels * groups):
         panel, group = task // groups, task % groups
@@ -35,21 +59,28 @@ def multiply(x: int, y: int, rows: int, codes: int, n: int, k: int, weight: int,
         last = min(rows, row + PANEL)
         while row < last:
             left = last - row
+            wanted, size = weight, 0
+            if pieces > 0:
+                turn = group * turns + row // 8
+                if turn < pieces * tiles.shape[0]:
+                    slot = tiles[turn // pieces, 0]
+                    size = sizes[slot] // pieces
+                    wanted = starts[slot] + turn % pieces * size
             a, c = x + 2 * row * k, y + 2 * (row * n + group * FEATURES)
             if left >= 8:
-                _eight(c, n, a, k, w, s, n, blocks, pairs, codes)
+                _eight(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
                 row += 8
             elif left >= 4:
-                _four(c, n, a, k, w, s, n, blocks, pairs, codes)
+                _four(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
                 row += 4
             elif left == 3:
-                _three(c, n, a, k, w, s, n, blocks, pairs, codes)
+                _three(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
                 row += 3
             elif left == 2:
-                _two(c, n, a, k, w, s, n, blocks, pairs, codes)
+                _two(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
                 row += 2
             else:
-                _one(c, n, a, k, w, s, n, blocks, pairs, codes)
+                _one(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
                 row += 1
 
 
@@ -99,4 +130,4 @@ class PackedLinear:
 
     def __call__(self, x: int, out: int, rows: int) -> None:
         """out = x W^T; addresses of contiguous bfloat16 [rows, in_features] and [rows, out_features]."""
-        multiply(x, out, rows, *self.numbers)
+        multiply(x, out, rows, *self.numbers, _NO_TILES, _NOTHING, _NOTHING)

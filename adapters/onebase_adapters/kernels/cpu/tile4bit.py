@@ -17,7 +17,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from onebase_adapters.kernels.cpu.vector import F32, I8, I16, I32, I64
+from onebase_adapters.kernels.cpu.pairs import PAIRS, SUMS, add_products, declare, place, spread
+from onebase_adapters.kernels.cpu.vector import I8, I16, I32, I64
 
 FEATURES = 32
 """Output features that are packed together, and a tile's columns."""
@@ -27,78 +28,57 @@ _AHEAD = 2048
 """Bytes between the weights that are read and those that are being fetched."""
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-_SUMS = ir.VectorType(F32, 16)
-_PAIRS = ir.VectorType(_BFloat(), 32)
 _WORDS = ir.VectorType(I16, 32)
 _LONGS = ir.VectorType(I32, 16)
 
 
 def packed_tile(rows: int) -> Callable[..., None]:
-    """Make `tile(y, y_stride, x, x_stride, weight, scales, scale_stride, blocks, pairs, codes)`: y = x W^T.
+    """Make `tile(y, y_stride, x, x_stride, weight, scales, scale_stride, blocks, pairs, codes, wanted, size)`.
 
-    All int64. Addresses: x [rows, in] and y [rows, 32] bfloat16 with strides in elements; `weight` [in / 2, 32]
-    bytes as above; `scales` [blocks, 32] bfloat16 with its stride, one for each feature and block of 2 * `pairs`
-    inputs (`pairs` a multiple of `UNROLL`); `codes` [32] bfloat16, the 16 values twice.
+    y = x W^T; all int64. Addresses: x [rows, in] and y [rows, 32] bfloat16 with strides in elements; `weight` [in /
+    2, 32] bytes as above; `scales` [blocks, 32] bfloat16 with its stride, one for each feature and block of 2 *
+    `pairs` inputs (`pairs` a multiple of `UNROLL`); `codes` [32] bfloat16, the 16 values twice. On the way the
+    `size` bytes at `wanted` are brought into the cache, a line with each pair: multiplying leaves memory idle.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        y, y_stride, x, x_stride, weight, scales, scale_stride, blocks, pairs, codes = args
-
-        def function(name: str, result: Any, *arguments: Any) -> Any:
-            return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
-
-        def at(base: Any, offset: Any, kind: Any) -> Any:
-            return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
+        y, y_stride, x, x_stride, weight, scales, scale_stride, blocks, pairs, codes, wanted, size = args
 
         def times(value: Any, factor: int) -> Any:
             return builder.mul(value, ir.Constant(I64, factor))
 
-        dot = function("llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, _SUMS, _PAIRS, _PAIRS)
-        look_up = function("llvm.x86.avx512.permvar.hi.512", _WORDS, _WORDS, _WORDS)
-        narrow = function("llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, _SUMS, _SUMS)
-        fma = function("llvm.fma.v16f32", _SUMS, _SUMS, _SUMS, _SUMS)
-        fetch = function("llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
+        look_up = declare(builder, "llvm.x86.avx512.permvar.hi.512", _WORDS, _WORDS, _WORDS)
+        narrow = declare(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS, SUMS, SUMS)
+        fma = declare(builder, "llvm.fma.v16f32", SUMS, SUMS, SUMS, SUMS)
+        fetch = declare(builder, "llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
         hints = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read, into the first-level cache, data
         none = ir.Constant(I64, 0)
-        zeros = ir.Constant(_SUMS, [0.0] * 16)
-        table = builder.load(at(codes, none, _WORDS), align=2)
+        zeros = ir.Constant(SUMS, [0.0] * 16)
+        table = builder.load(place(builder, codes, none, _WORDS), align=2)
         cells = [(row, half) for row in range(rows) for half in range(2)]
-        sums = {cell: cgutils.alloca_once(builder, _SUMS) for cell in cells}
-        totals = {cell: cgutils.alloca_once(builder, _SUMS) for cell in cells}
+        sums = {cell: cgutils.alloca_once(builder, SUMS) for cell in cells}
+        totals = {cell: cgutils.alloca_once(builder, SUMS) for cell in cells}
         for cell in cells:
             builder.store(zeros, totals[cell])
 
         def multiply(pair: Any, *, new_line: bool) -> None:
             """Add the products of one pair of inputs to the sums."""
-            place = builder.add(weight, times(pair, FEATURES))
+            address = builder.add(weight, times(pair, FEATURES))
             if new_line:
-                builder.call(fetch, [at(place, ir.Constant(I64, _AHEAD), I8), *hints])
-            packed = builder.load(at(place, none, ir.VectorType(I8, FEATURES)), align=1)
+                builder.call(fetch, [place(builder, address, ir.Constant(I64, _AHEAD), I8), *hints])
+            line = times(pair, 64)
+            offset = builder.select(builder.icmp_unsigned("<", line, size), line, size)
+            builder.call(fetch, [place(builder, wanted, offset, I8), *hints])
+            packed = builder.load(place(builder, address, none, ir.VectorType(I8, FEATURES)), align=1)
             low = builder.zext(packed, _WORDS)
             high = builder.lshr(low, ir.Constant(_WORDS, [4] * 32))
-            halves = [builder.bitcast(builder.call(look_up, [table, index]), _PAIRS) for index in (low, high)]
+            halves = [builder.call(look_up, [table, index]) for index in (low, high)]
             for row in range(rows):
                 offset = times(builder.add(builder.mul(x_stride, ir.Constant(I64, row)), times(pair, 2)), 2)
-                both = builder.load(at(x, offset, I32), align=2)
-                one = builder.insert_element(ir.Constant(_LONGS, ir.Undefined), both, ir.Constant(I32, 0))
-                spread = builder.shuffle_vector(one, one, ir.Constant(_LONGS, [0] * 16))
+                inputs = spread(builder, builder.load(place(builder, x, offset, I32), align=2))
                 for half in range(2):
-                    place = sums[row, half]
-                    inputs = [builder.load(place), builder.bitcast(spread, _PAIRS), halves[half]]
-                    builder.store(builder.call(dot, inputs), place)
+                    slot = sums[row, half]
+                    builder.store(add_products(builder, builder.load(slot), inputs, halves[half]), slot)
 
         with cgutils.for_range_slice(builder, none, blocks, ir.Constant(I64, 1), I64) as (block, _):
             for cell in cells:
@@ -110,9 +90,9 @@ def packed_tile(rows: int) -> Callable[..., None]:
                     multiply(pair, new_line=k % 2 == 0)
             for half in range(2):
                 offset = builder.add(times(builder.mul(block, scale_stride), 2), ir.Constant(I64, 32 * half))
-                bits = builder.load(at(scales, offset, ir.VectorType(I16, 16)), align=2)
+                bits = builder.load(place(builder, scales, offset, ir.VectorType(I16, 16)), align=2)
                 wide = builder.shl(builder.zext(bits, _LONGS), ir.Constant(_LONGS, [16] * 16))
-                scale = builder.bitcast(wide, _SUMS)
+                scale = builder.bitcast(wide, SUMS)
                 for row in range(rows):
                     total = totals[row, half]
                     inputs = [builder.load(sums[row, half]), scale, builder.load(total)]
@@ -120,15 +100,17 @@ def packed_tile(rows: int) -> Callable[..., None]:
 
         for row in range(rows):
             result = builder.call(narrow, [builder.load(totals[row, 1]), builder.load(totals[row, 0])])
-            builder.store(result, at(y, times(builder.mul(y_stride, ir.Constant(I64, row)), 2), _PAIRS), align=2)
+            builder.store(
+                result, place(builder, y, times(builder.mul(y_stride, ir.Constant(I64, row)), 2), PAIRS), align=2
+            )
         return context.get_dummy_value()
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
         typingctx: Any, y: Any, y_stride: Any, x: Any, x_stride: Any, weight: Any, scales: Any, scale_stride: Any,
-        blocks: Any, pairs: Any, codes: Any,
+        blocks: Any, pairs: Any, codes: Any, wanted: Any, size: Any,
     ) -> Any:  # fmt: skip
-        return types.void(*([types.int64] * 10)), codegen
+        return types.void(*([types.int64] * 12)), codegen
 
     made: Callable[..., None] = tile
     return made

@@ -11,8 +11,8 @@ from onebase_adapters.kernels.table import LowRankTable
 from onebase_adapters.kernels.tiles import query_tiles
 
 TILE_ROWS = lowrank.TILE
-TRANSPOSED_A = False
-GROUPED_B = 0
+PAIRED_COLUMNS = 0
+TRANSPOSED_DOWN = False
 
 
 def attention_items(query_start: np.ndarray, positions: np.ndarray, kv_heads: int) -> np.ndarray:
