@@ -13,12 +13,13 @@ from onebase_adapters.base import BaseSpec
 from onebase_adapters.errors import ConfigError
 from onebase_training.compare_files import Entry, open_comparison, write_comparison
 from onebase_training.config import TrainConfig
+from onebase_training.data import Example
 from onebase_training.evaluate import Evaluation, gain
 from onebase_training.events import Progress, Stage, silent
 from onebase_training.methods import find_method
 from onebase_training.prepare import read_data
 from onebase_training.result import TrainResult
-from onebase_training.serving_cost import serving_cost
+from onebase_training.serving_cost import STREAMS, serving_cost
 from onebase_training.workspace import Workspace
 
 Run = Callable[[TrainConfig, Evaluation | None], TrainResult]
@@ -47,6 +48,7 @@ def compare(config: TrainConfig, methods: Sequence[str], run: Run, progress: Pro
     described = {"settings": config.settings(), "data": {"train": dataset.digest, "held_out": held_out.digest}}
     output = config.output.expanduser().resolve()
     entries = {entry.method: entry for entry in open_comparison(output, described, config)}
+    some = held_out.examples[:STREAMS]
     for number, method in enumerate(methods, 1):
         if method in entries:
             progress(Stage(f"{method} ({number} of {len(methods)}): finished before"))
@@ -54,7 +56,7 @@ def compare(config: TrainConfig, methods: Sequence[str], run: Run, progress: Pro
         progress(Stage(f"{method} ({number} of {len(methods)})"))
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             known = known_before(method, list(entries.values()), config)
-            entries[method] = pool.submit(_weigh, run, _one(config, method), known).result()
+            entries[method] = pool.submit(_weigh, run, _one(config, method), known, some).result()
         write_comparison(output, described, list(entries.values()))
     return list(entries.values())
 
@@ -77,12 +79,12 @@ def _base_of(method: str, config: TrainConfig) -> tuple[str, bool]:
     return found.quantization, config.head or found.head
 
 
-def _weigh(run: Run, config: TrainConfig, before: Evaluation | None) -> Entry:
+def _weigh(run: Run, config: TrainConfig, before: Evaluation | None, examples: Sequence[Example]) -> Entry:
     """In the process of the run, and after it: its peak memory is measured by then."""
     result = run(config, before)
     size = sum(path.stat().st_size for path in result.output.glob("*.safetensors"))
     whole = config.method == "full"
-    cost = None if whole else serving_cost(result.output, BaseSpec(config.model, device=config.device))
+    cost = None if whole else serving_cost(result.output, BaseSpec(config.model, device=config.device), examples)
     return Entry(
         method=config.method,
         before=result.before,

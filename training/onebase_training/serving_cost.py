@@ -1,28 +1,34 @@
 """What serving an adapter costs: the time of a token beside the base's, measured, and the context it takes.
 
-Two batches of the same texts, one with the adapter and one without, are run in turns, each round writing the same
-token again. The quickest rounds are compared: other programs only ever make a round slower.
+Two batches of the same prompts, one with the adapter and one without, are run in turns, each round writing the same
+token again. The quickest rounds are compared: other programs only ever make a round slower. The prompts are real
+ones, because a head that is screened takes longer for text that makes no sense.
 """
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from onebase_adapters.base import BaseSpec, load_base
+from onebase_adapters.base import BaseSpec, LoadedBase, load_base
 from onebase_adapters.batch import Chunk
 from onebase_adapters.errors import AdapterError
 from onebase_adapters.methods import load_adapter
 from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
 from onebase_adapters.model.served import ServedModel
 from onebase_adapters.model.weights import ModelWeights
-from onebase_adapters.primitives import Template
+from onebase_adapters.primitives import Head, LoweredAdapter
+from onebase_adapters.primitives import Template as ServedTemplate
+from onebase_training.data import Example, Turn, encode, encode_for_head
+from onebase_training.hard_prompt import Template, encode_with
 from onebase_training.served import ServedRows
 
-_STREAMS = 16
-_TEXT = 64
-"""Tokens of each stream before the one that is timed, the adapter's own not counted."""
+STREAMS = 16
+"""Most requests of the batch."""
 _ROUNDS = 20
+_WARM_UP = 3
+"""Rounds that are not counted."""
 
 
 @dataclass(frozen=True)
@@ -30,70 +36,77 @@ class ServingCost:
     """Of one adapter."""
 
     times: float | None
-    """Time of a token of 16 requests in a batch, as a multiple of the base's. None: refused, or not measured."""
+    """Time of a token of a batch of requests, as a multiple of the base's. None: refused, or not measured."""
     context: int
     """Tokens of the context that each request gives up."""
     refused: str = ""
     """Why it is not served, if it is not."""
 
 
-def serving_cost(folder: Path, spec: BaseSpec) -> ServingCost:
-    """Of the adapter in `folder` on the base as it is served. Raises BaseModelError."""
+def serving_cost(folder: Path, spec: BaseSpec, examples: Sequence[Example]) -> ServingCost:
+    """Of the adapter in `folder` on the base as it is served, by the first of `examples`. Raises BaseModelError."""
     register_attention()
     base = load_base(spec, attention=ATTENTION_NAME)
     try:
         lowered = load_adapter(folder, folder.name, base.shape, ModelWeights(base.model))
     except AdapterError as error:
         return ServingCost(None, 0, str(error))
-    layout, template = lowered.layout, lowered.one(Template)
-    shown = _shown(template, base.tokenizer) if template else 0
-    context = layout.tokens + shown
+    prompts, plain = _prompts(lowered, base, examples[:STREAMS])
+    if not prompts:
+        return ServingCost(None, lowered.layout.tokens)
+    shown = (sum(map(len, prompts)) - sum(map(len, plain))) // len(plain)
     if base.shape.encoder_decoder:
-        return ServingCost(None, context)
-    length = _TEXT + context + 1
-    each = ServedRows.blocks_for([length])
-    model = ServedModel(base, slots=1, blocks=2 * _STREAMS * each)
-    slot = model.put(lowered)
-    prompt = [0] * _TEXT
-    batches = [
-        _Batch(model, prompt, 0, range(_STREAMS * each)),
-        _Batch(
-            model, layout.arrange(prompt + [0] * shown, base.shape.vocab), slot,
-            range(_STREAMS * each, 2 * _STREAMS * each),
-        ),
-    ]  # fmt: skip
-    plain, adapted = [], []
-    for _ in range(_ROUNDS):
-        plain.append(batches[0].seconds())
-        adapted.append(batches[1].seconds())
-    return ServingCost(min(adapted[2:]) / min(plain[2:]), context)
+        return ServingCost(None, shown)
+    count = sum(ServedRows.blocks_for([len(prompt) + 1]) for prompt in (*prompts, *plain))
+    model = ServedModel(base, slots=1, blocks=count)
+    blocks = iter(range(count))
+    batches = _Batch(model, plain, 0, blocks), _Batch(model, prompts, model.put(lowered), blocks)
+    seconds = [[batch.seconds() for batch in batches] for _ in range(_ROUNDS)]
+    without, with_it = (min(column) for column in zip(*seconds[_WARM_UP:], strict=True))
+    return ServingCost(with_it / without, shown)
+
+
+def _prompts(
+    lowered: LoweredAdapter, base: LoadedBase, examples: Sequence[Example]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What is read for each example, virtual tokens included: with the adapter, and without it."""
+    tokenizer, limit, vocab = base.tokenizer, base.shape.context, base.shape.vocab
+    head, template = lowered.one(Head), lowered.one(ServedTemplate)
+    if head is not None:
+        labelled = encode_for_head(examples, tokenizer, list(head.labels), max_length=limit, too_long="skip")
+        plain = [list(one.input_ids) for one in labelled]
+    else:
+        encoded = [encode([one], tokenizer, max_length=limit, too_long="skip")[-1:] for one in examples]
+        plain = [list(last.input_ids[: last.prompt_length]) for found in encoded for last in found]
+    if template is None:
+        return [lowered.layout.arrange(prompt, vocab) for prompt in plain], plain
+    turns = tuple(Turn(turn["role"], turn["content"]) for turn in template.messages)
+    shown = encode_with(Template(template.before, template.after, turns), examples, tokenizer, limit) or []
+    return [list(one.input_ids[: one.prompt_length]) for one in shown], plain
 
 
 class _Batch:
-    """Streams of one text and one adapter, whose next token can be computed again and again."""
+    """Streams of one adapter, whose next token can be computed again and again."""
 
-    def __init__(self, model: ServedModel, prompt: list[int], slot: int, blocks: range) -> None:
+    def __init__(self, model: ServedModel, prompts: Sequence[list[int]], slot: int, blocks: Iterator[int]) -> None:
         self._model = model
-        each = len(blocks) // _STREAMS
-        tables = [list(blocks[start : start + each]) for start in range(0, len(blocks), each)]
+        tables = [list(islice(blocks, ServedRows.blocks_for([len(prompt) + 1]))) for prompt in prompts]
         if model.shape.encoder:
-            self._chunks = [Chunk(prompt, 0, table, slot) for table in tables]
+            self._chunks = [Chunk(prompt, 0, table, slot) for prompt, table in zip(prompts, tables, strict=True)]
             return
-        for table in tables:
+        for prompt, table in zip(prompts, tables, strict=True):
             model.forward([Chunk(prompt, 0, table, slot)])
-        self._chunks = [Chunk([0], len(prompt), table, slot) for table in tables]
+        self._chunks = [
+            Chunk(prompt[-1:] if prompt[-1] < model.shape.vocab else [0], len(prompt), table, slot)
+            for prompt, table in zip(prompts, tables, strict=True)
+        ]
 
     def seconds(self) -> float:
         start = time.perf_counter()
         scores = self._model.forward(self._chunks)
+        rows = range(len(self._chunks))
         if self._model.shape.encoder:
-            scores.hidden(range(len(self._chunks))).tolist()
+            scores.hidden(rows).tolist()
         else:
-            scores.best(range(len(self._chunks)))
+            scores.best(rows)
         return time.perf_counter() - start
-
-
-def _shown(template: Template, tokenizer: Any) -> int:
-    """Tokens of a template's own text; without the marks between turns, which are the base's."""
-    texts = [template.before, template.after, *(turn["content"] for turn in template.messages)]
-    return sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts if text)

@@ -1,0 +1,28 @@
+"""What serving an adapter is said to cost."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from onebase_adapters.base import BaseSpec
+from onebase_training.data import Example
+from onebase_training.hard_prompt import Template
+from onebase_training.serving_cost import serving_cost
+
+EXAMPLES = [Example(number, prompt=f"What is {number}?", completion=" 1") for number in range(3)]
+
+
+def test_a_hard_prompt_costs_its_text(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    spec = BaseSpec(str(tiny_model("llama")), device="cpu")
+    Template(before="one two three\n\n").save(tmp_path, spec.model)
+    cost = serving_cost(tmp_path, spec, EXAMPLES)
+    assert cost.context > 3
+    assert cost.times is not None
+    assert 0.2 < cost.times < 20
+    Template(before="one two three\n\n" * 2).save(tmp_path, spec.model)
+    assert serving_cost(tmp_path, spec, EXAMPLES).context == 2 * cost.context
+
+
+def test_what_cannot_be_served_says_why(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    cost = serving_cost(tmp_path, BaseSpec(str(tiny_model("llama")), device="cpu"), EXAMPLES)
+    assert cost.times is None
+    assert "adapter_config.json" in cost.refused
