@@ -87,11 +87,11 @@ def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(tokens: int,
     backend.write_kv(random_bf16(1, start, kv_heads, dim), random_bf16(2, start, kv_heads, dim), *caches, before)
     batch = make_batch([(start, tokens)], backend, kv_heads, pages)
     qkv = random_bf16(3, tokens, (heads + 2 * kv_heads) * dim)
-    angles = torch.outer(torch.arange(start, total).float(), 100.0 ** -(torch.arange(dim // 2) / dim))
+    angles = torch.outer(torch.arange(total).float(), 100.0 ** -(torch.arange(dim // 2) / dim))
     cos, sin = torch.cat([angles, angles], -1).cos().bfloat16(), torch.cat([angles, angles], -1).sin().bfloat16()
 
     q, k, v = qkv.view(tokens, -1, dim).split([heads, kv_heads, kv_heads], 1)
-    q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
+    q, k = apply_rotary_pos_emb(q, k, cos[start:], sin[start:], unsqueeze_dim=1)
     apart = [cache.clone() for cache in caches]
     backend.write_kv(k.contiguous(), v.contiguous(), *apart, batch)
     expected = backend.attend(q.contiguous(), *apart, batch, 0.25)

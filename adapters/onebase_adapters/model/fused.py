@@ -36,6 +36,10 @@ _PROJECTIONS = (
 )
 
 
+_LEAST_ANGLES = 2048
+"""Positions whose angles are computed at first."""
+
+
 class Scratch:
     """Activations between a layer's kernels, one set for all layers of a model, grown as batches grow."""
 
@@ -53,6 +57,26 @@ class Scratch:
             buffer[: rows * width].view(rows, width)
             for buffer, width in zip(self._buffers, self._widths, strict=True)
         ]
+
+
+class Angles:
+    """The rotary embedding's cosines and sines by position, computed once by transformers' own module."""
+
+    def __init__(self, rotary: Any) -> None:
+        self._rotary = rotary
+        self._known = 0
+
+    @staticmethod
+    def fit(rotary: Any) -> bool:
+        """Whether they depend on the position alone; in other kinds on how long the longest sequence is, too."""
+        return rotary.rope_type in ("default", "linear", "llama3", "yarn")
+
+    def __call__(self, positions: np.ndarray, like: torch.Tensor) -> tuple[int, int]:
+        """Addresses of [positions, dim] in the dtype of `like`, as far as these positions."""
+        if (last := int(positions.max())) >= self._known:
+            self._known = max(_LEAST_ANGLES, 1 << last.bit_length())
+            self._cos, self._sin = self._rotary(like, torch.arange(self._known)[None])
+        return self._cos.data_ptr(), self._sin.data_ptr()
 
 
 class Projection:
@@ -143,7 +167,7 @@ class FusedModel:
 
     def __init__(self, model: Any, layers: list[FusedLayer], scratch: Scratch) -> None:
         decoder = model.model
-        self._rotary = decoder.rotary_emb
+        self._angles = Angles(decoder.rotary_emb)
         self._norm = decoder.norm
         self._layers = layers
         self._scratch = scratch
@@ -152,16 +176,16 @@ class FusedModel:
     def __call__(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states [n, hidden] of the batch's sample rows, ready for the LM head, from its embeddings
         [T, hidden], which are used up."""
-        cos, sin = self._rotary(hidden[None], torch.from_numpy(batch.positions)[None])
+        cos, sin = self._angles(batch.positions, hidden)
         buffers = self._scratch(len(hidden))
         if batch.owners.affine or batch.owners.bottleneck:
             for number, layer in enumerate(self._layers):
-                layer(hidden, number == 0, cos.data_ptr(), sin.data_ptr(), buffers, batch)
+                layer(hidden, number == 0, cos, sin, buffers, batch)
         else:
             addresses = np.array([buffer.data_ptr() for buffer in buffers], np.int64)
             run_layers(
                 self._numbers, hidden.data_ptr(), *hidden.shape, buffers[5].shape[1], self._norm.variance_epsilon,
-                *self._layers[0].attention, cos.data_ptr(), sin.data_ptr(), addresses, batch.owners.tiles,
+                *self._layers[0].attention, cos, sin, addresses, batch.owners.tiles,
                 batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
             )  # fmt: skip
         wanted, change = hidden[batch.sample_rows], buffers[3][batch.sample_rows]
@@ -181,6 +205,7 @@ def fuse(
     if (
         kernels is not cpu
         or type(model).__name__ not in _MODELS
+        or not Angles.fit(model.model.rotary_emb)
         or not all(_fusable(layer) for layer in model.model.layers)
     ):
         log.info("%s keeps transformers' own layers: they do not fit the fused kernels", type(model).__name__)

@@ -104,11 +104,11 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: (s.missing > 1, s.request.priority, s.arrival)):
             if budget == 0:
                 break
-            if sequence not in self.running:
-                continue  # preempted for an earlier one in this very loop
+            if sequence in preempted:
+                continue  # for an earlier one in this very loop
             if self.whole_prompts and sequence.missing > budget:
                 continue
-            if not self._grow(sequence, preempted, {item.sequence for item in work}):
+            if not self._grow(sequence, preempted, work):
                 continue
             work.append(self._work(sequence, budget))
             budget -= work[-1].count
@@ -153,11 +153,12 @@ class Scheduler:
         self._tenants[key[0]] += work.count
         return work
 
-    def _grow(self, sequence: Sequence, preempted: list[Sequence], planned: set[Sequence]) -> bool:
+    def _grow(self, sequence: Sequence, preempted: list[Sequence], work: list[Work]) -> bool:
         """Get the blocks for all tokens of a running sequence; False if it was preempted itself."""
         need = self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
         if need <= 0:
             return True
+        planned = {item.sequence for item in work} if self.pool.available < need else set()
         while self.pool.available < need:
             victim = max(
                 (s for s in self.running if s not in planned), key=lambda s: (s.request.priority, s.arrival)

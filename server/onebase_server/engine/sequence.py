@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from onebase_adapters.layout import NO_LAYOUT, Layout
 from onebase_server.engine.grammar import Grammar
@@ -32,6 +33,8 @@ class Sequence:
     """What its output has to follow."""
     layout: Layout = NO_LAYOUT
     """The adapter's virtual tokens, which stand among `tokens`."""
+    prompt_tokens: int = 0
+    """Tokens before the output, virtual ones included."""
     own: Items[int] = ()
     """Ascending positions of the prompt's own tokens."""
     entered: int = -1
@@ -48,6 +51,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.prompt_tokens = len(self.tokens)
         self.own = range(len(self.tokens))
         owner = f"{self.request.tenant}\0{self.request.adapter or ''}"
         if self.request.sampling.prompt_logprobs is not None or self.request.task != "generate":
@@ -63,12 +67,8 @@ class Sequence:
         self.layout = layout
         if layout.tokens:
             self.tokens = layout.arrange(self.request.prompt, vocab)
+            self.prompt_tokens = len(self.tokens)
             self.own = [position for position, token in enumerate(self.tokens) if token < vocab]
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens before the output, virtual ones included."""
-        return len(self.request.prompt) + self.layout.tokens
 
     @property
     def generated(self) -> int:
@@ -79,7 +79,7 @@ class Sequence:
         """Tokens not yet computed."""
         return len(self.tokens) - self.computed
 
-    @property
+    @cached_property
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end it."""
         sampling = self.request.sampling

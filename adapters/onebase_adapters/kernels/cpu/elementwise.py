@@ -126,11 +126,20 @@ def _rope_row(
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def _rope_rows(
-    qkv: int, cos: int, sin: int, k_cache: int, v_cache: int, heads: int, kv_heads: int, dim: int, slots: np.ndarray
+    qkv: int,
+    cos: int,
+    sin: int,
+    k_cache: int,
+    v_cache: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    slots: np.ndarray,
+    positions: np.ndarray,
 ) -> None:
     width = (heads + 2 * kv_heads) * dim
     for t in prange(slots.shape[0]):
-        angle = 2 * t * dim
+        angle = 2 * positions[t] * dim
         _rope_row(qkv + 2 * t * width, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads, dim, slots[t])
 
 
@@ -154,13 +163,14 @@ def rope_attend(
     tables: np.ndarray,
 ) -> None:
     """Rotate queries and keys of qkv [T, (heads + 2 * kv_heads) * dim] in place, write keys and values to the
-    cache, then attend into out [T, heads * dim]; cos and sin [T, dim]. Addresses of bfloat16; see `attend`."""
+    cache, then attend into out [T, heads * dim]; cos and sin [positions, dim]. Addresses of bfloat16; see
+    `attend`."""
     width = (heads + 2 * kv_heads) * dim
     if slots.shape[0] > SERIAL_ROWS:
-        _rope_rows(qkv, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots)
+        _rope_rows(qkv, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions)
     else:
         for t in range(slots.shape[0]):
-            angle = 2 * t * dim
+            angle = 2 * positions[t] * dim
             _rope_row(
                 qkv + 2 * t * width, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads, dim, slots[t]
             )
