@@ -2,6 +2,7 @@
 
 import enum
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,9 @@ def serve(
     ] = None,
     jobs_at_once: Annotated[int, typer.Option(min=1, help="Fine-tuning jobs that train at once.")] = 1,
     job_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one; default: all cores.")] = None,
+    job_memory: Annotated[
+        float | None, typer.Option(min=0.5, help="Most memory of one, in GiB (Linux); default: what there is.")
+    ] = None,
     quantization: Annotated[
         Quantization, typer.Option(help="4-bit format of the base; none keeps bfloat16.")
     ] = Quantization.NF4,
@@ -83,6 +87,8 @@ def serve(
     grace: Annotated[float, typer.Option(min=0, help="Seconds to finish in when told to stop.")] = 30.0,
 ) -> None:
     """Serve one base model and its adapters, OpenAI-compatible."""
+    if job_memory is not None and sys.platform != "linux":
+        raise ConfigError("--job-memory is Linux's: nothing here would keep to it.", field="job_memory")
     engine = EngineConfig(
         base=BaseSpec(model, quantization.value, double_quant, device),
         max_model_len=max_model_len,
@@ -98,7 +104,9 @@ def serve(
         engine=engine,
         store=store if store is not None else data_home() / "store",
         base_name=served_name or _short_name(model),
-        jobs=JobSettings(model=model, device=device, at_once=jobs_at_once, threads=job_threads),
+        jobs=JobSettings(
+            model=model, device=device, at_once=jobs_at_once, threads=job_threads, memory_gib=job_memory
+        ),
         jobs_folder=jobs if jobs is not None else data_home() / "jobs",
         host=host,
         port=port,

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -18,7 +19,7 @@ from onebase_server.api.schemas.fine_tuning import METHODS, Hyperparameters
 from onebase_server.api.services import ApiSettings, Services
 from onebase_server.jobs.book import JobBook
 from onebase_server.jobs.records import JobSpec
-from onebase_server.jobs.runner import JobRunner, JobSettings
+from onebase_server.jobs.runner import JobRunner, JobSettings, _reason
 
 JOBS, FILES = "/v1/fine_tuning/jobs", "/v1/files"
 
@@ -83,7 +84,7 @@ def test_the_stock_client_trains_and_calls_the_result(
     assert engine.requests[-1].adapter == record.digest
     assert record.metrics == {"after": {"loss": 0.5}}
     given = json.loads((record.folder / "adapter_config.json").read_text())
-    assert given["limits"] == {"nice": 1, "threads": None}
+    assert given["limits"] == {"nice": 1, "threads": None, "memory": None}
     options = given["given"]
     assert options.pop("data").endswith(f"{file.id}.jsonl")
     assert options.pop("eval-data").endswith(f"{held_out.id}.csv")
@@ -272,8 +273,13 @@ async def test_a_result_waits_for_an_engine_that_is_away(
             "method.hyperparameters.output",
             "Unknown",
         ),
-        ({"hyperparameters": {"batch_size": 4}}, "batch_size", "counted in tokens"),
-        ({"hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate_multiplier", "set learning_rate"),
+        ({"hyperparameters": {"batch_size": 0}}, "hyperparameters.batch_size", "greater"),
+        ({"hyperparameters": {"batch_size": 4, "accumulate": 2}}, "accumulate", "send one of them"),
+        (
+            {"hyperparameters": {"learning_rate_multiplier": 0}},
+            "hyperparameters.learning_rate_multiplier",
+            "greater than 0",
+        ),
         ({"hyperparameters": {}, "method": {"type": "lora"}}, "hyperparameters", "once"),
         ({"epochs": 3}, "epochs", "Unknown field"),
     ],
@@ -318,7 +324,8 @@ async def test_the_real_trainer(tmp_path: Path, tiny_model: Callable[[str], Path
         good = book.add_file(io.BytesIO("".join(rows).encode()), "good.jsonl", "fine-tune")
         runner = JobRunner(book, JobSettings(str(tiny_model("llama")), device="cpu", threads=1), register)
         await runner.start()
-        options = {"rank": 2, "max_steps": 4, "eval_every": 2, "metric_examples": 0, "batch_tokens": 64}
+        options = {"rank": 2, "max_steps": 4, "eval_every": 2, "metric_examples": 0, "batch_size": 8}
+        options["learning_rate_multiplier"] = 0.5
         job = await runner.submit(JobSpec(good.id, "a", "lora", options=options))
         events = [event async for event in runner.follow(job.id)]
         await runner.stop()
@@ -327,6 +334,10 @@ async def test_the_real_trainer(tmp_path: Path, tiny_model: Callable[[str], Path
         assert found[0][1]["r"] == 2
         steps = [event.data["step"] for event in events if "train_loss" in event.data]
         assert steps == [1, 2, 3, 4]
+        from onebase_training.methods import find_method
+
+        peak = max(event.data.get("learning_rate", 0) for event in events)
+        assert peak == pytest.approx(0.5 * (find_method("lora").learning_rate or 0))
         assert [event.data["step"] for event in events if "valid_loss" in event.data] == [2, 4]
         assert list((book.root / "results").iterdir()) == []
 
@@ -426,3 +437,42 @@ async def test_a_server_without_jobs_says_so(
 ) -> None:
     async with in_process(Services.over(engine, codec, store, ApiSettings("tiny", admin_key="k")), key="k") as http:
         assert (await http.get(JOBS)).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory",
+        "error: Cannot load 'tiny': unable to mmap 9 bytes from file: Cannot allocate memory (12)",
+        "MemoryError",
+        "terminate called after throwing an instance of 'std::bad_alloc'",
+    ],
+)
+def test_what_a_job_is_told_that_needed_too_much_memory(last: str) -> None:
+    assert "more than the 1.5 GiB" in _reason(1, ["Traceback", last, "after it"], 1.5)
+    assert "smaller batch_tokens" in _reason(-6, [last], 1.5)
+    assert "GiB" not in _reason(1, [last], None)
+    assert _reason(1, ["error: It broke."], 1.5) == "It broke."
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+async def test_a_job_that_needs_too_much_memory(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    """The kernel's limit, in the real process: too little for the largest batch."""
+
+    async def register(name: str, _: Path) -> str:
+        return name
+
+    rows = [json.dumps({"prompt": f"{i} cat =", "completion": f" {i}" * 30}) + "\n" for i in range(600)]
+    with closing(JobBook(tmp_path / "jobs")) as book:
+        data = book.add_file(io.BytesIO("".join(rows).encode()), "a.jsonl", "fine-tune")
+        settings = JobSettings(str(tiny_model("llama")), device="cpu", threads=1, memory_gib=1.0)
+        runner = JobRunner(book, settings, register)
+        await runner.start()
+        options = {"rank": 2, "max_steps": 4, "metric_examples": 0, "batch_tokens": 1 << 20}
+        job = await runner.submit(JobSpec(data.id, "a", "lora", options=options))
+        [event async for event in runner.follow(job.id)]
+        await runner.stop()
+        ended = book.job(job.id)
+        assert ended.status == "failed"
+        # Told before training by its own estimate, or else by the kernel.
+        assert str(ended.error).startswith(("The largest batch needs", "Training needed more than the 1 GiB"))

@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from onebase_adapters.errors import ConfigError
 from onebase_training.attention import PACKED_ATTENTION
-from onebase_training.batches import Collator, pack, plan_batches
+from onebase_training.batches import Collator, pack, passes_of, plan_batches, plan_examples
 from onebase_training.data import NO_LOSS, Encoded, Example
 from onebase_training.methods.attached import Attached
 from onebase_training.model import Trained, trainable_state
@@ -89,6 +90,27 @@ def test_a_plan_has_each_example_once_an_epoch_in_an_order_of_its_own() -> None:
     assert all(sum(lengths[index] for index in batch) <= 16 for batch in plan)
     assert plan == plan_batches(lengths, budget=16, epochs=2.5, seed=1)
     assert plan != plan_batches(lengths, budget=16, epochs=2.5, seed=2)
+
+
+def test_a_plan_in_examples_has_so_many_in_each_step_across_epochs() -> None:
+    lengths = [1 + index % 7 for index in range(50)]
+    plan = plan_examples(lengths, 4, epochs=2.5, seed=1)
+    assert [len(batch) for batch in plan] == [4] * 31 + [1]
+    flat = [index for batch in plan for index in batch]
+    by_tokens = plan_batches(lengths, budget=16, epochs=2.5, seed=1)
+    assert flat == [index for batch in by_tokens for index in batch]
+
+
+def test_a_step_takes_the_fewest_equal_passes_that_fit() -> None:
+    lengths = [10, 30]
+    assert passes_of(lengths, 8, budget=160) == 1
+    assert passes_of(lengths, 8, budget=159) == 2
+    assert passes_of(lengths, 6, budget=60) == 2
+    assert passes_of(lengths, 7, budget=60) == 7
+    assert passes_of(lengths, 8, budget=1) == 8
+    assert passes_of(lengths, 8, budget=40, world=2) == 2
+    with pytest.raises(ConfigError, match="no multiple of the 3 processes"):
+        passes_of(lengths, 8, budget=40, world=3)
 
 
 @pytest.mark.parametrize("causal", [True, False])

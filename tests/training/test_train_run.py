@@ -88,6 +88,29 @@ def test_a_run_learns_and_writes_an_adapter_that_reads_back(method: str, config:
     assert [row["step"] for row in history if "loss" in row] == list(range(1, result.steps + 1))
 
 
+def test_steps_of_so_many_examples_and_a_multiple_of_the_methods_rate(config: TrainConfig) -> None:
+    """72 examples of some 10 tokens: 12 steps of 6, each in passes of at most 40 tokens on average, or in one."""
+
+    def steps(**changes: object) -> tuple[list[Step], dict[str, torch.Tensor]]:
+        events: list[Event] = []
+        once = replace(config, epochs=1, metric_examples=0, patience=0, overwrite=True, **changes)  # type: ignore[arg-type]
+        train(once, events.append)
+        return [event for event in events if isinstance(event, Step)], tensors(config)
+
+    split, learned = steps(batch_size=6, batch_tokens=40)
+    whole, same = steps(batch_size=6, batch_tokens=128)
+    assert len(split) == len(whole) == 12
+    for name, tensor in learned.items():
+        torch.testing.assert_close(tensor, same[name], rtol=0.1, atol=2e-3)
+    doubled, _ = steps(batch_size=6, batch_tokens=128, learning_rate_multiplier=2.0)
+    assert [step.learning_rate for step in doubled] == pytest.approx([2 * step.learning_rate for step in whole])
+    settings = read_adapter(config.output).sidecar["settings"]
+    assert settings["batch_size"] == 6
+    assert settings["learning_rate"] == pytest.approx(2 * max(step.learning_rate for step in whole), rel=0.1)
+    with pytest.raises(ConfigError, match="follows from it"):
+        replace(config, batch_size=4, accumulate=2)
+
+
 def test_the_adapter_is_for_this_base_and_no_other(config: TrainConfig, tiny_model: Callable[[str], Path]) -> None:
     from onebase_adapters.base import BaseSpec, load_base
     from onebase_adapters.errors import AdapterMismatchError

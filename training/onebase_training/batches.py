@@ -5,11 +5,12 @@ resumed run finds its place by counting.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from onebase_adapters.errors import ConfigError
 from onebase_adapters.layout import Layout
 from onebase_training.data import NO_LOSS, Encoded
 
@@ -22,12 +23,35 @@ def plan_batches(
     A batch holds at most `budget` tokens, or one example that is longer. `padded`: with all as long as its longest.
     """
     plan: list[list[int]] = []
-    for epoch in range(math.ceil(epochs)):
-        generator = torch.Generator().manual_seed((seed << 16) + epoch)
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-        order = order[: max(1, round(len(order) * min(1.0, epochs - epoch)))]
+    for order in _orders(len(lengths), epochs, seed):
         plan += pack(order, lengths, budget, padded=padded)
     return plan
+
+
+def plan_examples(lengths: Sequence[int], size: int, *, epochs: float, seed: int) -> list[list[int]]:
+    """The same with `size` examples in each batch, whatever their lengths; only the very last may have fewer."""
+    order = [index for part in _orders(len(lengths), epochs, seed) for index in part]
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def passes_of(lengths: Sequence[int], batch_size: int, *, budget: int, world: int = 1) -> int:
+    """In how many equal passes each of `world` processes takes its share of `batch_size` examples: the fewest whose
+    tokens are within `budget` on average, at most one for each example. Raises ConfigError."""
+    if batch_size % world:
+        raise ConfigError(
+            f"batch_size {batch_size} is no multiple of the {world} processes that share it.", field="batch_size"
+        )
+    share, mean = batch_size // world, sum(lengths) / len(lengths)
+    fitting = (passes for passes in range(1, share) if share % passes == 0 and share // passes * mean <= budget)
+    return next(fitting, share)
+
+
+def _orders(count: int, epochs: float, seed: int) -> Iterator[list[int]]:
+    """Each epoch's examples."""
+    for epoch in range(math.ceil(epochs)):
+        generator = torch.Generator().manual_seed((seed << 16) + epoch)
+        order = torch.randperm(count, generator=generator).tolist()
+        yield order[: max(1, round(len(order) * min(1.0, epochs - epoch)))]
 
 
 def pack(order: Sequence[int], lengths: Sequence[int], budget: int, *, padded: bool = False) -> list[list[int]]:

@@ -133,7 +133,11 @@ def train(
     time_limit: Annotated[float | None, typer.Option(help="Most seconds of training.")] = None,
     batch_tokens: options.BatchTokens = 1024,
     accumulate: Annotated[int, typer.Option(help="Forward passes in a step.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples in a step, instead of --accumulate passes of --batch-tokens.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak; default: the method's.")] = None,
+    learning_rate_multiplier: Annotated[float, typer.Option(help="Of the peak.")] = 1.0,
     schedule: Annotated[Schedule, typer.Option(help="From the peak downwards.")] = Schedule.COSINE,
     warmup: Annotated[float, typer.Option(help="Share of steps of rising learning rate.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
@@ -201,7 +205,9 @@ def train(
         time_limit=time_limit,
         batch_tokens=batch_tokens,
         accumulate=accumulate,
+        batch_size=batch_size,
         learning_rate=learning_rate,
+        learning_rate_multiplier=learning_rate_multiplier,
         schedule=schedule.value,
         warmup=warmup,
         weight_decay=weight_decay,

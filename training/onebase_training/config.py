@@ -1,5 +1,6 @@
 """What a training run is: one plain value, documented per field, that a file or a command line can write down."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -101,8 +102,13 @@ class TrainConfig:
     an encoder-decoder's are padded, which counts."""
     accumulate: int = 1
     """Forward passes in one optimiser step."""
+    batch_size: int | None = None
+    """Examples in one optimiser step, counted instead of tokens: in as many passes as keep each, on average, within
+    `batch_tokens`. None: what fits into `accumulate` passes of `batch_tokens`."""
     learning_rate: float | None = None
     """Peak. None: the method's default, whose source stands in its file."""
+    learning_rate_multiplier: float = 1.0
+    """Of the peak."""
     schedule: Schedule = "cosine"
     """From the peak towards zero; `constant` stays."""
     warmup: float = 0.05
@@ -155,7 +161,9 @@ class TrainConfig:
             "time_limit": self.time_limit is None or self.time_limit > 0,
             "batch_tokens": self.batch_tokens >= 1,
             "accumulate": self.accumulate >= 1,
+            "batch_size": self.batch_size is None or self.batch_size >= 1,
             "learning_rate": self.learning_rate is None or 0 < self.learning_rate < 10,
+            "learning_rate_multiplier": 0 < self.learning_rate_multiplier < math.inf,
             "warmup": 0 <= self.warmup < 1,
             "weight_decay": self.weight_decay >= 0,
             "clip": self.clip >= 0,
@@ -167,6 +175,11 @@ class TrainConfig:
         for name, holds in rules.items():
             if not holds:
                 raise ConfigError(f"{name} cannot be {getattr(self, name)!r}.", field=name)
+        if self.batch_size is not None and self.accumulate != 1:
+            raise ConfigError(
+                f"With a batch_size (now {self.batch_size}) accumulate follows from it: leave it out.",
+                field="accumulate",
+            )
         if self.prompt_init == "text" and not self.prompt_text:
             raise ConfigError("prompt_init = text needs a prompt_text.", field="prompt_text")
         if self.overwrite and self.resume:

@@ -67,10 +67,16 @@ def settle(
 
 
 def free_memory(device: torch.device) -> int:
-    """In bytes."""
+    """In bytes: what there is, or what this process may still have of it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)
+    if sys.platform != "linux":
+        return available
+    process = psutil.Process()
+    allowed, _ = process.rlimit(psutil.RLIMIT_DATA)
+    left = allowed - process.memory_info().data if allowed != psutil.RLIM_INFINITY else available
+    return max(0, min(available, int(left)))
 
 
 def peak_memory(device: torch.device) -> int:

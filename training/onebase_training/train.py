@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError, DataError
-from onebase_training.batches import plan_batches
+from onebase_training.batches import passes_of, plan_batches, plan_examples
 from onebase_training.checkpoints import best_checkpoint, history, last_checkpoint, restore
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded
@@ -59,7 +59,7 @@ def _train(
     config: TrainConfig, workspace: Workspace, progress: Progress, ranks: Ranks, before: Evaluation | None
 ) -> TrainResult:
     method = find_method(config.method)
-    config = config.resolved(learning_rate=method.learning_rate)
+    config = _with_peak(config.resolved(learning_rate=method.learning_rate))
     dataset, held_out = read_data(config)
     base = load_for_training(config, method, progress)
     limit = min(config.max_length, base.shape.context)
@@ -116,6 +116,14 @@ def _train(
     return result
 
 
+def _with_peak(config: TrainConfig) -> TrainConfig:
+    """With the learning rate as it will be. Raises ConfigError."""
+    if config.learning_rate is None:
+        return config
+    peak = config.learning_rate * config.learning_rate_multiplier
+    return replace(config, learning_rate=peak, learning_rate_multiplier=1.0)
+
+
 @dataclass(frozen=True)
 class _Fitted:
     """A model that has learned, and the held-out part as it sees it."""
@@ -142,13 +150,20 @@ def _fit(
 ) -> _Fitted:
     set_seed(config.seed)
     lengths = [len(example.input_ids) for example in examples]
-    plan = plan_batches(
-        lengths,
-        budget=config.batch_tokens,
-        epochs=config.epochs,
-        seed=config.seed,
-        padded=base.shape.encoder_decoder,
-    )
+    if config.batch_size is not None:
+        passes = passes_of(lengths, config.batch_size, budget=config.batch_tokens, world=ranks.world)
+        plan = plan_examples(
+            lengths, config.batch_size // (passes * ranks.world), epochs=config.epochs, seed=config.seed
+        )
+        config = replace(config, accumulate=passes, batch_size=None)
+    else:
+        plan = plan_batches(
+            lengths,
+            budget=config.batch_tokens,
+            epochs=config.epochs,
+            seed=config.seed,
+            padded=base.shape.encoder_decoder,
+        )
     steps = count_steps(plan, config, ranks)
     attached = attach(base, config, steps)
     start_from(attached, base, config)

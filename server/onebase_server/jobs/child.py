@@ -1,6 +1,6 @@
 """The training process: steps back behind the server, then becomes `onebase train`.
 
-    python -m onebase_server.jobs.child '{"nice": 19, "threads": 2}' --data ... --output ...
+    python -m onebase_server.jobs.child '{"nice": 19, "threads": 2, "memory": null}' --data ... --output ...
 
 It ends with the server, however that ends: a run that was cut short goes on from its last checkpoint.
 """
@@ -12,6 +12,8 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 _PR_SET_PDEATHSIG = 1
 
@@ -26,6 +28,9 @@ def main() -> None:
         # When memory runs out, better this one than the server. Asks for no privilege.
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("800")
+        if limits["memory"] is not None:
+            # Data, not address space: libraries and files that are only mapped take none of it.
+            psutil.Process().rlimit(psutil.RLIMIT_DATA, (limits["memory"], limits["memory"]))
     os.nice(limits["nice"])
     if limits["threads"] is not None:
         for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):

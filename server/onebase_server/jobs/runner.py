@@ -30,6 +30,8 @@ Register = Callable[[str, Path], Awaitable[str]]
 
 _CHILD = (sys.executable, "-m", "onebase_server.jobs.child")
 _KEPT_LINES = 40
+_OUT_OF_MEMORY = ("MemoryError", "allocate memory", "bad_alloc", "Out of memory", "out of memory")
+"""What Python, torch, the C library, C++ and LLVM say."""
 _PATIENCE = 5.0
 """Seconds until another try to register, while the engine is away."""
 _TRIES = 60
@@ -47,6 +49,8 @@ class JobSettings:
     """Of 19: they get what serving leaves."""
     threads: int | None = None
     """CPU threads of one; None: all cores."""
+    memory_gib: float | None = None
+    """Most memory of one, in GiB, that the kernel lets it have (Linux); None: what there is."""
     command: Sequence[str] = _CHILD
     """What is run, with the limits and `onebase train`'s arguments behind it."""
 
@@ -160,14 +164,19 @@ class JobRunner:
             if status < 0 and await self._last_step(job.id) > before:
                 await self._tell(job.id, f"The process was killed by signal {-status}; it goes on.", level="warn")
                 continue
-            why = _reason(status, lines)
+            why = _reason(status, lines, self._settings.memory_gib)
             await self._end(job.id, why, status="failed", level="error", error=why)
             return False
 
     async def _run(self, job: Job, output: Path) -> tuple[int, Sequence[str]]:
         """One life of the process: its exit status, and the last lines of its standard error output."""
         arguments = await asyncio.to_thread(self._arguments, job, output)
-        limits = {"nice": self._settings.nice, "threads": self._settings.threads}
+        memory = self._settings.memory_gib
+        limits = {
+            "nice": self._settings.nice,
+            "threads": self._settings.threads,
+            "memory": None if memory is None else int(memory * 2**30),
+        }
         child = await asyncio.create_subprocess_exec(
             *self._settings.command,
             json.dumps(limits),
@@ -293,8 +302,13 @@ async def _keep_lines(stream: asyncio.StreamReader | None, lines: deque[str]) ->
         lines.append(line.decode(errors="replace").rstrip())
 
 
-def _reason(status: int, lines: Sequence[str]) -> str:
+def _reason(status: int, lines: Sequence[str], memory_gib: float | None) -> str:
     """What to tell of a process that failed: its own error, or else how it ended."""
+    if memory_gib is not None and any(word in line for line in lines for word in _OUT_OF_MEMORY):
+        return (
+            f"Training needed more than the {memory_gib:g} GiB of memory that a job may have here. Set a smaller "
+            "batch_tokens (or batch_size) or max_length; or have the server started with a larger --job-memory."
+        )
     for line in reversed(lines):
         if line.startswith("error: "):
             return line.removeprefix("error: ")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from onebase_server.api.errors import InvalidRequestError
 from onebase_server.api.schemas.base import Body, Refused
@@ -15,18 +15,30 @@ METHODS = (
 """What `method.type` may be beside `supervised`, which is the first of them."""
 
 _Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_left_out = BeforeValidator(lambda value: None if value == "auto" else value)
+_AutoCount = Annotated[
+    _Count | None,
+    _left_out,
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["auto", None]}]}),
+]
+_AutoNumber = Annotated[
+    Annotated[float, Field(gt=0, le=1000)] | None,
+    _left_out,
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1000}, {"enum": ["auto", None]}]}
+    ),
+]
 _Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
 class Hyperparameters(Body):
     """Settings of `onebase train`, by the names of its command line; left out, they are its defaults."""
 
-    refused: ClassVar[Mapping[str, Refused]] = {
-        "batch_size": Refused("a batch is counted in tokens here; set batch_tokens and accumulate", "auto"),
-        "learning_rate_multiplier": Refused("set learning_rate itself", "auto"),
-    }
-
-    n_epochs: Annotated[float, Field(gt=0, le=1000)] | Literal["auto"] | None = None
+    n_epochs: _AutoNumber = None
+    batch_size: _AutoCount = None
+    """Examples in a step; left out, a step is counted in tokens: `accumulate` times `batch_tokens`."""
+    learning_rate_multiplier: _AutoNumber = None
+    """Of `learning_rate`, or of the method's own."""
     learning_rate: float | None = Field(None, gt=0, lt=10)
     format: _Text | None = None
     max_length: _Count | None = None
@@ -68,8 +80,13 @@ class Hyperparameters(Body):
     def options(self) -> dict[str, Any]:
         """As `onebase train` takes them."""
         given = self.model_dump(exclude_none=True)
-        epochs = given.pop("n_epochs", "auto")
-        return given if epochs == "auto" else {**given, "epochs": epochs}
+        return {"epochs" if name == "n_epochs" else name: value for name, value in given.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size is not None and self.accumulate is not None:
+            raise InvalidRequestError("accumulate follows from batch_size: send one of them.", field="accumulate")
+        return self
 
 
 class Supervised(Body):
