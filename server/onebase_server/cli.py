@@ -98,6 +98,8 @@ def serve(
         max_waiting=max_waiting,
         max_adapters=max_adapters,
         reuse_prefixes=prefix_cache,
+        log_level=log_level.value,
+        log_format="json" if log_json else "text",
         threads=threads,
     )
     config = ServerConfig(
@@ -113,8 +115,6 @@ def serve(
         adapter_root=_existing(adapter_root),
         admin_key=admin_key or None,
         api_keys=tuple(key for key in api_key or () if key),
-        log_level=log_level.value,
-        log_format="json" if log_json else "text",
         grace=grace,
         otlp_endpoint=otlp_endpoint,
     )

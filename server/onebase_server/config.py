@@ -5,7 +5,6 @@ from pathlib import Path
 
 from onebase_server.engine.config import EngineConfig
 from onebase_server.jobs.runner import JobSettings
-from onebase_server.logs import LogFormat
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,5 @@ class ServerConfig:
     """Any of them is needed for inference; without any, inference is open."""
     otlp_endpoint: str | None = None
     """URL of a collector that takes OpenTelemetry's traces over HTTP; None: none are made."""
-    log_level: str = "warning"
-    """`info` has a line for each request."""
-    log_format: LogFormat = "text"
     grace: float = 30.0
     """Seconds that requests in flight get to finish when the server is told to stop."""

@@ -1,10 +1,13 @@
-"""Logging of the API process: text or JSON lines, each with the id of the request that it belongs to.
+"""Logging of the API process and of the engine's: text or JSON lines, each with the ids of the requests that it
+belongs to.
 
-What is noted about a request while it runs comes out with the one line that ends it.
+What is noted about a request while it runs comes out with the one line that ends it. The engine knows a request by
+the `id` of that line, with the number of the sequence behind it.
 """
 
 import logging
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -31,10 +34,17 @@ def note(**fields: Any) -> None:
                 current[name] = round(value, 6) if isinstance(value, float) else value
 
 
-def configure_logging(level: str, form: LogFormat) -> None:
-    """Set up the root logger, on the standard error output. `level` is a name as logging has it, in any case."""
+def fields(**values: Any) -> dict[str, dict[str, Any]]:
+    """For logging's `extra`: what a line has of its own."""
+    return {"fields": values}
+
+
+def configure_logging(level: str, form: LogFormat, *, process: str | None = None) -> None:
+    """Set up the root logger, on the standard error output. `level` is a name as logging has it, in any case;
+    `process` stands in each line."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonLines() if form == "json" else _Text())
+    own = {} if process is None else {"process": process}
+    handler.setFormatter(_JsonLines(own) if form == "json" else _Text(own))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # They tell of each request that they make or serve; our own line does.
     for noisy in ("httpx", "uvicorn", "asyncio"):
@@ -42,12 +52,17 @@ def configure_logging(level: str, form: LogFormat) -> None:
 
 
 class _JsonLines(logging.Formatter):
+    def __init__(self, own: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._own = own
+
     def format(self, record: logging.LogRecord) -> str:
         document = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **self._own,
             **(_request.get() or {}),
             **getattr(record, "fields", {}),
         }
@@ -57,12 +72,13 @@ class _JsonLines(logging.Formatter):
 
 
 class _Text(logging.Formatter):
-    def __init__(self) -> None:
+    def __init__(self, own: Mapping[str, Any]) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self._own = own
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        fields = {**(_request.get() or {}), **getattr(record, "fields", {})}
+        fields = {**self._own, **(_request.get() or {}), **getattr(record, "fields", {})}
         if not fields:
             return line
         head, newline, rest = line.partition("\n")

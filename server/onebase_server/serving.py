@@ -35,7 +35,7 @@ _SLOW_CLIENT_SECONDS = 5
 
 def run(config: ServerConfig) -> int:
     """Serve until told to stop; returns the exit status. Raises ConfigError, BaseModelError or StorageError."""
-    configure_logging(config.log_level, config.log_format)
+    configure_logging(config.engine.log_level, config.engine.log_format)
     tracing = _tracing(config)
     # Before the model is loaded: a port in use should not cost the wait.
     with (
@@ -87,7 +87,8 @@ def claim_port(host: str, port: int) -> socket.socket:
 
 
 async def _serve(config: ServerConfig, listener: socket.socket, tracing: "Tracing | None") -> int:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    # Where logs are JSON, nothing else is on the standard error output.
+    console = Console(stderr=config.engine.log_format == "text", highlight=False, soft_wrap=True)
     engine = ProcessEngine(config.engine)
     with (
         _Signals() as signals,

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import openai
 import pytest
 
 from serve.conftest import KEY, Served
+from support.methods import CONFIGS, save_method
 from support.models import save_lora
 from support.servers import ServeProcess, gone
 
@@ -225,3 +227,43 @@ def test_no_such_model_is_said_in_one_line(tmp_path: Path) -> None:
     assert process.end() == 1
     (line,) = process.lines
     assert "No base model 'no-such-model'" in line
+
+
+def test_both_processes_log_json_and_name_their_requests(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = tmp_path / "adapters"
+    process = ServeProcess(
+        "--model", tiny_model("llama"), "--served-name", "tiny", "--port", str(port), "--adapter-root", root.parent,
+        "--admin-key", KEY, "--cache-gib", "0.01", "--device", "cpu", "--log-json", "--log-level", "info",
+        home=tmp_path / "home",
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{url}/health").status_code == 200
+        return False
+
+    try:
+        process.wait_for(ready)
+        for seed in (1, 2):
+            save_method(root / str(seed), tiny_model("llama"), CONFIGS["prompt-tuning"](), seed=seed)
+            body = {"name": f"soft-{seed}", "path": f"adapters/{seed}"}
+            assert httpx.post(f"{url}/v1/adapters", json=body, headers=ADMIN).status_code == 201
+        body = {"prompt": "Hello", "adapters": [{"name": "soft-1"}, {"name": "soft-2"}]}
+        reply = httpx.post(f"{url}/v1/completions", json=body, headers={"x-request-id": "mine"})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "adapters")
+        process.signal(signal.SIGTERM)
+        assert process.end() == 0
+    finally:
+        process.kill()
+    lines = [json.loads(line) for line in process.lines]
+    (api,) = [line for line in lines if line.get("request_id") == "mine"]
+    (engine,) = [line for line in lines if line.get("process") == "engine" and "requests" in line]
+    assert engine["requests"] == [f"{api['id']}-0"]
+    assert (engine["error"], api["error"], api["status"]) == ("composition", "composition", 400)
+    assert engine["message"].startswith("a request failed: soft-1 and soft-2 do not compose")
+    for line in lines:
+        assert {"time", "level", "logger", "message"} <= line.keys()

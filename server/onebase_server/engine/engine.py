@@ -36,6 +36,7 @@ from onebase_server.engine.residency import Residency
 from onebase_server.engine.sampling import Choice, sample
 from onebase_server.engine.scheduler import Plan, Scheduler, Work
 from onebase_server.engine.sequence import Sequence
+from onebase_server.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class Engine:
         """Accept a request; or refuse it at once, with its only Output."""
         refusal = self._refusal(request)
         if refusal is not None:
-            return Output(request.id, finish_reason="error", error=refusal[1], error_kind=refusal[0])
+            return _failure(request.id, *refusal)
         self._arrivals += 1
         sequence = Sequence(request, self._arrivals, self._eos)
         if request.sampling.grammar is not None:
@@ -253,7 +254,7 @@ class Engine:
                 del self._sequences[sequence.request.id]
                 whose = "composition" if sequence.request.parts else "adapter"
                 kind = "grammar" if isinstance(error, GrammarError) else whose
-                outputs.append(_failure(sequence, kind, error.message))
+                outputs.append(_failure(sequence.request.id, kind, error.message))
                 continue
             if resident is None:
                 self._aside.append(sequence)
@@ -263,7 +264,7 @@ class Engine:
             self.scheduler.add(sequence)
             if refusal is not None:  # only now, with the adapter's virtual tokens
                 self._end(sequence)
-                outputs.append(_failure(sequence, *refusal))
+                outputs.append(_failure(sequence.request.id, *refusal))
         self.residency.drop_read({sequence.request.adapter or "" for sequence in self._aside})
         return outputs
 
@@ -281,8 +282,10 @@ class Engine:
         if choice.token < 0:
             self._end(sequence)
             if sequence.grammar is not None and (why := sequence.grammar.error) is not None:
-                return _failure(sequence, "grammar", f"The grammar failed: {why}")
-            return _failure(sequence, "adapter", "The logits are not finite: the adapter's numbers overflow.")
+                return _failure(sequence.request.id, "grammar", f"The grammar failed: {why}")
+            return _failure(
+                sequence.request.id, "adapter", "The logits are not finite: the adapter's numbers overflow."
+            )
         reason = sequence.append(choice.token)
         if reason is not None:
             self._end(sequence)
@@ -322,7 +325,8 @@ class Engine:
     def _fail(self, plan: Plan, error: Exception) -> list[Output]:
         """A forward pass failed. Out of memory costs the largest piece of work its request; the others' pieces
         are simply due again. Any other failure ends all that took part, since nobody knows whose fault it was."""
-        log.exception("the forward pass failed")
+        requests = [work.sequence.request.id for work in plan.work]
+        log.exception("the forward pass failed", extra=fields(requests=requests))
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if out_of_memory:
             failed = [max(plan.work, key=lambda work: work.count).sequence]
@@ -332,7 +336,7 @@ class Engine:
             kind, why = "internal", f"The model failed: {error}"
         for sequence in failed:
             self._end(sequence)
-        return [_failure(sequence, kind, why) for sequence in failed]
+        return [_failure(sequence.request.id, kind, why) for sequence in failed]
 
     def _end(self, sequence: Sequence) -> None:
         """Free all that a sequence holds."""
@@ -347,8 +351,9 @@ class Engine:
             self.residency.release(sequence.request.adapter)
 
 
-def _failure(sequence: Sequence, kind: str, why: str) -> Output:
-    return Output(sequence.request.id, finish_reason="error", error=why, error_kind=kind)
+def _failure(request_id: str, kind: str, why: str) -> Output:
+    log.info("a request failed: %s", why, extra=fields(requests=[request_id], error=kind))
+    return Output(request_id, finish_reason="error", error=why, error_kind=kind)
 
 
 def _eos_tokens(model: torch.nn.Module, tokenizer_eos: int | None) -> Items[int]:

@@ -15,6 +15,7 @@ from onebase_adapters.model.slots import AdapterSlots
 from onebase_adapters.primitives import Head, LoweredAdapter, Template
 from onebase_server.engine.messages import AdapterInfo, HeadInfo, TemplateInfo
 from onebase_server.engine.request import Part
+from onebase_server.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -147,11 +148,13 @@ class Residency:
                 return False
             self._model.remove(self._resident.pop(idle).slot)
             self.evictions += 1
+            log.debug("an adapter has left for another", extra=fields(adapter=idle))
         return True
 
     def _place(self, adapter: LoweredAdapter) -> _Resident:
         resident = self._resident[adapter.digest] = _Resident(self._model.put(adapter), adapter.layout)
         self.loads += 1
+        log.debug("an adapter is resident", extra=fields(adapter=adapter.digest, slot=resident.slot))
         return resident
 
     def close(self) -> None:

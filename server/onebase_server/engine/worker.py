@@ -40,6 +40,9 @@ from onebase_server.engine.messages import (
 )
 from onebase_server.engine.request import Output
 from onebase_server.engine.wire import frame, read_frame
+from onebase_server.logs import configure_logging
+
+log = logging.getLogger(__name__)
 
 
 class _Signal(enum.Enum):
@@ -133,7 +136,7 @@ class Worker:
             self._engine.residency.forget(command.digest)
             self.send(CommandFailed(command.id, type(error).__name__, error.message, error.field))
         except Exception as error:  # a reader's bug must not end the engine, nor leave the caller waiting
-            logging.exception("reading adapter %s failed", command.digest)
+            log.exception("reading adapter %s failed", command.digest)
             self._engine.residency.forget(command.digest)
             self.send(CommandFailed(command.id, "AdapterFormatError", f"Cannot be read: {error!r}", "path"))
         else:
@@ -155,9 +158,12 @@ def _read(connection: socket.socket, inbox: _Inbox, ready: threading.Event) -> N
     inbox.put(_Signal.HANGUP)
 
 
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Read the configuration from the socket, load the engine, serve."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s engine %(levelname)s %(name)s: %(message)s")
     # Ctrl-C reaches the whole process group; the API process decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -166,6 +172,7 @@ def main() -> None:
     if first is None:
         return
     config = msgspec.json.decode(first, type=EngineConfig)
+    configure_logging(config.log_level, config.log_format, process="engine")
     inbox: _Inbox = queue.SimpleQueue()
     ready = threading.Event()
     threading.Thread(target=_read, args=(connection, inbox, ready), name="command-reader", daemon=True).start()
@@ -173,7 +180,7 @@ def main() -> None:
         engine = Engine(
             config,
             wake=lambda: inbox.put(_Signal.WAKE),
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
+            progress=log.info if config.log_format == "json" else _tell,
         )
     except OneBaseError as error:
         connection.sendall(frame(encode(StartFailed(error.message))))
