@@ -39,9 +39,9 @@ def entry(method: str, right: int, size: int, of: int = 60, base: int = 20) -> E
         ([entry("big", 58, 900), entry("small", 30, 10)], "big", "beyond chance"),
         ([entry("big", 58, 900), entry("small", 57, 10)], "small", "not beyond chance"),
         ([entry("big", 57, 900), entry("small", 58, 10)], "small", "the best"),
-        ([entry("one", 30, 10)], "one", "gains +0.167"),
+        ([entry("one", 30, 10)], "one", "no other to choose; its file is 0.00 MiB. It gains +0.167"),
         ([entry("one", 21, 10)], "one", "not better than the base"),
-        ([replace(entry("a", 58, 9), cost=ServingCost(None, 0, "no")), entry("b", 9, 9)], "b", "the best"),
+        ([replace(entry("a", 58, 9), cost=ServingCost(None, 0, "no")), entry("b", 9, 9)], "b", "no other"),
     ],
 )
 def test_the_smallest_of_those_within_chance_of_the_best(entries: Sequence[Entry], chosen: str, why: str) -> None:

@@ -108,7 +108,9 @@ def choose(entries: Sequence[Entry]) -> Choice:
     equal = [entry for entry in served if entry is best or not _surely_better(best, entry)]
     chosen = min(equal, key=lambda entry: entry.file_bytes)
     size = f"{chosen.file_bytes / 2**20:.2f} MiB"
-    if len(equal) == 1:
+    if len(served) == 1:
+        reason = f"There is no other to choose; its file is {size}."
+    elif len(equal) == 1:
         reason = f"It is the best beyond chance, with a file of {size}."
     elif chosen is best:
         reason = f"It is the best, and of all within chance its file is the smallest: {size}."
