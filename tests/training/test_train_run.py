@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,29 +197,32 @@ def test_a_stopped_run_goes_on_to_the_same_result(config: TrainConfig) -> None:
         train(replace(other, resume=True))
 
 
-def test_a_killed_run_goes_on_to_the_same_result(config: TrainConfig) -> None:
-    train(config)
-    expected = tensors(config)
-    other = replace(config, output=config.output.with_name("other"))
-    arguments = ["train", "--data", str(other.data), "--output", str(other.output), "--model", other.model]
-    arguments += ["--rank", "4", "--batch-tokens", "128", "--epochs", "4", "--eval-every", "10", "--device", "cpu"]
-    arguments += ["--metric-examples", "4"]
-    code = "from onebase_adapters.cli import main; main()"
+def test_ctrl_c_tells_what_is_saved_and_how_to_go_on(config: TrainConfig, tmp_path: Path) -> None:
+    script = tmp_path / "onebase"
+    script.write_text("from onebase_adapters.cli import main\nmain()\n")
+    output = str(config.output)
+    options = ["train", "--data", str(config.data), "--output", output, "--model", config.model, "--device", "cpu"]
+    options += ["--rank", "4", "--batch-tokens", "128", "--epochs", "4", "--eval-every", "10", "--metric-examples"]
     run = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        stderr=subprocess.DEVNULL,
+        [sys.executable, script, *options, "4", "--overwrite"],
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
     )
-    checkpoint = other.output.parent / ".other.training" / "checkpoint-10"
+    checkpoint = config.output.parent / ".animals.training" / "checkpoint-10"
     give_up = time.monotonic() + 60
     while not checkpoint.exists() and run.poll() is None and time.monotonic() < give_up:
         time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert not other.output.exists()
-    train(replace(other, resume=True))
-    assert all(torch.equal(value, expected[name]) for name, value in tensors(other).items())
-    assert left_behind(other) == ["animals", "other"]
+    run.send_signal(signal.SIGINT)
+    told = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, told
+    assert "Traceback" not in told
+    step = re.search(r"Step (\d+) is saved", told)
+    assert step is not None
+    assert told.splitlines()[-1].split() == ["onebase", *options, "4", "--resume"]
+    steps: list[int] = []
+    train(replace(config, resume=True), lambda event: steps.append(event.step) if isinstance(event, Step) else None)
+    assert steps[0] == int(step[1]) + 1
 
 
 def test_an_existing_output_is_kept_unless_told_otherwise(config: TrainConfig) -> None:

@@ -61,8 +61,12 @@ def keep_only(work: Path, names: set[str]) -> None:
 
 def last_checkpoint(work: Path) -> Path | None:
     """The newest one."""
-    found = {int(path.name.rpartition("-")[2]): path for path in work.glob("checkpoint-*")}
-    return found[max(found)] if found else None
+    return max(work.glob("checkpoint-*"), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps done when it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def best_checkpoint(checkpoint: Path) -> Path:

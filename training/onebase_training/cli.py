@@ -1,7 +1,9 @@
 """`onebase train`: the command line, resolved to one TrainConfig. What is heavy is imported once it is needed."""
 
 import enum
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -225,7 +227,7 @@ def train(
         overwrite=overwrite,
         resume=resume,
     )
-    from onebase_training.checkpoints import last_checkpoint
+    from onebase_training.checkpoints import last_checkpoint, step_of
     from onebase_training.distributed import this_process
     from onebase_training.tensorboard import also_tensorboard
     from onebase_training.terminal import json_lines, show, watched
@@ -240,11 +242,19 @@ def train(
         with shown as progress, also_tensorboard(progress, tensorboard) as both:
             result = run(config, both)
     except KeyboardInterrupt:
-        if last_checkpoint(Workspace.of(config).folder):
-            typer.echo("Stopped. The same command with --resume goes on from the last checkpoint.", err=True)
+        saved = last_checkpoint(Workspace.of(config).folder)
+        typer.echo(_stopped(saved, step_of(saved) if saved else 0, sys.argv), err=True)
         raise
     if not json_events:
         show(result)
+
+
+def _stopped(saved: Path | None, step: int, command: Sequence[str]) -> str:
+    """What is left of an interrupted run, and the command that goes on with it."""
+    if saved is None:
+        return "Stopped before the first checkpoint: nothing is kept."
+    again = [Path(command[0]).name, *(word for word in command[1:] if word not in ("--overwrite", "--resume"))]
+    return f"Stopped. Step {step} is saved, in {saved}. This goes on from it:\n  {shlex.join([*again, '--resume'])}"
 
 
 def _names(text: str) -> tuple[str, ...]:
