@@ -13,7 +13,7 @@ from transformers import set_seed
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError, DataError
 from onebase_training.batches import passes_of, plan_batches, plan_examples
-from onebase_training.checkpoints import best_checkpoint, history, last_checkpoint, restore
+from onebase_training.checkpoints import best_checkpoint, history, last_checkpoint, restore, step_of
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded
 from onebase_training.data.check import check
@@ -188,10 +188,11 @@ def _fit(
         ranks=ranks,
     )
     checkpoint = last_checkpoint(workspace.folder) if config.resume else None
+    done = step_of(checkpoint) if checkpoint else 0
     over = early_stop(history(workspace.folder), config.patience) if checkpoint else None
-    if checkpoint and over:  # killed after its last step
+    if checkpoint and (over or done >= steps):  # killed after its last step
         restore(model, best_checkpoint(checkpoint))
-        return _Fitted(model, held_out, parameters, int(checkpoint.name.rpartition("-")[2]), 0.0, 0.0, over)
+        return _Fitted(model, held_out, parameters, done, 0.0, 0.0, over or "done")
     loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     watch = loop.watch
     return _Fitted(model, held_out, parameters, loop.state.global_step, watch.speed, watch.busy, watch.stopped)
