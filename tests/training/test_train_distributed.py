@@ -35,7 +35,7 @@ def run(launcher: list[str], output: Path, options: list[str], **environment: st
     paths = ":".join(sys.path)
     done = subprocess.run(
         command,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=240,
@@ -53,11 +53,11 @@ SPREAD = pytest.param(
 )
 
 
-@pytest.mark.parametrize("stages", ["none", SPREAD])
+@pytest.mark.parametrize("stages", ["none,fsdp", SPREAD])
 def test_two_processes_train_the_adapter_that_one_trains(stages: str, tmp_path: Path, options: list[str]) -> None:
     alone = run([], tmp_path / "alone", [*options, "--accumulate", "2"])
     for stage in stages.split(","):
-        extra = [] if stage == "none" else ["--deepspeed", stage]
+        extra = {"none": [], "fsdp": ["--fsdp"]}.get(stage, ["--deepspeed", stage])
         together = run(TORCHRUN, tmp_path / stage, [*options, *extra], DS_ACCELERATOR="cpu")
         assert together.keys() == alone.keys()
         for name, value in together.items():

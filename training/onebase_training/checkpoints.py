@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.paths import disk_errors
+from onebase_training import fsdp
 from onebase_training.distributed import Ranks, barrier, gathered
 from onebase_training.model import Trained, trainable_state
 
@@ -39,7 +40,7 @@ def staged_checkpoint(target: Path, ranks: Ranks) -> Iterator[Path]:
 
 def save_trained(model: Trained, folder: Path, ranks: Ranks) -> None:
     """Write the trained parameters into `folder`."""
-    with gathered(trainable_state(model).values()):
+    with gathered(model), fsdp.whole(model):
         if ranks.first:
             save_file({name: value.contiguous() for name, value in _state(model).items()}, folder / _TRAINED_FILE)
 
@@ -47,9 +48,9 @@ def save_trained(model: Trained, folder: Path, ranks: Ranks) -> None:
 def restore(model: Trained, checkpoint: Path) -> None:
     """Copy a checkpoint's parameters into `model`."""
     stored = load_file(checkpoint / _TRAINED_FILE)
-    with torch.no_grad(), gathered(trainable_state(model).values(), written=True):
+    with torch.no_grad(), gathered(model, written=True):
         for name, value in _state(model).items():
-            value.copy_(stored[name])
+            fsdp.put(value, stored[name])
 
 
 def keep_only(work: Path, names: set[str]) -> None:

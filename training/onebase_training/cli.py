@@ -159,7 +159,10 @@ def train(
     deepspeed: Annotated[
         DeepSpeed, typer.Option(help="Under torchrun: spread optimiser, gradients (zero2) and weights (zero3).")
     ] = DeepSpeed.NONE,
-    offload: Annotated[bool, typer.Option("--offload", help="With it: use the host's memory, too.")] = False,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Under torchrun: the same as zero3, by torch itself.")
+    ] = False,
+    offload: Annotated[bool, typer.Option("--offload", help="With either: use the host's memory, too.")] = False,
     tensorboard: Annotated[Path | None, typer.Option(help="Write curves for tensorboard into this folder.")] = None,
     json_events: Annotated[
         bool, typer.Option("--json", help="Tell of progress in lines of JSON on standard output.")
@@ -223,6 +226,7 @@ def train(
         dequantize=dequantize.value,
         checkpointing=checkpointing.value,
         deepspeed=deepspeed.value,
+        fsdp=fsdp,
         offload=offload,
         overwrite=overwrite,
         resume=resume,

@@ -137,8 +137,11 @@ class TrainConfig:
     deepspeed: Literal["none", "zero2", "zero3"] = "none"
     """Spread optimiser and gradients (zero2), and weights too (zero3), over the processes that torchrun starts
     (ZeRO, Rajbhandari et al. 2020)."""
+    fsdp: bool = False
+    """Spread weights, optimiser and gradients over the processes that torchrun starts by torch itself (FSDP2). The
+    same in what it saves as zero3, without another library."""
     offload: bool = False
-    """With DeepSpeed: keep on the host what does not fit on the device."""
+    """With DeepSpeed or fsdp: keep on the host what does not fit on the device."""
     overwrite: bool = False
     """Replace an existing output, and drop an unfinished run's checkpoints."""
     resume: bool = False
@@ -182,6 +185,8 @@ class TrainConfig:
             )
         if self.prompt_init == "text" and not self.prompt_text:
             raise ConfigError("prompt_init = text needs a prompt_text.", field="prompt_text")
+        if self.fsdp and self.deepspeed != "none":
+            raise ConfigError("fsdp and deepspeed both spread the model: choose one.", field="fsdp")
         if self.overwrite and self.resume:
             raise ConfigError("overwrite starts again, resume goes on: choose one.", field="resume")
 
@@ -190,6 +195,11 @@ class TrainConfig:
         left_out = ("output", "overwrite", "resume", "device")
         values = asdict(self) | {"data": self.files}
         return {key: _json(value) for key, value in values.items() if key not in left_out}
+
+    @property
+    def spread(self) -> bool:
+        """Whether a library spreads the run's state over processes."""
+        return self.fsdp or self.deepspeed != "none"
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -6,12 +6,13 @@ only runs if all run it. The first one alone writes to the disk and tells of pro
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from onebase_adapters.errors import ConfigError
 
@@ -36,6 +37,12 @@ def this_process() -> Ranks:
     return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
+def take_own_gpu() -> None:
+    """Let `cuda` mean another GPU in each of a machine's processes."""
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -43,10 +50,10 @@ def barrier() -> None:
 
 
 @contextmanager
-def gathered(parameters: Iterable[torch.Tensor], *, written: bool = False) -> Iterator[None]:
-    """Within it, parameters that ZeRO-3 has spread are whole everywhere. All processes must enter. `written`: what
-    the first process writes into them reaches all."""
-    spread = [value for value in parameters if hasattr(value, "ds_id")]
+def gathered(model: nn.Module, *, written: bool = False) -> Iterator[None]:
+    """Within it, trained parameters that ZeRO-3 has spread are whole everywhere. All processes must enter.
+    `written`: what the first process writes into them reaches all."""
+    spread = [value for value in model.parameters() if value.requires_grad and hasattr(value, "ds_id")]
     if not spread:
         yield
         return

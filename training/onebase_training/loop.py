@@ -22,8 +22,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from onebase_adapters.errors import ConfigError
+from onebase_training import fsdp
 from onebase_training.checkpoints import STATE_FILE, keep_only, restore, save_trained, staged_checkpoint
 from onebase_training.config import TrainConfig
 from onebase_training.data import Encoded
@@ -67,6 +69,10 @@ class Loop(Trainer):  # type: ignore[misc]
             callbacks=[self.watch, _AfterStep(model)],
         )
         self.loss_is_scaled_for_ga = True
+        self._sharded = config.fsdp
+        if config.fsdp:
+            fsdp.shard(model, world=ranks.world, offload=config.offload)
+            self.is_distributed_loading_by_transformers = True  # so that it is not wrapped once more
         for needless in (PrinterCallback, ProgressCallback):
             self.remove_callback(needless)
 
@@ -93,6 +99,7 @@ class Loop(Trainer):  # type: ignore[misc]
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Called by the Trainer at its evaluation steps."""
         loss = held_out_loss(self.model, self.eval_dataset)
+        fsdp.reshard(self.model)
         metrics = {"eval_loss": loss}
         self.log(metrics)
         best = self.state.best_metric is None or loss < self.state.best_metric
@@ -118,6 +125,21 @@ class Loop(Trainer):  # type: ignore[misc]
                 self.state.save_to_json(str(scratch / STATE_FILE))
         if self._ranks.first:
             keep_only(work, {name, Path(self.state.best_model_checkpoint or name).name})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        fsdp.save_optimizer(self.model, self.optimizer, Path(output_dir) / OPTIMIZER_NAME, first=self._ranks.first)
+        if self._ranks.first:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self._sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        fsdp.load_optimizer(self.model, self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self.model, Path(resume_from_checkpoint))
@@ -179,7 +201,7 @@ def training_arguments(config: TrainConfig, work: Path, steps: int, device: torc
 def _optimizer(config: TrainConfig, device: torch.device) -> str:
     """On GPUs with a 4-bit base, one whose moments may move to the host (QLoRA, section 3: paged optimisers)."""
     paged = device.type == "cuda" and find_method(config.method).quantization != "none"
-    return "paged_adamw_32bit" if paged and config.deepspeed == "none" else "adamw_torch_fused"
+    return "paged_adamw_32bit" if paged and not config.spread else "adamw_torch_fused"
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]

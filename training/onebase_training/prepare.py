@@ -57,10 +57,10 @@ def load_for_training(config: TrainConfig, method: Method, progress: Progress) -
     if base.device.type == "cpu" and not base.shape.encoder_decoder:
         base.model.set_attn_implementation(PACKED_ATTENTION)
     extra = dequantized_bytes(base.model)
-    expanded = method.expanded or config.deepspeed == "zero3"
+    expanded = method.expanded or config.fsdp or config.deepspeed == "zero3"
     if expanded and extra and config.dequantize == "never":
         raise ConfigError(
-            f"{config.method} (deepspeed: {config.deepspeed}) needs the base's weights expanded.",
+            f"{config.method} needs the base's weights expanded here.",
             field="dequantize",
         )
     roomy = config.dequantize == "auto" and extra * 4 <= free_memory(base.device)

@@ -12,12 +12,13 @@ from transformers import set_seed
 
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError, DataError
+from onebase_training import fsdp
 from onebase_training.batches import passes_of, plan_batches, plan_examples
 from onebase_training.checkpoints import best_checkpoint, history, last_checkpoint, restore, step_of
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded
 from onebase_training.data.check import check
-from onebase_training.distributed import Ranks, barrier, gathered, this_process
+from onebase_training.distributed import Ranks, barrier, gathered, take_own_gpu, this_process
 from onebase_training.estimate import peak_memory, settle
 from onebase_training.evaluate import Evaluation, Sample, evaluate, mark
 from onebase_training.events import Progress, Stage, silent
@@ -42,6 +43,9 @@ def train(config: TrainConfig, progress: Progress = silent, *, before: Evaluatio
     Raises ConfigError, DataError, BaseModelError or StorageError; nothing half-written is left behind.
     """
     ranks = this_process()
+    if config.fsdp and ranks.world == 1:
+        raise ConfigError("fsdp spreads a run over processes: torchrun --nproc-per-node N starts them.", field="fsdp")
+    take_own_gpu()
     if not ranks.first:
         return _train(config, Workspace.of(config), silent, ranks, before)
     workspace = open_workspace(config)
@@ -109,7 +113,7 @@ def _train(
         history=history(workspace.folder),
         lengths=[len(example.input_ids) for example in examples],
     )
-    with gathered(trainable_state(fitted.model).values()):
+    with gathered(fitted.model), fsdp.whole(fitted.model):
         if ranks.first:
             write_result(result, fitted.model.attached.save)
     barrier()
@@ -192,8 +196,10 @@ def _fit(
     over = early_stop(history(workspace.folder), config.patience) if checkpoint else None
     if checkpoint and (over or done >= steps):  # killed after its last step
         restore(model, best_checkpoint(checkpoint))
+        fsdp.hold(model)
         return _Fitted(model, held_out, parameters, done, 0.0, 0.0, over or "done")
     loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    fsdp.hold(model)
     watch = loop.watch
     return _Fitted(model, held_out, parameters, loop.state.global_step, watch.speed, watch.busy, watch.stopped)
 

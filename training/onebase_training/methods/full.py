@@ -21,9 +21,10 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     def save(folder: Path) -> None:
         kept = model.config._attn_implementation
         model.set_attn_implementation("sdpa")
+        rounded = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
         with quiet_loading():
-            model.to(torch.bfloat16).save_pretrained(folder)
-        model.float().set_attn_implementation(kept)
+            model.save_pretrained(folder, state_dict=rounded)
+        model.set_attn_implementation(kept)
         base.tokenizer.save_pretrained(folder)
 
     return Attached(model, save)
