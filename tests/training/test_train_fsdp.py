@@ -1,4 +1,4 @@
-"""Sharding by `fully_shard`, in two processes: parts are halves, a run that was cut off goes on to the same result."""
+"""Sharding by `fully_shard`, in two processes: parts are halves, and a killed run goes on to the same result."""
 
 import json
 import multiprocessing

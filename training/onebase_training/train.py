@@ -44,7 +44,9 @@ def train(config: TrainConfig, progress: Progress = silent, *, before: Evaluatio
     """
     ranks = this_process()
     if config.fsdp and ranks.world == 1:
-        raise ConfigError("fsdp spreads a run over processes: torchrun --nproc-per-node N starts them.", field="fsdp")
+        raise ConfigError(
+            "fsdp spreads a run over processes: torchrun --nproc-per-node N starts them.", field="fsdp"
+        )
     take_own_gpu()
     if not ranks.first:
         return _train(config, Workspace.of(config), silent, ranks, before)
