@@ -91,9 +91,7 @@ def _whole(adapters: Sequence[Weighted]) -> list[Primitive]:
             )
         for each in owners:
             if each.weight != 1:
-                raise AdapterMismatchError(
-                    f"{each.name} has {what}, which has no weight: its weight can only be 1.", field="adapters"
-                )
+                raise AdapterMismatchError(f"{each.name} has {what}: its weight can only be 1.", field="adapters")
             found += each.adapter.of(kind)
     return found
 

@@ -132,7 +132,7 @@ def test_what_a_request_has_once(what: str) -> None:
     with pytest.raises(AdapterMismatchError, match=f"one and two do not compose: each has {what}") as caught:
         compose("both", adapters({"one": (whole,), "lora": KINDS["lora"], "two": (whole,)}, [1.0] * 3))
     assert caught.value.field == "adapters"
-    with pytest.raises(AdapterMismatchError, match=f"one has {what}, which has no weight"):
+    with pytest.raises(AdapterMismatchError, match=f"one has {what}: its weight can only be 1"):
         compose("half", adapters({"one": (whole,)}, [0.5]))
 
 

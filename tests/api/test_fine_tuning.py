@@ -445,6 +445,7 @@ async def test_a_server_without_jobs_says_so(
         "RuntimeError: [enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory",
         "error: Cannot load 'tiny': unable to mmap 9 bytes from file: Cannot allocate memory (12)",
         "MemoryError",
+        "libgomp: Thread creation failed: Resource temporarily unavailable",
         "terminate called after throwing an instance of 'std::bad_alloc'",
     ],
 )

@@ -1,7 +1,8 @@
 """The stock `openai` client against a real socket: the calls of its documentation, unchanged."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -123,3 +124,24 @@ def test_retries_after_a_restart_of_the_engine(live: str, engine: Any) -> None:
             calls.clear()
             client.completions.create(model="tiny", prompt="a", stream=stream)
     assert len(calls) == 3
+
+
+async def test_several_adapters_in_extra_body(
+    client: openai.OpenAI, services: Any, engine: Any, tmp_path: Path, new_adapter: Callable[..., Path]
+) -> None:
+    for name in "ab":
+        folder = new_adapter(tmp_path / name, name.encode())
+        await services.adapters.register(name, lambda folder=folder: services.store.stage(folder))
+    extra = {"adapters": [{"name": "a", "weight": 0.7}, {"name": "b"}]}
+
+    def calls() -> None:
+        completion = client.completions.create(model="tiny", prompt="the", extra_body=extra)
+        chat = client.chat.completions.create(model="tiny", messages=USER, extra_body=extra)
+        response = client.responses.create(model="tiny", input="hi", extra_body=extra)
+        assert {completion.model, chat.model, response.model} == {"0.7 a + b"}
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.completions.create(model="tiny", prompt="the", extra_body={"adapters": [{"name": "c"}]})
+        assert caught.value.param == "adapters[0].name"
+
+    await asyncio.to_thread(calls)
+    assert [[part.name for part in request.parts] for request in engine.requests] == [["a", "b"]] * 3

@@ -72,6 +72,7 @@ async def test_what_a_span_tells(traced: Traced, path: str) -> None:
     assert (told["http.route"], told["http.response.status_code"]) == (path, 200)
     assert told["onebase.request_id"] == "mine"
     assert "onebase.adapter" not in told
+    assert told["gen_ai.response.id"] == reply.json().get("id", told["gen_ai.response.id"])
     usage = reply.json()["usage"]
     assert told["gen_ai.usage.input_tokens"] == usage.get("prompt_tokens", usage.get("input_tokens"))
     assert told["gen_ai.latency.time_in_queue"] == 0.25

@@ -152,8 +152,8 @@ def _delta_of(calls: Sequence[tuple[int, ToolCall]]) -> bytes:
     return b',"tool_calls":' + msgspec.json.encode([{"index": n, **call.document()} for n, call in calls])
 
 
-async def prepare_chat(services: Services, body: ChatRequest, tenant: str) -> Chat:
-    """Check a body and make its sequences. Raises an error of ours that names the field."""
+async def prepare_chat(services: Services, body: ChatRequest, tenant: str, *, prefix: str = "chatcmpl-") -> Chat:
+    """Check a body and make its sequences; `prefix` begins its id. Raises an error of ours that names the field."""
     target = target_of(services.adapters, body)
     prompt = render_chat(
         services,
@@ -175,7 +175,7 @@ async def prepare_chat(services: Services, body: ChatRequest, tenant: str) -> Ch
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=await grammar_of(body),
     )
-    request_id = f"chatcmpl-{uuid.uuid4().hex}"
+    request_id = f"{prefix}{uuid.uuid4().hex}"
     request = target.request(request_id, tokens, params, tenant, body.priority)
     note(id=request_id, model=target.name, prompt_tokens=len(tokens))
     envelope = {

@@ -34,7 +34,7 @@ _FIELDS = {"messages": "input", "max_completion_tokens": "max_output_tokens", "r
 async def create_response(body: ResponsesRequest, request: Request, tenant: Tenant) -> Response:
     """OpenAI's responses endpoint; `model` is an adapter's name or the base's."""
     try:
-        chat = await prepare_chat(services_of(request), _as_chat(body), tenant)
+        chat = await prepare_chat(services_of(request), _as_chat(body), tenant, prefix="resp_")
     except OneBaseError as error:
         first, dot, rest = (error.field or "").partition(".")
         error.field = (_FIELDS.get(first, first) + dot + rest) or None
@@ -118,7 +118,7 @@ class _Response:
         cut_off = choice.finish_reason == "length" and not begun
         status = "in_progress" if begun else "incomplete" if cut_off else "completed"
         return {
-            "id": f"resp_{chat.envelope['id'].partition('-')[2]}",
+            "id": chat.envelope["id"],
             "object": "response",
             "created_at": chat.envelope["created"],
             "completed_at": None if begun else int(time.time()),

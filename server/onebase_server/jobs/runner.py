@@ -30,8 +30,8 @@ Register = Callable[[str, Path], Awaitable[str]]
 
 _CHILD = (sys.executable, "-m", "onebase_server.jobs.child")
 _KEPT_LINES = 40
-_OUT_OF_MEMORY = ("MemoryError", "allocate memory", "bad_alloc", "Out of memory", "out of memory")
-"""What Python, torch, the C library, C++ and LLVM say."""
+_OUT_OF_MEMORY = ("MemoryError", "allocate memory", "bad_alloc", "ut of memory", "Thread creation failed")
+"""What Python, torch and the C library, C++, LLVM and OpenMP say."""
 _PATIENCE = 5.0
 """Seconds until another try to register, while the engine is away."""
 _TRIES = 60
