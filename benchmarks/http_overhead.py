@@ -97,6 +97,7 @@ class _StandIn(ProcessEngine):
 
 async def _serve(port: int, step_seconds: float) -> None:
     from onebase_adapters.store import AdapterStore
+    from onebase_server.api.app import create_app
     from onebase_server.api.services import ApiSettings, Services
     from onebase_server.engine.config import EngineConfig
     from onebase_server.serving import _Server, _uvicorn_config, claim_port
@@ -108,7 +109,7 @@ async def _serve(port: int, step_seconds: float) -> None:
     with tempfile.TemporaryDirectory() as folder, claim_port("127.0.0.1", port) as listener:
         store = AdapterStore(Path(folder))
         services = Services.over(engine, load_codec(fetch_base(DEFAULT_BASE)), store, ApiSettings("tiny"))
-        await _Server(_uvicorn_config(services)).serve(sockets=[listener])
+        await _Server(_uvicorn_config(create_app(services))).serve(sockets=[listener])
 
 
 def _free_port() -> int:
