@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
+from onebase_adapters.kernels.cpu.noise import add_gumbel, add_gumbel_of
 from onebase_adapters.kernels.cpu.screen import best_tokens
 from onebase_adapters.model.head import HiddenScores, Screen
+from onebase_adapters.model.noise import Noise, gumbel
 from support.batches import random_bf16
 
 
@@ -105,6 +107,39 @@ def test_scores_of_some_rows_are_those_of_all() -> None:
     torch.testing.assert_close(scores.logits([5, 0]), everything[[5, 0]])
 
 
+@packs
+@given(
+    vocab=st.integers(1, 20).map(lambda n: 32 * n),
+    seed=st.integers(0, 99),
+    temperature=st.sampled_from([0.3, 1.0, 5.0]),
+)
+def test_the_screen_draws_what_all_logits_would(vocab: int, seed: int, temperature: float) -> None:
+    head, hidden = make_head(vocab, 64, seed), 4 * random_bf16(seed + 1, 3, 64)
+    noise = Noise.of([temperature, 0.0, temperature], [seed, 0, 2**63 + seed])
+    noisy = noise.over(hidden.float() @ head.weight.float().t())
+    for row, token in enumerate(Screen(head).best(hidden, noise)):
+        assert noisy[row, token] >= noisy[row].max() - 1e-4
+
+
+def test_noise_is_its_definition_and_follows_gumbels_law() -> None:
+    seeds = np.array([0, 1, 2**40 + 3, 2**64 - 1], np.uint64)
+    right = gumbel(seeds, torch.arange(30_000)[None])
+    found = torch.zeros_like(right)
+    for row, seed in enumerate(seeds):
+        add_gumbel(found[row].numpy(), seed)
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    assert len(set(found[:, 0].tolist())) == len(seeds)
+    some = torch.tensor([29_999, 5, 17])
+    apart = torch.zeros(3)
+    add_gumbel_of(apart.numpy(), some.numpy(), seeds[2])
+    assert torch.equal(apart, found[2, some])
+    # Kolmogorov and Smirnov's test at one in ten thousand.
+    uniform = np.sort(np.exp(-np.exp(-found.double().numpy().ravel())))
+    assert np.abs(uniform - np.arange(len(uniform)) / len(uniform)).max() < 2.23 / np.sqrt(len(uniform))
+    neighbours = np.corrcoef(found[:, :-1].ravel(), found[:, 1:].ravel())[0, 1]
+    assert abs(neighbours) < 4 / np.sqrt(found.numel())
+
+
 @given(vocab=st.integers(1, 300), seed=st.integers(0, 99))
 def test_a_margin_that_covers_the_error_never_loses_the_best(vocab: int, seed: int) -> None:
     """The kernel alone, with errors drawn up to the margins that it is told."""
@@ -119,6 +154,7 @@ def test_a_margin_that_covers_the_error_never_loses_the_best(vocab: int, seed: i
     approx = (exact + error).bfloat16()
     tokens = np.empty(1, np.int64)
     best_tokens(
-        hidden.data_ptr(), approx.data_ptr(), weight.data_ptr(), margins.numpy(), 1, 32, tokens
+        hidden.data_ptr(), approx.data_ptr(), weight.data_ptr(), margins.numpy(), 1, 32,
+        np.zeros(1, np.float32), np.zeros(1, np.uint64), tokens,
     )  # fmt: skip
     assert exact[tokens[0]] >= exact.max() - 1e-5

@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 
 from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, fits_packed
 from onebase_adapters.kernels.cpu.screen import best_tokens
+from onebase_adapters.model.noise import Noise
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ class Scores(Protocol):
         """[n, vocab] of these rows."""
         ...
 
-    def best(self, rows: Sequence[int]) -> list[int]:
-        """The most likely token of each of these rows; -1 where the logits are not finite."""
+    def best(self, rows: Sequence[int], noise: Noise | None = None) -> list[int]:
+        """The most likely token of each of these rows, or the one that its noise makes the best; -1 where the
+        logits are not finite."""
         ...
 
     def hidden(self, rows: Sequence[int]) -> torch.Tensor:
@@ -57,8 +59,9 @@ class LogitScores:
     def logits(self, rows: Sequence[int]) -> torch.Tensor:
         return self._logits if len(rows) == len(self._logits) else self._logits[list(rows)]
 
-    def best(self, rows: Sequence[int]) -> list[int]:
-        values, tokens = self.logits(rows).max(-1)
+    def best(self, rows: Sequence[int], noise: Noise | None = None) -> list[int]:
+        logits = self.logits(rows)
+        values, tokens = (logits if noise is None else noise.over(logits.float())).max(-1)
         best: list[int] = torch.where(values.isfinite(), tokens, -1).tolist()
         return best
 
@@ -83,15 +86,17 @@ class Screen:
             type(head) is torch.nn.Linear and head.bias is None and fits_packed(head.in_features, head.out_features)
         )
 
-    def best(self, hidden: torch.Tensor) -> list[int]:
+    def best(self, hidden: torch.Tensor, noise: Noise | None = None) -> list[int]:
         """Best token for each row of hidden [n, width], bfloat16."""
         rows, width = hidden.shape
         approx = torch.empty(rows, len(self._margins), dtype=torch.bfloat16)
         self._packed(hidden.data_ptr(), approx.data_ptr(), rows)
         tokens = np.empty(rows, np.int64)
+        noise = noise or Noise.of([0.0] * rows, [0] * rows)
         best_tokens(
-            hidden.data_ptr(), approx.data_ptr(), self._weight.data_ptr(), self._margins, rows, width, tokens
-        )
+            hidden.data_ptr(), approx.data_ptr(), self._weight.data_ptr(), self._margins, rows, width,
+            noise.inverses, noise.seeds, tokens,
+        )  # fmt: skip
         best: list[int] = tokens.tolist()
         return best
 
@@ -118,11 +123,11 @@ class HiddenScores:
         logits: torch.Tensor = self._head(self._hidden[list(rows)])
         return logits
 
-    def best(self, rows: Sequence[int]) -> list[int]:
+    def best(self, rows: Sequence[int], noise: Noise | None = None) -> list[int]:
         if self._screen is None:
-            return LogitScores(self.logits(rows), self._hidden).best(range(len(rows)))
+            return LogitScores(self.logits(rows), self._hidden).best(range(len(rows)), noise)
         hidden = self._hidden if len(rows) == len(self._hidden) else self._hidden[list(rows)]
-        return self._screen.best(hidden)
+        return self._screen.best(hidden, noise)
 
 
 def nf4_copy(head: Any) -> Linear4bit:

@@ -1,7 +1,7 @@
 """Choosing tokens: all rows of a step at once, each by its own request's settings and nothing else.
 
 Invariant: a row's token depends on its logits, its request and how many tokens it already has. Its random
-number comes from (seed, position), not from a shared stream, so company and preemption change nothing.
+numbers come from (seed, position), not from a shared stream, so company and preemption change nothing.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from onebase_adapters.model.head import Scores
+from onebase_adapters.model.noise import LEAST_TEMPERATURE, Noise
 from onebase_server.engine.request import SamplingParams, TokenLogprobs
 from onebase_server.engine.sequence import Sequence
 
-_LEAST_TEMPERATURE = 1e-5
 _SORTED = (256, 4096)
 """How many of the most likely tokens are sorted, before all of them are."""
 
@@ -32,20 +32,21 @@ class Choice:
 def sample(scores: Scores, rows: Rows[int], sequences: Rows[Sequence]) -> list[Choice]:
     """Choose a next token for each of `sequences`, whose scores are in the row of the same place."""
     tokens = [-1] * len(sequences)
-    best = [place for place, sequence in enumerate(sequences) if _takes_best(sequence)]
-    if best:
-        for place, token in zip(best, scores.best([rows[p] for p in best]), strict=True):
+    edited = [place for place, sequence in enumerate(sequences) if _edits(sequence)]
+    plain = sorted({*range(len(sequences))} - {*edited}) if edited else range(len(sequences))
+    if plain:
+        best = scores.best([rows[p] for p in plain], _noise([sequences[p] for p in plain]))
+        for place, token in zip(plain, best, strict=True):
             tokens[place] = token
     watched = [p for p, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
-    drawn = [place for place, sequence in enumerate(sequences) if not _takes_best(sequence)]
-    needed = sorted({*watched, *drawn})
+    needed = sorted({*watched, *edited})
     if not needed:
         return [Choice(token) for token in tokens]
     logits = scores.logits([rows[p] for p in needed]).float()
     row_of = {place: row for row, place in enumerate(needed)}
-    if drawn:
-        raw = logits[[row_of[p] for p in drawn]]
-        for place, token in zip(drawn, _draw(raw, [sequences[p] for p in drawn]), strict=True):
+    if edited:
+        raw = logits[[row_of[p] for p in edited]]
+        for place, token in zip(edited, _choose(raw, [sequences[p] for p in edited]), strict=True):
             tokens[place] = token
     found: dict[int, TokenLogprobs] = {}
     watched = [p for p in watched if tokens[p] >= 0]
@@ -56,14 +57,22 @@ def sample(scores: Scores, rows: Rows[int], sequences: Rows[Sequence]) -> list[C
     return [Choice(token, found.get(place)) for place, token in enumerate(tokens)]
 
 
-def _draw(raw: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+def _choose(raw: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     """Choose from raw logits [n, vocab], float32; -1 where they are not finite, or where a grammar failed."""
     scores = raw
     if any(_changes_scores(s) for s in sequences):
         scores = raw.clone()
         for row, sequence in enumerate(sequences):
             _apply_penalties(scores[row], sequence)
-    chosen = _choose(scores, [s.request.sampling for s in sequences], [_uniform(s) for s in sequences])
+    chosen = torch.zeros(len(sequences), dtype=torch.int64, device=scores.device)
+    filtered = [row for row, sequence in enumerate(sequences) if _filters(sequence.request.sampling)]
+    others = [row for row, sequence in enumerate(sequences) if not _filters(sequence.request.sampling)]
+    if others:
+        noise = _noise([sequences[row] for row in others])
+        chosen[others] = (scores[others] if noise is None else noise.over(scores[others])).argmax(-1)
+    if filtered:
+        some = [sequences[row] for row in filtered]
+        chosen[filtered] = torch.tensor(_filtered(scores[filtered], some), device=scores.device)
     # Not the penalised scores: those are -inf on purpose here and there.
     tokens: list[int] = torch.where(raw.max(-1).values.isfinite(), chosen, -1).tolist()
     for row, sequence in enumerate(sequences):
@@ -86,8 +95,13 @@ def describe(logits: torch.Tensor, tokens: Rows[int], tops: Rows[int]) -> list[T
     ]
 
 
-def _takes_best(sequence: Sequence) -> bool:
-    return sequence.request.sampling.temperature == 0 and not _changes_scores(sequence)
+def _edits(sequence: Sequence) -> bool:
+    """Whether anything but temperature stands between a row's logits and its token."""
+    return _changes_scores(sequence) or _filters(sequence.request.sampling)
+
+
+def _filters(sampling: SamplingParams) -> bool:
+    return sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0)
 
 
 def _changes_scores(sequence: Sequence) -> bool:
@@ -126,47 +140,32 @@ def _apply_penalties(scores: torch.Tensor, sequence: Sequence) -> None:
         scores.masked_fill_(torch.from_numpy(allowed == 0).to(scores.device), float("-inf"))
 
 
-def _uniform(sequence: Sequence) -> float:
-    """A number in [0, 1) from the request's seed (else its id) and its position in the output."""
+def _noise(sequences: Rows[Sequence]) -> Noise | None:
+    """What their tokens are drawn with; None where all take the best."""
+    temperatures = [sequence.request.sampling.temperature for sequence in sequences]
+    if not any(temperatures):
+        return None
+    return Noise.of(temperatures, [_seed(s) if t > 0 else 0 for s, t in zip(sequences, temperatures, strict=True)])
+
+
+def _seed(sequence: Sequence) -> int:
+    """64 bits from the request's seed (else its id) and its position in the output."""
     sampling = sequence.request.sampling
     source = f"seed {sampling.seed}" if sampling.seed is not None else f"id {sequence.request.id}"
     digest = hashlib.blake2b(f"{source} {sequence.generated}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+    return int.from_bytes(digest, "little")
 
 
-def _choose(scores: torch.Tensor, settings: Rows[SamplingParams], uniforms: Rows[float]) -> torch.Tensor:
-    """One token for each row: greedy where the temperature is 0, else drawn by inverting the cumulative sum of
-    what the filters leave of its distribution."""
-    tokens = scores.argmax(-1)
-    filtered = [r for r, s in enumerate(settings) if s.temperature > 0 and _filters(s)]
-    open_rows = [r for r, s in enumerate(settings) if s.temperature > 0 and not _filters(s)]
-    if open_rows:
-        probabilities = _tempered(scores, open_rows, settings).softmax(-1)
-        tokens[open_rows] = _invert(probabilities, [uniforms[r] for r in open_rows])
-    if filtered:
-        probabilities = _tempered(scores, filtered, settings).softmax(-1)
-        chosen = _filtered(probabilities, [settings[r] for r in filtered], [uniforms[r] for r in filtered])
-        tokens[filtered] = torch.tensor(chosen, device=scores.device)
-    return tokens
-
-
-def _filters(sampling: SamplingParams) -> bool:
-    return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
-
-
-def _tempered(scores: torch.Tensor, rows: Rows[int], settings: Rows[SamplingParams]) -> torch.Tensor:
-    # Below that, dividing overflows, and the best has all the probability long before.
-    temperatures = [[max(settings[r].temperature, _LEAST_TEMPERATURE)] for r in rows]
-    return scores[list(rows)] / torch.tensor(temperatures, device=scores.device)
-
-
-def _filtered(probabilities: torch.Tensor, settings: Rows[SamplingParams], uniforms: Rows[float]) -> list[int]:
-    """Draw from [n, vocab] what min_p, then top_k, then top_p of the rest leave, as vLLM applies them.
+def _filtered(scores: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """Draw from scores [n, vocab] what min_p, then top_k, then top_p of the rest leave, as vLLM applies them.
 
     Only the most likely are sorted as long as a row's filters are sure to end among them: sorting a whole
     vocabulary costs more than the rest of a small model's step. How many is a row's own matter, because the
     order of equals may depend on it.
     """
+    settings = [sequence.request.sampling for sequence in sequences]
+    temperatures = torch.tensor([[max(s.temperature, LEAST_TEMPERATURE)] for s in settings])
+    probabilities = (scores / temperatures.to(scores.device)).softmax(-1)
     vocab = probabilities.shape[-1]
     tokens = [-1] * len(settings)
     left = list(range(len(settings)))
@@ -175,7 +174,8 @@ def _filtered(probabilities: torch.Tensor, settings: Rows[SamplingParams], unifo
         if not rows:
             continue
         kept, order = _filter(probabilities[rows], [settings[r] for r in rows], size)
-        places = _invert(kept, [uniforms[r] for r in rows])
+        noise = Noise.of([1.0] * len(rows), [_seed(sequences[r]) for r in rows])
+        places = noise.best_of(kept.log(), order)
         ended: list[bool] = (kept[:, -1] == 0).tolist()
         chosen: list[int] = order.gather(1, places[:, None])[:, 0].tolist()
         for row, token, over in zip(rows, chosen, ended, strict=True):
@@ -204,11 +204,3 @@ def _filter(
     inside = (kept.cumsum(-1) - kept < top_p * mass) | (top_p >= 1)
     inside[:, 0] = True
     return kept * inside, order
-
-
-def _invert(probabilities: torch.Tensor, uniforms: Rows[float]) -> torch.Tensor:
-    """The first place in each row whose cumulative sum passes the row's uniform number; [n] int64."""
-    sums = probabilities.double().cumsum(-1)
-    points = torch.tensor(uniforms, dtype=torch.float64, device=sums.device)[:, None] * sums[:, -1:]
-    places = torch.searchsorted(sums, points, right=True)[:, 0]
-    return places.clamp(max=sums.shape[-1] - 1)

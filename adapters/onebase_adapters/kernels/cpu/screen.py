@@ -2,12 +2,14 @@
 
 Invariant: with approx(v) = exact(v) + error(v) and |error(v)| <= margin(v), the best token v* has
 approx(v*) + margin(v*) >= max over v of approx(v) - margin(v). So whoever fails that cannot be the best, and
-the full product of the others decides.
+the full product of the others decides. Noise that is known and added to both sides changes nothing of that, so
+drawing a token (see `model.noise`) is screened as finding the best one is.
 """
 
 import numpy as np
 from numba import carray, njit, prange
 
+from onebase_adapters.kernels.cpu.noise import add_gumbel
 from onebase_adapters.kernels.cpu.vector import f32_from_bf16, larger, u16_pointer
 
 CHUNK = 128
@@ -34,14 +36,82 @@ def _highest(approx: np.ndarray, margins: np.ndarray, scale: np.float32) -> np.f
     return highest
 
 
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=True)  # type: ignore[untyped-decorator]
+def _highest_noisy(
+    approx: np.ndarray, noise: np.ndarray, margins: np.ndarray, scale: np.float32, inverse: np.float32
+) -> np.float32:
+    """As `_highest`, over inverse * approx + noise."""
+    highest = np.float32(-3.0e38)
+    slack = np.float32(1 / 256) if scale > 0 else np.float32(-1 / 256)
+    for v in range(approx.shape[0]):
+        value = f32_from_bf16(approx[v])
+        highest = larger(highest, inverse * (value + scale * margins[v] + slack * abs(value)) + noise[v])
+    return highest
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _best(x: np.ndarray, norm: np.float32, logits: np.ndarray, weight: int, margins: np.ndarray) -> np.int64:
+    """The token of one row, -1 if there is none."""
+    floor = _highest(logits, margins, -norm)
+    best = np.int64(-1)
+    highest = np.float32(-np.inf)
+    for start in range(0, margins.shape[0], CHUNK):
+        part, slack = logits[start : start + CHUNK], margins[start : start + CHUNK]
+        # Nearly all chunks end here, by a vectorised maximum.
+        if _highest(part, slack, norm) >= floor:
+            for i in range(part.shape[0]):
+                if _highest(part[i : i + 1], slack[i : i + 1], norm) >= floor:
+                    row = weight + 2 * (start + i) * x.shape[0]
+                    exact = _dot(x, carray(u16_pointer(row), x.shape[0], np.uint16))
+                    if exact > highest:
+                        highest = exact
+                        best = np.int64(start + i)
+    return best if np.isfinite(highest) and np.isfinite(norm) else np.int64(-1)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _drawn(
+    x: np.ndarray, norm: np.float32, logits: np.ndarray, weight: int, margins: np.ndarray, inverse: np.float32,
+    seed: np.uint64,
+) -> np.int64:  # fmt: skip
+    """As `_best`, of inverse * logits + noise."""
+    noise = np.zeros(margins.shape[0], np.float32)
+    add_gumbel(noise, seed)
+    floor = _highest_noisy(logits, noise, margins, -norm, inverse)
+    best = np.int64(-1)
+    highest = np.float32(-np.inf)
+    for start in range(0, margins.shape[0], CHUNK):
+        part, slack = logits[start : start + CHUNK], margins[start : start + CHUNK]
+        more = noise[start : start + CHUNK]
+        if _highest_noisy(part, more, slack, norm, inverse) >= floor:
+            for i in range(part.shape[0]):
+                one = slice(i, i + 1)
+                if _highest_noisy(part[one], more[one], slack[one], norm, inverse) >= floor:
+                    row = weight + 2 * (start + i) * x.shape[0]
+                    exact = inverse * _dot(x, carray(u16_pointer(row), x.shape[0], np.uint16)) + more[i]
+                    if exact > highest:
+                        highest = exact
+                        best = np.int64(start + i)
+    return best if np.isfinite(highest) and np.isfinite(norm) else np.int64(-1)
+
+
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def best_tokens(
-    hidden: int, approx: int, weight: int, margins: np.ndarray, rows: int, width: int, tokens: np.ndarray
+    hidden: int,
+    approx: int,
+    weight: int,
+    margins: np.ndarray,
+    rows: int,
+    width: int,
+    inverses: np.ndarray,
+    seeds: np.ndarray,
+    tokens: np.ndarray,
 ) -> None:
     """tokens[r] = argmax over v of hidden[r] . weight[v], the lowest v among equals, -1 where it is not finite.
 
     Addresses of bfloat16: hidden [rows, width], approx [rows, vocab] (each within margins[v] * |hidden[r]| of the
     full product before its own rounding), weight [vocab, width]. margins [vocab] float32, tokens [rows] int64.
+    Where inverses[r] (float32) is not 0, the best is of inverses[r] * logits plus the noise of seeds[r] (uint64).
     """
     vocab = margins.shape[0]
     for r in prange(rows):
@@ -53,18 +123,7 @@ def best_tokens(
             square += x[i] * x[i]
         norm = np.sqrt(square)
         logits = carray(u16_pointer(approx + 2 * r * vocab), vocab, np.uint16)
-        floor = _highest(logits, margins, -norm)
-        best = np.int64(-1)
-        highest = np.float32(-np.inf)
-        for start in range(0, vocab, CHUNK):
-            part, slack = logits[start : start + CHUNK], margins[start : start + CHUNK]
-            # Nearly all chunks end here, by a vectorised maximum.
-            if _highest(part, slack, norm) >= floor:
-                for i in range(part.shape[0]):
-                    if _highest(part[i : i + 1], slack[i : i + 1], norm) >= floor:
-                        row = weight + 2 * (start + i) * width
-                        exact = _dot(x, carray(u16_pointer(row), width, np.uint16))
-                        if exact > highest:
-                            highest = exact
-                            best = np.int64(start + i)
-        tokens[r] = best if np.isfinite(highest) and np.isfinite(norm) else -1
+        if inverses[r] == 0:
+            tokens[r] = _best(x, norm, logits, weight, margins)
+        else:
+            tokens[r] = _drawn(x, norm, logits, weight, margins, inverses[r], seeds[r])
