@@ -103,6 +103,23 @@ def test_tokens_as_generate_alone_and_all_at_once(
     assert not driver.engine.model._states
 
 
+@pytest.mark.parametrize("driver", ["exact"], indirect=True)
+def test_composed_as_peft_concatenates_them(
+    driver: Driver, folder: Path, adapters: list[Path], prompt: Any
+) -> None:
+    loras, tokens = adapters[:2], prompt(15)
+    peer = with_adapters(oracle(folder, None), loras)
+    peer.add_weighted_adapter([str(lora) for lora in loras], [0.7, 1.5], "both", combination_type="cat")
+    peer.set_adapter("both")
+    ids = torch.tensor([tokens])
+    made = peer.generate(input_ids=ids, do_sample=False, max_new_tokens=NEW, attention_mask=torch.ones_like(ids))
+    both = driver.submit("both", tokens, parts=dict(zip(loras, [0.7, 1.5], strict=True)), max_tokens=NEW)
+    apart = [driver.submit(f"{n}", tokens, lora, max_tokens=NEW) for n, lora in enumerate(loras)]
+    driver.run()
+    assert both.tokens == made[0, 1:].tolist()
+    assert both.tokens not in [result.tokens for result in apart]
+
+
 @pytest.mark.parametrize("driver", ["nf4"], indirect=True)
 @torch.inference_mode()
 def test_tokens_in_four_bits_are_the_best_within_rounding(
