@@ -26,6 +26,7 @@ def inspect_command(
     from onebase_adapters.methods import load_adapter
     from onebase_adapters.model.weights import ModelWeights
     from onebase_adapters.primitives import Head
+    from onebase_adapters.vocabulary import check_folder
 
     files = read_adapter(path)
     weights = path / WEIGHTS_FILE
@@ -41,6 +42,7 @@ def inspect_command(
     console.print(table)
     # Raises what a server would answer when it refuses the adapter.
     base = load_base(BaseSpec(model, device="cpu"), progress=console.print)
+    check_folder(path, base.tokenizer.get_vocab())
     adapter = load_adapter(path, digest, base.shape, ModelWeights(base.model))
     table = Table(show_header=False, box=None, title=f"served on {model} as", title_justify="left")
     for line in adapter.summary():

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,10 +23,15 @@ from onebase_adapters.errors import AdapterFormatError, AdapterPathError, Storag
 from onebase_adapters.format import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE, check_listing, read_object
 from onebase_adapters.paths import disk_errors
 from onebase_adapters.registry import AdapterRecord, Registry, check_name
+from onebase_adapters.vocabulary import TOKENIZER_FILES, check_vocabulary
 
 _WANTED = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE)
 _REQUIRED = (CONFIG_FILE, WEIGHTS_FILE)
 _MAX_JSON_BYTES = 4 << 20
+_MAX_TOKENIZER_BYTES = 64 << 20
+
+Vocabulary = Callable[[], Mapping[str, int]]
+"""The base's tokens with their numbers, made when they are needed."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,11 @@ class AdapterStore:
         self._registry.close()
         self._lock_file.close()
 
-    def stage(self, folder: Path) -> StagedAdapter:
-        """Copy an adapter's files from `folder` into the store.
+    def stage(self, folder: Path, *, vocabulary: Vocabulary | None = None) -> StagedAdapter:
+        """Copy an adapter's files from `folder` into the store. A tokenizer among them must be `vocabulary`'s.
 
         Raises AdapterPathError (no folder, symbolic links), AdapterFormatError (files missing, a pickle, too
-        large) or StorageError.
+        large), AdapterMismatchError (another tokenizer) or StorageError.
         """
         try:
             if not folder.is_dir():
@@ -91,20 +96,24 @@ class AdapterStore:
         check_listing(names)
         files: dict[str, BinaryIO] = {}
         try:
-            for name in _WANTED:
+            for name in _WANTED + TOKENIZER_FILES:
                 if name in _REQUIRED or (folder / name).exists():
                     files[name] = _open_plain(folder / name)
-            return self.stage_files(files, source=str(folder))
+            return self.stage_files(files, source=str(folder), vocabulary=vocabulary)
         finally:
             for file in files.values():
                 file.close()
 
-    def stage_files(self, files: Mapping[str, BinaryIO], *, source: str = "upload") -> StagedAdapter:
+    def stage_files(
+        self, files: Mapping[str, BinaryIO], *, source: str = "upload", vocabulary: Vocabulary | None = None
+    ) -> StagedAdapter:
         """As `stage`, from open files by name. Files of other names are left out.
 
-        Raises AdapterFormatError or StorageError.
+        Raises AdapterFormatError, AdapterMismatchError or StorageError.
         """
         check_listing(sorted(files))
+        if vocabulary is not None:
+            _check_tokenizer(files, vocabulary)
         with disk_errors(str(self._staging)):
             scratch = Path(tempfile.mkdtemp(dir=self._staging))
         try:
@@ -265,6 +274,17 @@ class AdapterStore:
             if folder.name not in named:
                 shutil.rmtree(folder, ignore_errors=True)
         fcntl.flock(self._lock_file, fcntl.LOCK_SH)
+
+
+def _check_tokenizer(files: Mapping[str, BinaryIO], vocabulary: Vocabulary) -> None:
+    found: dict[str, bytes] = {}
+    for name in TOKENIZER_FILES:
+        if name in files:
+            found[name] = files[name].read(_MAX_TOKENIZER_BYTES + 1)
+            if len(found[name]) > _MAX_TOKENIZER_BYTES:
+                raise AdapterFormatError(f"{name} is larger than {_MAX_TOKENIZER_BYTES} bytes.", field="path")
+    if found:
+        check_vocabulary(found, vocabulary())
 
 
 def _open_plain(path: Path) -> BinaryIO:

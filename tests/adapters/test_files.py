@@ -215,3 +215,9 @@ def test_broken_files(
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(AdapterPathError, match="is not a folder"):
         load(tmp_path / "absent")
+
+
+def test_an_embedding_with_tokens_of_its_own_is_refused(tmp_path: Path) -> None:
+    tensors = good() | {"base_model.model.embed_tokens.weight": torch.zeros(33, 8)}
+    with pytest.raises(AdapterMismatchError, match="33 tokens, and the base has 32"):
+        load(save(tmp_path, tensors=tensors))

@@ -17,6 +17,7 @@ from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
 from onebase_adapters.model.served import ServedModel
 from onebase_adapters.primitives import Head, LoweredAdapter
 from onebase_adapters.primitives import Template as ServedTemplate
+from onebase_adapters.vocabulary import check_folder
 from onebase_training.data import NO_LOSS, Dataset, Encoded, Turn, encode, encode_for_head, read_dataset
 from onebase_training.evaluate import Evaluation, Sample, ends_of, mark
 from onebase_training.events import Progress, Stage, silent
@@ -69,6 +70,7 @@ def evaluate_served(config: EvaluateConfig, progress: Progress = silent) -> Scor
     model = ServedModel(base, slots=1, blocks=ServedRows.blocks_for([longest] * _TOGETHER))
     lowered = None
     if config.adapter is not None:
+        check_folder(config.adapter, base.tokenizer.get_vocab())
         lowered = load_adapter(config.adapter, config.adapter.name, base.shape, model.weights)
     head = lowered.one(Head) if lowered else None
     if base.shape.encoder and head is None:

@@ -3,6 +3,7 @@
 from onebase_adapters.base import BaseSpec, LoadedBase, load_base
 from onebase_adapters.errors import ConfigError, DataError
 from onebase_adapters.files import check_base, read_adapter
+from onebase_adapters.vocabulary import check_folder
 from onebase_training.attention import PACKED_ATTENTION
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded, encode, encode_for_head, read_dataset, read_datasets, split
@@ -95,6 +96,7 @@ def start_from(attached: Attached, base: LoadedBase, config: TrainConfig) -> Non
         return
     files = read_adapter(config.init_from)
     check_base(files, base.shape)
+    check_folder(config.init_from, base.tokenizer.get_vocab())
     trained_by = files.sidecar.get("method", config.method)
     if attached.load is None or trained_by != config.method:
         raise ConfigError(

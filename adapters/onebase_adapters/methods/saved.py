@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from onebase_adapters.errors import AdapterFormatError
+from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
 from onebase_adapters.methods.source import Source
 from onebase_adapters.primitives import Head, LowRank, Primitive, Shift
 
@@ -46,6 +46,12 @@ def _replaced_linear(source: Source, module: str, name: str) -> LowRank:
 
 def _replaced_embedding(source: Source, module: str, name: str) -> LowRank:
     base = source.base
+    if (rows := len(source.tensors[name])) != base.vocab:
+        raise AdapterMismatchError(
+            f"The adapter brings an embedding of {rows} tokens, and the base has {base.vocab}: "
+            "it was trained with tokens of its own, which are not served. Train it without new tokens.",
+            field="path",
+        )
     delta = source.take(name, (base.vocab, base.hidden)) - source.weights.weight(module)
     return LowRank(module, delta.t(), torch.eye(base.hidden), 1.0)
 

@@ -11,14 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from onebase_adapters.errors import AdapterFormatError, AdapterPathError
-from onebase_adapters.store import AdapterStore, StagedAdapter
+from onebase_adapters.store import AdapterStore, StagedAdapter, Vocabulary
 
 Stage = Callable[[], StagedAdapter]
 
 _MOST_MEMBERS = 64
 
 
-def from_path(store: AdapterStore, root: Path | None, path: str) -> Stage:
+def from_path(store: AdapterStore, vocabulary: Vocabulary, root: Path | None, path: str) -> Stage:
     """A folder on the server. Raises AdapterPathError, then or when called."""
     if root is None:
         raise AdapterPathError(
@@ -38,21 +38,21 @@ def from_path(store: AdapterStore, root: Path | None, path: str) -> Stage:
             raise AdapterPathError(f"{path!r} cannot be resolved.", field="path") from error
         if not folder.is_relative_to(top):
             raise AdapterPathError(f"{path!r} is outside the adapter root.", field="path")
-        return store.stage(folder)
+        return store.stage(folder, vocabulary=vocabulary)
 
     return stage
 
 
-def from_files(store: AdapterStore, files: Mapping[str, BinaryIO]) -> Stage:
+def from_files(store: AdapterStore, vocabulary: Vocabulary, files: Mapping[str, BinaryIO]) -> Stage:
     """Uploaded files by name."""
     if len(files) == 1:
         name, only = next(iter(files.items()))
         if name.endswith(".zip"):
-            return lambda: _stage_zip(store, only)
-    return lambda: store.stage_files(files)
+            return lambda: _stage_zip(store, vocabulary, only)
+    return lambda: store.stage_files(files, vocabulary=vocabulary)
 
 
-def _stage_zip(store: AdapterStore, file: BinaryIO) -> StagedAdapter:
+def _stage_zip(store: AdapterStore, vocabulary: Vocabulary, file: BinaryIO) -> StagedAdapter:
     try:
         with zipfile.ZipFile(file) as archive, ExitStack() as opened:
             members: dict[str, BinaryIO] = {}
@@ -66,7 +66,7 @@ def _stage_zip(store: AdapterStore, file: BinaryIO) -> StagedAdapter:
                 if name in members:
                     raise AdapterFormatError(f"The archive has two files named {name!r}.", field="file")
                 members[name] = opened.enter_context(archive.open(info))  # type: ignore[assignment]
-            return store.stage_files(members)
+            return store.stage_files(members, vocabulary=vocabulary)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         # RuntimeError: the archive is encrypted.
         raise AdapterFormatError(f"The archive cannot be read: {error}.", field="file") from error

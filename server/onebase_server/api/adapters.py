@@ -138,11 +138,11 @@ async def _read(request: Request, form_kind: type[B], json_kind: type[B]) -> Asy
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         async with request.form(max_files=16, max_fields=16) as form:
             fields, files = _read_form(form, form_kind)
-            yield fields, from_files(services.store, files)
+            yield fields, from_files(services.store, services.vocabulary, files)
     else:
         body = await _read_json(request, json_kind)
         path: str = body.path  # type: ignore[attr-defined]
-        yield body, from_path(services.store, services.settings.adapter_root, path)
+        yield body, from_path(services.store, services.vocabulary, services.settings.adapter_root, path)
 
 
 async def _read_json(request: Request, kind: type[B]) -> B:

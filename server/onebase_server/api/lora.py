@@ -23,7 +23,7 @@ _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"sche
 async def load_lora_adapter(body: LoadLoraRequest, request: Request) -> Response:
     """As POST /v1/adapters with a path; `load_inplace` makes a new version of a name that is taken."""
     services = services_of(request)
-    stage = from_path(services.store, services.settings.adapter_root, body.lora_path)
+    stage = from_path(services.store, services.vocabulary, services.settings.adapter_root, body.lora_path)
     try:
         await services.adapters.register(body.lora_name, stage, replace=bool(body.load_inplace))
     except AdapterExistsError as error:

@@ -1,6 +1,7 @@
 """What the endpoints work with: the settings, and one bundle of the engine, the tokenizer and the adapters."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -85,6 +86,11 @@ class Services:
     def book(self) -> JobBook:
         """The files and jobs' history. Raises ForbiddenError."""
         return self.runner.book
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """The base's tokens with their numbers."""
+        tokens: Mapping[str, int] = self.codec.tokenizer.get_vocab()
+        return tokens
 
     @property
     def longest(self) -> int:
