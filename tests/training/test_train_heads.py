@@ -123,6 +123,40 @@ def test_on_an_encoder(name: str, tmp_path: Path, encoder: Path) -> None:
     assert served_loss(config) == pytest.approx(result.after.loss, abs=0.05)
 
 
+@pytest.mark.parametrize("head", [True, False])
+def test_labels_called_by_other_words(head: bool, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    config = make_config(tmp_path, tiny_model("llama"), "text", {"method": "qlora", "head": head})
+    config = replace(config, max_steps=4, label_words={"RED": "warm", "BLUE": "cold"})
+    result = train(config)
+    assert {sample.expected.strip() for sample in result.after.samples} == {"warm", "cold", "GREEN"}
+    notes = json.loads((config.output / "onebase.json").read_text())
+    assert notes["settings"]["label_words"] == {"RED": "warm", "BLUE": "cold"}
+    if head:
+        assert notes["head"]["labels"] == ["GREEN", "cold", "warm"]
+        assert served_loss(config) == pytest.approx(result.after.loss, abs=0.03)
+    with pytest.raises(DataError, match="'PINK', which is no label"):
+        train(replace(config, overwrite=True, label_words={"PINK": "x"}))
+
+
+def test_a_tagging_prompt_of_several_tasks_begins_another(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    """P-tuning v2, section 3.2. The tasks' head has all of their tags, the next one has its own."""
+    config = make_config(tmp_path, tiny_model("llama"), "tags", {"method": "p-tuning-v2"})
+    other = tmp_path / "other.jsonl"
+    rows = [{"tokens": ["say", str(index)], "tags": ["VERB", "N"]} for index in range(42)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = replace(config, data=(config.files[0], other), output=tmp_path / "tasks")
+    train(tasks)
+    notes = json.loads((tasks.output / "onebase.json").read_text())
+    assert notes["head"]["labels"] == ["BLUE", "GREEN", "N", "O", "RED", "VERB"]
+    short = replace(config, data=other, eval_data=other, max_steps=6, eval_every=6)
+    plain = train(replace(short, output=tmp_path / "plain"))
+    begun = train(replace(short, init_from=tasks.output, output=tmp_path / "begun"))
+    assert json.loads((begun.output / "onebase.json").read_text())["head"]["labels"] == ["N", "VERB"]
+    assert begun.after.loss < plain.after.loss
+
+
 def test_what_a_head_cannot_learn_from_is_refused(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
     config = make_config(tmp_path, tiny_model("llama"), "text", {"method": "p-tuning-v2"})
     same = tmp_path / "same.jsonl"
@@ -133,5 +167,8 @@ def test_what_a_head_cannot_learn_from_is_refused(tmp_path: Path, tiny_model: Ca
     chats.write_text('{"prompt": "a", "completion": "x"}\n' * 9)
     with pytest.raises(DataError, match="labels"):
         train(replace(config, data=chats, eval_data=chats))
+    texts, tags = write(tmp_path / "texts.jsonl", "text", 9), write(tmp_path / "tags.jsonl", "tags", 9)
+    with pytest.raises(DataError, match="whole texts or words"):
+        train(replace(config, data=(texts, tags)))
     with pytest.raises(ConfigError, match="last token"):
         train(replace(config, pooling="mean"))

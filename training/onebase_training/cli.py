@@ -130,6 +130,9 @@ def train(
     head: Annotated[bool, typer.Option("--head", help="Train a classifier on labels or tags.")] = False,
     pooling: Annotated[Pooling | None, typer.Option(help="What it reads; on encoders only.")] = None,
     candidates: Annotated[Path | None, typer.Option(help="Wordings for hard-prompt, JSON lines.")] = None,
+    label_words: Annotated[
+        str, typer.Option(help="What labels are called to the model, e.g. 0=negative,1=positive.")
+    ] = "",
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
     max_steps: Annotated[int | None, typer.Option(help="Most optimiser steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Most seconds of training.")] = None,
@@ -205,6 +208,7 @@ def train(
         head=head,
         pooling=pooling.value if pooling else None,
         candidates=candidates,
+        label_words=_words(label_words),
         epochs=epochs,
         max_steps=max_steps,
         time_limit=time_limit,
@@ -270,6 +274,13 @@ def _integers(text: str, field: str) -> tuple[int, ...]:
         return tuple(map(int, _names(text)))
     except ValueError as error:
         raise ConfigError(f"{field} must be integers with commas between, found {text!r}.", field=field) from error
+
+
+def _words(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in _names(text)]
+    if any(not name or not word for name, _, word in pairs):
+        raise ConfigError(f"label_words must read LABEL=WORD,..., found {text!r}.", field="label_words")
+    return {name: word for name, _, word in pairs}
 
 
 def _pairs(text: str, field: str) -> dict[str, float]:

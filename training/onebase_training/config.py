@@ -91,6 +91,10 @@ class TrainConfig:
     candidates: Path | None = None
     """Wordings for `hard-prompt`, JSON lines of {"before", "after"} or {"messages"}. None: some usual ones."""
 
+    label_words: Mapping[str, str] = field(default_factory=dict)
+    """What labels or tags are called to the model, e.g. {"0": "negative"}: words that it knows teach it faster than
+    numbers or codes. Served answers are these words, too."""
+
     epochs: float = 3.0
     """Passes over the training part."""
     max_steps: int | None = None

@@ -62,7 +62,8 @@ def evaluate_served(config: EvaluateConfig, progress: Progress = silent) -> Scor
     """Raises DataError, AdapterError and its branches, or BaseModelError."""
     dataset = read_dataset(config.data, format=config.format)
     if config.adapter is not None:
-        read_adapter(config.adapter)  # refuse a bad one before the base is loaded
+        files = read_adapter(config.adapter)  # refuse a bad one before the base is loaded
+        dataset = dataset.with_words(files.sidecar.get("settings", {}).get("label_words") or {})
     register_attention()
     base = load_base(config.base, attention=ATTENTION_NAME, progress=lambda text: progress(Stage(text)))
     limit = min(config.max_length, base.shape.context)

@@ -23,6 +23,11 @@ def classes_of(dataset: Dataset) -> tuple[str, ...]:
             f"{dataset.source} ({dataset.format}) has neither labels nor tags: a classifier cannot learn from it.",
             field="data",
         )
+    if len({bool(example.words) for example in dataset.examples}) == 2:
+        raise DataError(
+            f"{dataset.source}: a classifier labels whole texts or words, not some of both. Train one for each.",
+            field="data",
+        )
     if len(classes) == 1:
         raise DataError(f"Every example of {dataset.source} has the same label, {classes[0]!r}.", field="data")
     return classes

@@ -19,9 +19,16 @@ from onebase_training.seq2seq import PAIRED_METHODS
 def read_data(config: TrainConfig) -> tuple[Dataset, Dataset]:
     """Training part and held-out part. Raises DataError."""
     dataset = read_datasets(config.files, format=config.format)
+    if unknown := config.label_words.keys() - set(dataset.labels):
+        raise DataError(
+            f"label_words names {min(unknown)!r}, which is no label of {dataset.source} "
+            f"(there are {', '.join(dataset.labels) or 'none'}).",
+            field="label_words",
+        )
+    dataset = dataset.with_words(config.label_words)
     if config.eval_data is None:
         return split(dataset, eval_fraction=config.eval_fraction, seed=config.seed)
-    return dataset, read_dataset(config.eval_data, format=config.format)
+    return dataset, read_dataset(config.eval_data, format=config.format).with_words(config.label_words)
 
 
 def describe(found: Check) -> list[str]:

@@ -1,6 +1,7 @@
 """What a data file holds once it is read: records of one shape, whatever its format was."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,17 @@ class Dataset:
         """The labels or tags that occur, sorted; empty for generative formats."""
         named = {example.label for example in self.examples if example.label is not None}
         return tuple(sorted(named.union(*(example.tags for example in self.examples))))
+
+    def with_words(self, words: Mapping[str, str]) -> "Dataset":
+        """The same, with labels and tags called by other words: a verbaliser (Schick and Schuetze 2021)."""
+        if not words:
+            return self
+        examples = tuple(
+            replace(
+                example,
+                label=None if example.label is None else words.get(example.label, example.label),
+                tags=tuple(words.get(tag, tag) for tag in example.tags),
+            )
+            for example in self.examples
+        )
+        return replace(self, examples=examples)
