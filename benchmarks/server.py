@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from benchmarks.adapters import register
+
 _KEY = "benchmark"
 
 
@@ -37,11 +39,7 @@ class Server:
 
     def register(self, folders: Sequence[Path]) -> list[str]:
         """Register adapters from the adapter root; returns their names."""
-        with httpx.Client(headers={"authorization": f"Bearer {_KEY}"}, timeout=60) as client:
-            for folder in folders:
-                body = {"name": folder.name, "path": folder.name}
-                client.post(f"{self.url}/v1/adapters", json=body).raise_for_status()
-        return [folder.name for folder in folders]
+        return register(folders, self.url, _KEY)
 
     def memory(self) -> Memory:
         """What it takes now."""
