@@ -1,5 +1,7 @@
 """What a run needs before it trains: data in two parts, the base in the method's format, token ids."""
 
+import torch
+
 from onebase_adapters.base import BaseSpec, LoadedBase, load_base
 from onebase_adapters.errors import ConfigError, DataError
 from onebase_adapters.files import check_base, read_adapter
@@ -56,7 +58,10 @@ def describe(found: Check) -> list[str]:
 def load_for_training(config: TrainConfig, method: Method, progress: Progress) -> LoadedBase:
     """The base in the method's format, with the attention that fits the device."""
     spec = BaseSpec(config.model, quantization=method.quantization, device=config.device)
+    threads = torch.get_num_threads()
     base = load_base(spec, progress=lambda text: progress(Stage(text)))
+    # numba's OpenMP has made it the number of cores, whatever OMP_NUM_THREADS (torchrun's: 1) says.
+    torch.set_num_threads(threads)
     if base.shape.encoder_decoder and (config.method not in PAIRED_METHODS or config.head):
         raise ConfigError(
             f"{config.model} is an encoder-decoder: it trains with {', '.join(PAIRED_METHODS)}, and no classifier.",
