@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import get_num_threads
 from torch import nn
 
 from onebase_adapters.base.shape import BaseShape
@@ -184,8 +185,8 @@ class FusedModel:
         else:
             addresses = np.array([buffer.data_ptr() for buffer in buffers], np.int64)
             run_layers(
-                self._numbers, hidden.data_ptr(), *hidden.shape, buffers[5].shape[1], self._norm.variance_epsilon,
-                *self._layers[0].attention, cos, sin, addresses, batch.owners.tiles,
+                get_num_threads(), self._numbers, hidden.data_ptr(), *hidden.shape, buffers[5].shape[1],
+                self._norm.variance_epsilon, *self._layers[0].attention, cos, sin, addresses, batch.owners.tiles,
                 batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
             )  # fmt: skip
         wanted, change = hidden[batch.sample_rows], buffers[3][batch.sample_rows]

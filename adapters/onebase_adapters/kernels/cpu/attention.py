@@ -134,6 +134,104 @@ def _add_values(
         ahead = 0
 
 
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def attend_item(
+    item: int,
+    q: int,
+    q_stride: int,
+    out: int,
+    out_stride: int,
+    k_cache: int,
+    v_cache: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    scale: float,
+    window: int,
+    items: np.ndarray,
+    positions: np.ndarray,
+    visible: np.ndarray,
+    tables: np.ndarray,
+) -> None:
+    """One item's part of `attend`."""
+    sequence, first_token, tokens, head = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
+    rows = tokens * group
+    padded = (rows + 3) // 4 * 4
+    last = visible[first_token + tokens - 1]
+    start_block = max(0, positions[first_token] - window + 1) // BLOCK
+    blocks = last // BLOCK + 1 - start_block
+    keys = blocks * BLOCK
+    base = start_block * BLOCK
+    page_bytes = 2 * dim * BLOCK
+    following = min(item + 1, items.shape[0] - 1)
+    next_sequence, next_head = items[following, 0], items[following, 3]
+    next_start = max(0, positions[items[following, 1]] - window + 1) // BLOCK
+
+    # Two allocations for all: scores [padded, keys], results [padded, dim], a sum for each row and for each
+    # lane; queries [padded, dim] and weights [padded, keys].
+    floats = np.empty(padded * (keys + dim + 1) + BLOCK, np.float32)
+    scores, results = floats[: padded * keys], floats[padded * keys : padded * (keys + dim)]
+    sums, lanes = floats[padded * (keys + dim) : padded * (keys + dim + 1)], floats[padded * (keys + dim + 1) :]
+    words = np.empty(padded * (dim + keys), np.uint16)
+    queries, weights = words[: padded * dim], words[padded * dim :]
+
+    for t in range(tokens):
+        start = q + 2 * ((first_token + t) * q_stride + head * group * dim)
+        source = carray(u16_pointer(start), group * dim, np.uint16)
+        target = queries[t * group * dim : (t + 1) * group * dim]
+        for i in range(group * dim):
+            target[i] = source[i]
+    queries[rows * dim :] = np.uint16(0)
+
+    for block in range(blocks):
+        page = k_cache + _page(tables, kv_heads, sequence, start_block + block, head) * page_bytes
+        # After the last keys come the first values.
+        if block + AHEAD < blocks:
+            coming = k_cache + _page(tables, kv_heads, sequence, start_block + block + AHEAD, head) * page_bytes
+        else:
+            first = start_block + block + AHEAD - blocks
+            coming = v_cache + _page(tables, kv_heads, sequence, first, head) * page_bytes
+        c = scores.ctypes.data + 4 * block * BLOCK
+        _score_page(c, keys, queries.ctypes.data, dim, padded, page, coming - page)
+
+    for r in range(rows):
+        token = first_token + r // group
+        position, end = positions[token], visible[token]
+        row, target = scores[r * keys : (r + 1) * keys], weights[r * keys : (r + 1) * keys]
+        first = max(0, position - window + 1 - base)
+        sums[r] = _softmax_row(row, target, first, end - base, np.float32(scale), lanes)
+    weights[rows * keys :] = np.uint16(0)
+
+    results[:] = np.float32(0.0)
+    for block in range(blocks):
+        page = v_cache + _page(tables, kv_heads, sequence, start_block + block, head) * page_bytes
+        # After the last values come the next item's first keys.
+        if block + AHEAD < blocks:
+            coming = v_cache + _page(tables, kv_heads, sequence, start_block + block + AHEAD, head) * page_bytes
+        else:
+            first = next_start + block + AHEAD - blocks
+            coming = k_cache + _page(tables, kv_heads, next_sequence, first, next_head) * page_bytes
+        # Not past the last key: what lies behind it in the block may be another request's leftovers. So the
+        # last one of an odd number is paired with itself, and there is no weight for its double.
+        depth = min(BLOCK, last + 1 - base - block * BLOCK)
+        c, a = results.ctypes.data, weights.ctypes.data + 2 * block * BLOCK
+        _add_values(c, a, keys, dim, padded, page, dim, depth // 2, coming - page)
+        if depth % 2 == 1:
+            _add_values(c, a + 2 * (depth - 1), keys, dim, padded, page + 2 * (depth - 1) * dim, 0, 1, 0)
+
+    for t in range(tokens):
+        target = carray(
+            u16_pointer(out + 2 * ((first_token + t) * out_stride + head * group * dim)),
+            group * dim,
+            np.uint16,
+        )
+        source = results[t * group * dim : (t + 1) * group * dim]
+        for g in range(group):
+            inverse = np.float32(1.0) / sums[t * group + g]
+            for d in range(dim):
+                target[g * dim + d] = bf16_from_f32(source[g * dim + d] * inverse)
+
+
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def attend(
     q: int,
@@ -160,82 +258,10 @@ def attend(
     `visible` [T] int64; `tables` [S, blocks] int32. With a window w, only the last w positions are seen.
     """
     for item in prange(items.shape[0]):
-        sequence, first_token, tokens, head = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
-        rows = tokens * group
-        padded = (rows + 3) // 4 * 4
-        last = visible[first_token + tokens - 1]
-        start_block = max(0, positions[first_token] - window + 1) // BLOCK
-        blocks = last // BLOCK + 1 - start_block
-        keys = blocks * BLOCK
-        base = start_block * BLOCK
-        page_bytes = 2 * dim * BLOCK
-        following = min(item + 1, items.shape[0] - 1)
-        next_sequence, next_head = items[following, 0], items[following, 3]
-        next_start = max(0, positions[items[following, 1]] - window + 1) // BLOCK
-
-        # Two allocations for all: scores [padded, keys], results [padded, dim], a sum for each row and for each
-        # lane; queries [padded, dim] and weights [padded, keys].
-        floats = np.empty(padded * (keys + dim + 1) + BLOCK, np.float32)
-        scores, results = floats[: padded * keys], floats[padded * keys : padded * (keys + dim)]
-        sums, lanes = floats[padded * (keys + dim) : padded * (keys + dim + 1)], floats[padded * (keys + dim + 1) :]
-        words = np.empty(padded * (dim + keys), np.uint16)
-        queries, weights = words[: padded * dim], words[padded * dim :]
-
-        for t in range(tokens):
-            start = q + 2 * ((first_token + t) * q_stride + head * group * dim)
-            source = carray(u16_pointer(start), group * dim, np.uint16)
-            target = queries[t * group * dim : (t + 1) * group * dim]
-            for i in range(group * dim):
-                target[i] = source[i]
-        queries[rows * dim :] = np.uint16(0)
-
-        for block in range(blocks):
-            page = k_cache + _page(tables, kv_heads, sequence, start_block + block, head) * page_bytes
-            # After the last keys come the first values.
-            if block + AHEAD < blocks:
-                coming = k_cache + _page(tables, kv_heads, sequence, start_block + block + AHEAD, head) * page_bytes
-            else:
-                first = start_block + block + AHEAD - blocks
-                coming = v_cache + _page(tables, kv_heads, sequence, first, head) * page_bytes
-            c = scores.ctypes.data + 4 * block * BLOCK
-            _score_page(c, keys, queries.ctypes.data, dim, padded, page, coming - page)
-
-        for r in range(rows):
-            token = first_token + r // group
-            position, end = positions[token], visible[token]
-            row, target = scores[r * keys : (r + 1) * keys], weights[r * keys : (r + 1) * keys]
-            first = max(0, position - window + 1 - base)
-            sums[r] = _softmax_row(row, target, first, end - base, np.float32(scale), lanes)
-        weights[rows * keys :] = np.uint16(0)
-
-        results[:] = np.float32(0.0)
-        for block in range(blocks):
-            page = v_cache + _page(tables, kv_heads, sequence, start_block + block, head) * page_bytes
-            # After the last values come the next item's first keys.
-            if block + AHEAD < blocks:
-                coming = v_cache + _page(tables, kv_heads, sequence, start_block + block + AHEAD, head) * page_bytes
-            else:
-                first = next_start + block + AHEAD - blocks
-                coming = k_cache + _page(tables, kv_heads, next_sequence, first, next_head) * page_bytes
-            # Not past the last key: what lies behind it in the block may be another request's leftovers. So the
-            # last one of an odd number is paired with itself, and there is no weight for its double.
-            depth = min(BLOCK, last + 1 - base - block * BLOCK)
-            c, a = results.ctypes.data, weights.ctypes.data + 2 * block * BLOCK
-            _add_values(c, a, keys, dim, padded, page, dim, depth // 2, coming - page)
-            if depth % 2 == 1:
-                _add_values(c, a + 2 * (depth - 1), keys, dim, padded, page + 2 * (depth - 1) * dim, 0, 1, 0)
-
-        for t in range(tokens):
-            target = carray(
-                u16_pointer(out + 2 * ((first_token + t) * out_stride + head * group * dim)),
-                group * dim,
-                np.uint16,
-            )
-            source = results[t * group * dim : (t + 1) * group * dim]
-            for g in range(group):
-                inverse = np.float32(1.0) / sums[t * group + g]
-                for d in range(dim):
-                    target[g * dim + d] = bf16_from_f32(source[g * dim + d] * inverse)
+        attend_item(
+            item, q, q_stride, out, out_stride, k_cache, v_cache, kv_heads, group, dim, scale, window, items,
+            positions, visible, tables,
+        )  # fmt: skip
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]

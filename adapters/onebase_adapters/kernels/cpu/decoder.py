@@ -1,41 +1,139 @@
-"""All layers of a decoder in one call. From Python, each kernel's call costs two to five microseconds, and with a
-single stream its two to three hundred calls a step cost more than the arithmetic that two cores share.
+"""All layers of a decoder in one parallel region. A region of its own for each kernel costs microseconds, and its
+end waits for every thread; two to three hundred a step cost more than the arithmetic that two cores share, and
+several times that as soon as another program wants a core. Here threads share the tasks of one stage after another.
 
 The kernels are the same, in the same order, as in `model.fused`: that is where to read what a layer does.
 """
 
 import numpy as np
-from numba import carray, njit
+from numba import carray, njit, prange
 
-from onebase_adapters.kernels.cpu.elementwise import add_rms_norm, rope_attend, silu_mul
-from onebase_adapters.kernels.cpu.lowrank import add_low_rank
-from onebase_adapters.kernels.cpu.matmul4bit import multiply
+from onebase_adapters.kernels.cpu.attention import attend_item
+from onebase_adapters.kernels.cpu.elementwise import norm_row, rope_row, silu_row
+from onebase_adapters.kernels.cpu.lowrank import update_tile
+from onebase_adapters.kernels.cpu.matmul4bit import multiply_task, multiply_tasks
+from onebase_adapters.kernels.cpu.sharing import STAGE, finish, portion, take, wait
 from onebase_adapters.kernels.cpu.vector import f32_pointer, i64_pointer
 
 PROJECTION = 14
 """Numbers of a projection in a layer's row: what `PackedLinear.numbers` and `LowRankTable.numbers` give."""
 PROJECTIONS = 4
 """Where they begin, after the addresses of two norms' weights and of the layer's keys and values."""
+_STAGES = 13
+"""Of a layer: four projections with two each; two norms, rotation, attention and gate."""
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _project(x: int, y: int, rows: int, numbers: np.ndarray, tiles: np.ndarray) -> None:
-    """A projection of x [rows, in] to y [rows, out], with the updates of each row's slot."""
+def _normalise(
+    stage: int, threads: int, x: int, delta: int, weight: int, out: int, rows: int, width: int, eps: float
+) -> None:
+    """x += delta (unless `delta` is 0), then out = RMSNorm(x) * weight, [rows, width]."""
+    count = portion(rows, threads)
+    first = take(stage, count)
+    while first < rows:
+        last = min(first + count, rows)
+        for t in range(first, last):
+            step = 2 * t * width
+            norm_row(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
+        finish(stage, last - first)
+        first = take(stage, count)
+    wait(stage, rows)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _project(stage: int, threads: int, x: int, y: int, rows: int, numbers: np.ndarray, tiles: np.ndarray) -> None:
+    """A projection of x [rows, in] to y [rows, out], with the updates of each row's slot: two stages."""
     n, k, sites, slots = numbers[1], numbers[2], numbers[6], numbers[7]
     a = carray(i64_pointer(numbers[9]), (slots,), np.int64)
     spans = carray(i64_pointer(numbers[13]), (slots,), np.int64)
-    multiply(x, y, rows, numbers[0], n, k, numbers[3], numbers[4], numbers[5], tiles, a, spans)
-    if tiles.shape[0] > 0:
-        add_low_rank(
-            x, k, y, n, k, carray(i64_pointer(numbers[8]), (sites + 1,), np.int64), tiles, a,
-            carray(i64_pointer(numbers[10]), (sites, slots), np.int64),
-            carray(i64_pointer(numbers[11]), (sites, slots), np.int64),
-            carray(f32_pointer(numbers[12]), (sites, slots), np.float32),
-        )  # fmt: skip
+    tasks = multiply_tasks(rows, n)
+    count = portion(tasks, threads)
+    first = take(stage, count)
+    while first < tasks:
+        last = min(first + count, tasks)
+        for task in range(first, last):
+            multiply_task(
+                task, x, y, rows, numbers[0], n, k, numbers[3], numbers[4], numbers[5], tiles, a, spans
+            )  # fmt: skip
+        finish(stage, last - first)
+        first = take(stage, count)
+    wait(stage, tasks)
+    if tiles.shape[0] == 0:
+        return
+    stage += STAGE
+    columns = carray(i64_pointer(numbers[8]), (sites + 1,), np.int64)
+    b = carray(i64_pointer(numbers[10]), (sites, slots), np.int64)
+    ranks = carray(i64_pointer(numbers[11]), (sites, slots), np.int64)
+    scales = carray(f32_pointer(numbers[12]), (sites, slots), np.float32)
+    count = portion(tiles.shape[0], threads)
+    first = take(stage, count)
+    while first < tiles.shape[0]:
+        last = min(first + count, tiles.shape[0])
+        for tile in range(first, last):
+            update_tile(tile, x, k, y, n, k, columns, tiles, a, b, ranks, scales)
+        finish(stage, last - first)
+        first = take(stage, count)
+    wait(stage, tiles.shape[0])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _rotate(
+    stage: int, threads: int, qkv: int, cos: int, sin: int, k_cache: int, v_cache: int, heads: int, kv_heads: int,
+    dim: int, slots: np.ndarray, positions: np.ndarray,
+) -> None:  # fmt: skip
+    """The first half of `rope_attend`."""
+    rows, width = slots.shape[0], (heads + 2 * kv_heads) * dim
+    count = portion(rows, threads)
+    first = take(stage, count)
+    while first < rows:
+        last = min(first + count, rows)
+        for t in range(first, last):
+            angle = 2 * positions[t] * dim
+            row = qkv + 2 * t * width
+            rope_row(row, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads, dim, slots[t])
+        finish(stage, last - first)
+        first = take(stage, count)
+    wait(stage, rows)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _attend(
+    stage: int, threads: int, qkv: int, out: int, k_cache: int, v_cache: int, heads: int, kv_heads: int, dim: int,
+    scale: float, window: int, items: np.ndarray, positions: np.ndarray, visible: np.ndarray, tables: np.ndarray,
+) -> None:  # fmt: skip
+    """The second half of `rope_attend`."""
+    width, group = (heads + 2 * kv_heads) * dim, heads // kv_heads
+    count = portion(items.shape[0], threads)
+    first = take(stage, count)
+    while first < items.shape[0]:
+        last = min(first + count, items.shape[0])
+        for item in range(first, last):
+            attend_item(
+                item, qkv, width, out, heads * dim, k_cache, v_cache, kv_heads, group, dim, scale, window,
+                items, positions, visible, tables,
+            )  # fmt: skip
+        finish(stage, last - first)
+        first = take(stage, count)
+    wait(stage, items.shape[0])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _gate(stage: int, threads: int, gate_up: int, out: int, rows: int, width: int) -> None:
+    """out = silu(gate) * up, as `silu_mul`."""
+    count = portion(rows, threads)
+    first = take(stage, count)
+    while first < rows:
+        last = min(first + count, rows)
+        for t in range(first, last):
+            silu_row(gate_up + 4 * t * width, out + 2 * t * width, width)
+        finish(stage, last - first)
+        first = take(stage, count)
+    wait(stage, rows)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def run_layers(
+    threads: int,
     layers: np.ndarray,
     x: int,
     rows: int,
@@ -57,23 +155,50 @@ def run_layers(
     visible: np.ndarray,
     tables: np.ndarray,
 ) -> None:
-    """x [rows, hidden] through all layers, but for the last one's MLP output, which is left in the buffer `change`.
+    """x [rows, hidden] through all layers by so many threads, but for the last one's MLP output, which is left in
+    the buffer `change`.
 
     `layers` [layers, 4 + 4 * PROJECTION] int64; `buffers` [6] int64, addresses of normed, qkv, attended, change,
     gate_up and activated; the rest as in `rope_attend`.
     """
+    counts = np.zeros(layers.shape[0] * _STAGES * STAGE // 8 + 8, np.int64)
+    for _ in prange(threads):
+        _run(
+            threads, counts, layers, x, rows, hidden, intermediate, eps, heads, kv_heads, dim, scale, window,
+            cos, sin, buffers, tiles, slots, items, positions, visible, tables,
+        )  # fmt: skip
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _run(
+    threads: int,
+    counts: np.ndarray,
+    layers: np.ndarray, x: int, rows: int, hidden: int, intermediate: int, eps: float,
+    heads: int, kv_heads: int, dim: int, scale: float, window: int, cos: int, sin: int, buffers: np.ndarray,
+    tiles: np.ndarray, slots: np.ndarray, items: np.ndarray, positions: np.ndarray, visible: np.ndarray,
+    tables: np.ndarray,
+) -> None:  # fmt: skip
+    """One thread's way through all stages."""
     normed, qkv, attended, change, gate_up, activated = buffers
+    # Not the address alone from outside: numba would free the array after its last use there.
+    stages = (counts.ctypes.data + STAGE - 1) // STAGE * STAGE
     for index in range(layers.shape[0]):
         layer = layers[index]
-        at = PROJECTIONS
-        add_rms_norm(x, 0 if index == 0 else change, layer[0], normed, rows, hidden, eps)
-        _project(normed, qkv, rows, layer[at : at + PROJECTION], tiles)
-        rope_attend(
-            qkv, cos, sin, attended, layer[2], layer[3], heads, kv_heads, dim, scale, window,
-            slots, items, positions, visible, tables,
+        at, s = PROJECTIONS, stages + index * _STAGES * STAGE
+        _normalise(s, threads, x, 0 if index == 0 else change, layer[0], normed, rows, hidden, eps)
+        _project(s + STAGE, threads, normed, qkv, rows, layer[at : at + PROJECTION], tiles)
+        _rotate(
+            s + 3 * STAGE, threads, qkv, cos, sin, layer[2], layer[3], heads, kv_heads, dim, slots, positions
         )  # fmt: skip
-        _project(attended, change, rows, layer[at + PROJECTION : at + 2 * PROJECTION], tiles)
-        add_rms_norm(x, change, layer[1], normed, rows, hidden, eps)
-        _project(normed, gate_up, rows, layer[at + 2 * PROJECTION : at + 3 * PROJECTION], tiles)
-        silu_mul(gate_up, activated, rows, intermediate)
-        _project(activated, change, rows, layer[at + 3 * PROJECTION : at + 4 * PROJECTION], tiles)
+        _attend(
+            s + 4 * STAGE, threads, qkv, attended, layer[2], layer[3], heads, kv_heads, dim, scale, window,
+            items, positions, visible, tables,
+        )  # fmt: skip
+        at += PROJECTION
+        _project(s + 5 * STAGE, threads, attended, change, rows, layer[at : at + PROJECTION], tiles)
+        _normalise(s + 7 * STAGE, threads, x, change, layer[1], normed, rows, hidden, eps)
+        at += PROJECTION
+        _project(s + 8 * STAGE, threads, normed, gate_up, rows, layer[at : at + PROJECTION], tiles)
+        _gate(s + 10 * STAGE, threads, gate_up, activated, rows, intermediate)
+        at += PROJECTION
+        _project(s + 11 * STAGE, threads, activated, change, rows, layer[at : at + PROJECTION], tiles)

@@ -32,7 +32,7 @@ def _mean_square(row: np.ndarray) -> np.float32:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _norm_row(x: int, delta: int, weight: int, out: int, width: int, eps: float) -> None:
+def norm_row(x: int, delta: int, weight: int, out: int, width: int, eps: float) -> None:
     row = carray(u16_pointer(x), width, np.uint16)
     if delta != 0:
         change = carray(u16_pointer(delta), width, np.uint16)
@@ -50,7 +50,7 @@ def _norm_row(x: int, delta: int, weight: int, out: int, width: int, eps: float)
 def _norm_rows(x: int, delta: int, weight: int, out: int, rows: int, width: int, eps: float) -> None:
     for t in prange(rows):
         step = 2 * t * width
-        _norm_row(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
+        norm_row(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -61,11 +61,11 @@ def add_rms_norm(x: int, delta: int, weight: int, out: int, rows: int, width: in
         return
     for t in range(rows):
         step = 2 * t * width
-        _norm_row(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
+        norm_row(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _silu_row(gate_up: int, out: int, width: int) -> None:
+def silu_row(gate_up: int, out: int, width: int) -> None:
     gate = carray(u16_pointer(gate_up), width, np.uint16)
     up = carray(u16_pointer(gate_up + 2 * width), width, np.uint16)
     target = carray(u16_pointer(out), width, np.uint16)
@@ -79,7 +79,7 @@ def _silu_row(gate_up: int, out: int, width: int) -> None:
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def _silu_rows(gate_up: int, out: int, rows: int, width: int) -> None:
     for t in prange(rows):
-        _silu_row(gate_up + 4 * t * width, out + 2 * t * width, width)
+        silu_row(gate_up + 4 * t * width, out + 2 * t * width, width)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -89,7 +89,7 @@ def silu_mul(gate_up: int, out: int, rows: int, width: int) -> None:
         _silu_rows(gate_up, out, rows, width)
         return
     for t in range(rows):
-        _silu_row(gate_up + 4 * t * width, out + 2 * t * width, width)
+        silu_row(gate_up + 4 * t * width, out + 2 * t * width, width)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -105,7 +105,7 @@ def _rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray, dim: int) -> Non
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _rope_row(
+def rope_row(
     row: int, cos: int, sin: int, k_cache: int, v_cache: int, heads: int, kv_heads: int, dim: int, slot: int
 ) -> None:
     cosine = carray(u16_pointer(cos), dim, np.uint16)
@@ -140,7 +140,7 @@ def _rope_rows(
     width = (heads + 2 * kv_heads) * dim
     for t in prange(slots.shape[0]):
         angle = 2 * positions[t] * dim
-        _rope_row(qkv + 2 * t * width, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads, dim, slots[t])
+        rope_row(qkv + 2 * t * width, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads, dim, slots[t])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -171,7 +171,7 @@ def rope_attend(
     else:
         for t in range(slots.shape[0]):
             angle = 2 * positions[t] * dim
-            _rope_row(
+            rope_row(
                 qkv + 2 * t * width, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads, dim, slots[t]
             )
     attend(

@@ -31,7 +31,7 @@ _expand_part_one = pair_tile(rows=1, groups=1, unroll=1, paired=True)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _update(
+def update_tile(
     tile: int,
     x: int,
     x_stride: int,
@@ -141,7 +141,7 @@ def _update_all(
     scales: np.ndarray,
 ) -> None:
     for tile in prange(tiles.shape[0]):
-        _update(tile, x, x_stride, y, y_stride, in_features, columns, tiles, a, b, ranks, scales)
+        update_tile(tile, x, x_stride, y, y_stride, in_features, columns, tiles, a, b, ranks, scales)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -170,4 +170,4 @@ def add_low_rank(
         _update_all(x, x_stride, y, y_stride, in_features, columns, tiles, a, b, ranks, scales)
     else:
         for tile in range(tiles.shape[0]):
-            _update(tile, x, x_stride, y, y_stride, in_features, columns, tiles, a, b, ranks, scales)
+            update_tile(tile, x, x_stride, y, y_stride, in_features, columns, tiles, a, b, ranks, scales)

@@ -24,6 +24,66 @@ _NOTHING = np.empty(0, np.int64)
 _one, _two, _three, _four, _eight = (packed_tile(rows) for rows in (1, 2, 3, 4, 8))
 
 
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def multiply_tasks(rows: int, n: int) -> int:
+    """How many tasks `multiply` has."""
+    return n // FEATURES * ((rows + PANEL - 1) // PANEL)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def multiply_task(
+    task: int,
+    x: int,
+    y: int,
+    rows: int,
+    codes: int,
+    n: int,
+    k: int,
+    weight: int,
+    absmax: int,
+    block: int,
+    tiles: np.ndarray,
+    starts: np.ndarray,
+    sizes: np.ndarray,
+) -> None:
+    """One task's part of `multiply`: a group of features for a panel of rows."""
+    groups = n // FEATURES
+    panels = (rows + PANEL - 1) // PANEL
+    turns = (min(rows, PANEL) + 7) // 8
+    pieces = groups * turns // max(1, tiles.shape[0]) if panels == 1 else 0
+    blocks, pairs = k // block, block // 2
+    panel, group = task // groups, task % groups
+    w = weight + group * k * FEATURES // 2
+    s = absmax + 2 * group * FEATURES
+    row = panel * PANEL
+    last = min(rows, row + PANEL)
+    while row < last:
+        left = last - row
+        wanted, size = weight, 0
+        if pieces > 0:
+            turn = group * turns + row // 8
+            if turn < pieces * tiles.shape[0]:
+                slot = tiles[turn // pieces, 0]
+                size = sizes[slot] // pieces
+                wanted = starts[slot] + turn % pieces * size
+        a, c = x + 2 * row * k, y + 2 * (row * n + group * FEATURES)
+        if left >= 8:
+            _eight(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
+            row += 8
+        elif left >= 4:
+            _four(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
+            row += 4
+        elif left == 3:
+            _three(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
+            row += 3
+        elif left == 2:
+            _two(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
+            row += 2
+        else:
+            _one(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
+            row += 1
+
+
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def multiply(
     x: int,
@@ -46,42 +106,8 @@ def multiply(
     are fetched: of each tile's slot `tiles[:, 0]` the `sizes` bytes at `starts`, cut in pieces, in the order in
     which threads will read them.
     """
-    groups = n // FEATURES
-    panels = (rows + PANEL - 1) // PANEL
-    turns = (min(rows, PANEL) + 7) // 8
-    pieces = groups * turns // max(1, tiles.shape[0]) if panels == 1 else 0
-    blocks, pairs = k // block, block // 2
-    for task in prange(panels * groups):
-        panel, group = task // groups, task % groups
-        w = weight + group * k * FEATURES // 2
-        s = absmax + 2 * group * FEATURES
-        row = panel * PANEL
-        last = min(rows, row + PANEL)
-        while row < last:
-            left = last - row
-            wanted, size = weight, 0
-            if pieces > 0:
-                turn = group * turns + row // 8
-                if turn < pieces * tiles.shape[0]:
-                    slot = tiles[turn // pieces, 0]
-                    size = sizes[slot] // pieces
-                    wanted = starts[slot] + turn % pieces * size
-            a, c = x + 2 * row * k, y + 2 * (row * n + group * FEATURES)
-            if left >= 8:
-                _eight(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
-                row += 8
-            elif left >= 4:
-                _four(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
-                row += 4
-            elif left == 3:
-                _three(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
-                row += 3
-            elif left == 2:
-                _two(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
-                row += 2
-            else:
-                _one(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
-                row += 1
+    for task in prange(multiply_tasks(rows, n)):
+        multiply_task(task, x, y, rows, codes, n, k, weight, absmax, block, tiles, starts, sizes)
 
 
 def packable(module: nn.Module) -> bool:
