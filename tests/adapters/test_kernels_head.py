@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
 from onebase_adapters.kernels.cpu.noise import add_gumbel, add_gumbel_of
-from onebase_adapters.kernels.cpu.screen import best_tokens
+from onebase_adapters.kernels.cpu.screen import UNSURE, best_tokens
+from onebase_adapters.model import head as head_module
 from onebase_adapters.model.head import HiddenScores, Screen
 from onebase_adapters.model.noise import Noise, gumbel
 from support.batches import random_bf16
@@ -119,6 +120,27 @@ def test_the_screen_draws_what_all_logits_would(vocab: int, seed: int, temperatu
     noisy = noise.over(hidden.float() @ head.weight.float().t())
     for row, token in enumerate(Screen(head).best(hidden, noise)):
         assert noisy[row, token] >= noisy[row].max() - 1e-4
+
+
+@packs
+def test_a_row_that_the_screen_leaves_too_many_of_is_scored_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are all alike within the screen's error, beside a row that is sure; greedy and drawn."""
+    head = make_head(4096, 64)
+    common = random_bf16(5, 1, 64)[0]
+    head.weight.data = common + 0.02 * head.weight.data
+    head.weight.data[1] = 3 * common
+    hidden = torch.stack([-common, 3 * common, 0.05 * random_bf16(6, 1, 64)[0] - common])
+    noise = Noise.of([0.0, 0.0, 0.1], [0, 0, 7])
+    screen = Screen(head)
+    exact = noise.over(hidden.float() @ head.weight.float().t())
+    found = screen.best(hidden, noise)
+    assert found[1] == 1
+    for row, token in enumerate(found):
+        assert exact[row, token] >= exact[row].max() - 1e-5
+    settled = []
+    monkeypatch.setattr(head_module, "settle_unsure", lambda *arguments: settled.append(arguments[-1].copy()))
+    screen.best(hidden, noise)
+    assert (settled[0] == UNSURE).tolist() == [True, False, True], "the case that is meant"
 
 
 def test_noise_is_its_definition_and_follows_gumbels_law() -> None:

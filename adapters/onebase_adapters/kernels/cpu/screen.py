@@ -14,6 +14,13 @@ from onebase_adapters.kernels.cpu.vector import f32_from_bf16, larger, u16_point
 
 CHUNK = 128
 """Tokens that are ruled out together."""
+FEW = 1024
+"""Tokens that are scored one by one. Of a row whose model is less sure than that, all are: in order, that is
+quicker."""
+_PARTS = 64
+"""Of the vocabulary, that threads share then."""
+UNSURE = -2
+"""In place of such a row's token."""
 
 
 # One compiled loop for every pair of rows: the order of the sum is always the same.
@@ -51,16 +58,20 @@ def _highest_noisy(
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _best(x: np.ndarray, norm: np.float32, logits: np.ndarray, weight: int, margins: np.ndarray) -> np.int64:
-    """The token of one row, -1 if there is none."""
+    """The token of one row, -1 if there is none, `UNSURE` if too many are left."""
     floor = _highest(logits, margins, -norm)
     best = np.int64(-1)
     highest = np.float32(-np.inf)
+    scored = 0
     for start in range(0, margins.shape[0], CHUNK):
         part, slack = logits[start : start + CHUNK], margins[start : start + CHUNK]
         # Nearly all chunks end here, by a vectorised maximum.
         if _highest(part, slack, norm) >= floor:
             for i in range(part.shape[0]):
                 if _highest(part[i : i + 1], slack[i : i + 1], norm) >= floor:
+                    scored += 1
+                    if scored > FEW:
+                        return np.int64(UNSURE)
                     row = weight + 2 * (start + i) * x.shape[0]
                     exact = _dot(x, carray(u16_pointer(row), x.shape[0], np.uint16))
                     if exact > highest:
@@ -80,6 +91,7 @@ def _drawn(
     floor = _highest_noisy(logits, noise, margins, -norm, inverse)
     best = np.int64(-1)
     highest = np.float32(-np.inf)
+    scored = 0
     for start in range(0, margins.shape[0], CHUNK):
         part, slack = logits[start : start + CHUNK], margins[start : start + CHUNK]
         more = noise[start : start + CHUNK]
@@ -87,12 +99,35 @@ def _drawn(
             for i in range(part.shape[0]):
                 one = slice(i, i + 1)
                 if _highest_noisy(part[one], more[one], slack[one], norm, inverse) >= floor:
+                    scored += 1
+                    if scored > FEW:
+                        return np.int64(UNSURE)
                     row = weight + 2 * (start + i) * x.shape[0]
                     exact = inverse * _dot(x, carray(u16_pointer(row), x.shape[0], np.uint16)) + more[i]
                     if exact > highest:
                         highest = exact
                         best = np.int64(start + i)
     return best if np.isfinite(highest) and np.isfinite(norm) else np.int64(-1)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+def _score_all(
+    x: np.ndarray, weight: int, inverses: np.ndarray, noise: np.ndarray, highest: np.ndarray, best: np.ndarray
+) -> None:
+    """The best token, and its score, of each part of the vocabulary: x [rows, width], noise [rows, vocab], highest
+    [parts, rows] float32, best [parts, rows] int64."""
+    rows, width = x.shape
+    parts, vocab = best.shape[0], noise.shape[1]
+    for part in prange(parts):
+        for v in range(part * vocab // parts, (part + 1) * vocab // parts):
+            weights = carray(u16_pointer(weight + 2 * v * width), width, np.uint16)
+            for r in range(rows):
+                exact = _dot(x[r], weights)
+                if inverses[r] != 0:
+                    exact = inverses[r] * exact + noise[r, v]
+                if exact > highest[part, r]:
+                    highest[part, r] = exact
+                    best[part, r] = v
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
@@ -127,3 +162,23 @@ def best_tokens(
             tokens[r] = _best(x, norm, logits, weight, margins)
         else:
             tokens[r] = _drawn(x, norm, logits, weight, margins, inverses[r], seeds[r])
+
+
+def settle_unsure(
+    hidden: np.ndarray, weight: int, vocab: int, inverses: np.ndarray, seeds: np.ndarray, tokens: np.ndarray
+) -> None:
+    """Put the best of all tokens in place of each `UNSURE`, by the very sums that `best_tokens` makes. hidden
+    [rows, width] float32; the rest as there."""
+    unsure = np.flatnonzero(tokens == UNSURE)
+    if not len(unsure):
+        return
+    noise = np.zeros((len(unsure), vocab), np.float32)
+    for place, row in enumerate(unsure):
+        if inverses[row]:
+            add_gumbel(noise[place], seeds[row])
+    highest = np.full((_PARTS, len(unsure)), -np.inf, np.float32)
+    best = np.full((_PARTS, len(unsure)), -1, np.int64)
+    _score_all(hidden[unsure], weight, inverses[unsure], noise, highest, best)
+    parts = highest.argmax(0)
+    places = np.arange(len(unsure))
+    tokens[unsure] = np.where(np.isfinite(highest[parts, places]), best[parts, places], -1)
