@@ -14,7 +14,7 @@ RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} 
 COPY adapters adapters
 COPY server server
 COPY training training
-RUN pip install --no-cache-dir -c constraints.txt .
+RUN pip install --no-cache-dir -c constraints.txt '.[otel]'
 
 USER onebase
 # Models and compiled kernels outlive the container in the cache's volume.
