@@ -7,6 +7,7 @@ end with `engine_died`; until the next one is ready, new ones are refused with E
 import asyncio
 import itertools
 import logging
+import os
 import socket
 import sys
 import time
@@ -46,6 +47,10 @@ log = logging.getLogger(__name__)
 
 _RESTART_DELAYS = (0.0, 1.0, 5.0, 15.0, 30.0)
 """Seconds before each restart in a row; a run of a minute starts the row anew."""
+_SPINS = "20000"
+"""Turns (some 50 microseconds) for which the engine's OpenMP threads wait awake for work, unless the environment
+says otherwise. libgomp's own number is many times that, and keeps cores from the API and its clients between
+steps."""
 _EMPTY_STATS = EngineStats(*[0] * len(EngineStats.__struct_fields__))
 
 
@@ -214,6 +219,7 @@ class ProcessEngine:
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
+                env={"GOMP_SPINCOUNT": _SPINS} | os.environ,
             )
         reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=2**26)
         self._writer.write(frame(msgspec.json.encode(self._config)))
