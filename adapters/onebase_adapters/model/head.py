@@ -11,7 +11,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 
 from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, fits_packed
-from onebase_adapters.kernels.cpu.screen import best_tokens, settle_unsure
+from onebase_adapters.kernels.cpu.screen import UNSURE, best_tokens, settle_unsure
 from onebase_adapters.model.noise import Noise
 
 log = logging.getLogger(__name__)
@@ -97,9 +97,11 @@ class Screen:
             hidden.data_ptr(), approx.data_ptr(), self._weight.data_ptr(), self._margins, rows, width,
             noise.inverses, noise.seeds, tokens,
         )  # fmt: skip
-        settle_unsure(
-            hidden.float().numpy(), self._weight.data_ptr(), len(self._margins), noise.inverses, noise.seeds, tokens
-        )  # fmt: skip
+        if UNSURE in tokens:
+            settle_unsure(
+                hidden.float().numpy(), self._weight.data_ptr(), len(self._margins), noise.inverses, noise.seeds,
+                tokens,
+            )  # fmt: skip
         best: list[int] = tokens.tolist()
         return best
 

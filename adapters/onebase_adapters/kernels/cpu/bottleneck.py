@@ -8,7 +8,7 @@ import math
 import numpy as np
 from numba import carray, njit, prange
 
-from onebase_adapters.kernels.cpu.lowrank import TILE
+from onebase_adapters.kernels.cpu.lowrank import TILE, gather, rows_of
 from onebase_adapters.kernels.cpu.pairs import pair_tile
 from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, f32_pointer, u16_pointer
 
@@ -62,10 +62,7 @@ def add_bottleneck(
         slot = tiles[tile, 0]
         rank = ranks[slot]
         if rank > 0:
-            rows = 0
-            for t in range(TILE):
-                if tiles[tile, 1 + t] >= 0:
-                    rows += 1
+            rows = rows_of(tiles, tile)
             computed = 1 if rows == 1 else TILE
             wide = (rank + 15) // 16 * 16
             padded = (width + 15) // 16 * 16
@@ -75,11 +72,7 @@ def add_bottleneck(
             sums, delta = floats[: computed * wide], floats[computed * wide :]
             words = np.zeros(computed * (width + wide), np.uint16)
             inputs, hidden = words[: computed * width], words[computed * width :]
-            for t in range(rows):
-                row = carray(u16_pointer(x + 2 * tiles[tile, 1 + t] * width), width, np.uint16)
-                target = inputs[t * width : (t + 1) * width]
-                for i in range(width):
-                    target[i] = row[i]
+            gather(tiles, tile, rows, x, width, width, inputs)
             for r in range(0, rank, 16):
                 c, weights = sums.ctypes.data + 4 * r, down[slot] + 2 * r
                 if rows == 1:

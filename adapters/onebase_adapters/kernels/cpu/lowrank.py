@@ -31,6 +31,27 @@ _expand_part_one = pair_tile(rows=1, groups=1, unroll=1, paired=True)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def rows_of(tiles: np.ndarray, tile: int) -> int:
+    """How many tokens a tile has."""
+    rows = 0
+    for t in range(TILE):
+        if tiles[tile, 1 + t] >= 0:
+            rows += 1
+    return rows
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def gather(tiles: np.ndarray, tile: int, rows: int, x: int, x_stride: int, width: int, inputs: np.ndarray) -> None:
+    """The rows of x (bfloat16) that belong to a tile's tokens, one after the other, then zeros."""
+    inputs[rows * width :] = np.uint16(0)
+    for t in range(rows):
+        row = carray(u16_pointer(x + 2 * tiles[tile, 1 + t] * x_stride), width, np.uint16)
+        target = inputs[t * width : (t + 1) * width]
+        for i in range(width):  # a slice's assignment is not vectorised
+            target[i] = row[i]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def update_tile(
     tile: int,
     x: int,
@@ -54,10 +75,7 @@ def update_tile(
     for site in range(sites):
         total += ranks[site, slot]
     if total > 0:
-        rows = 0
-        for t in range(TILE):
-            if tiles[tile, 1 + t] >= 0:
-                rows += 1
+        rows = rows_of(tiles, tile)
         computed = 1 if rows == 1 else TILE
         width = (total + 15) // 16 * 16
         wide = np.empty(computed * (width + GROUP), np.float32)
@@ -68,12 +86,7 @@ def update_tile(
         if rows == 1:
             at = x + 2 * tiles[tile, 1] * x_stride
         else:
-            inputs[rows * in_features :] = np.uint16(0)
-            for t in range(rows):
-                row = carray(u16_pointer(x + 2 * tiles[tile, 1 + t] * x_stride), in_features, np.uint16)
-                target = inputs[t * in_features : (t + 1) * in_features]
-                for i in range(in_features):  # a slice's assignment is not vectorised
-                    target[i] = row[i]
+            gather(tiles, tile, rows, x, x_stride, in_features, inputs)
 
         pairs, stride = in_features // 2, 2 * total
         ahead = a[following] - a[slot]

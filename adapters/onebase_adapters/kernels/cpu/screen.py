@@ -167,11 +167,9 @@ def best_tokens(
 def settle_unsure(
     hidden: np.ndarray, weight: int, vocab: int, inverses: np.ndarray, seeds: np.ndarray, tokens: np.ndarray
 ) -> None:
-    """Put the best of all tokens in place of each `UNSURE`, by the very sums that `best_tokens` makes. hidden
-    [rows, width] float32; the rest as there."""
+    """Put the best of all tokens in place of each `UNSURE`, of which there is one at least, by the very sums that
+    `best_tokens` makes. hidden [rows, width] float32; the rest as there."""
     unsure = np.flatnonzero(tokens == UNSURE)
-    if not len(unsure):
-        return
     noise = np.zeros((len(unsure), vocab), np.float32)
     for place, row in enumerate(unsure):
         if inverses[row]:
