@@ -1,6 +1,7 @@
 """`onebase adapters`: what an adapter is and whether it can be served, and adapters out of fine-tuned models."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,7 @@ def inspect_command(
     from onebase_adapters.format import WEIGHTS_FILE
     from onebase_adapters.methods import load_adapter
     from onebase_adapters.model.weights import ModelWeights
-    from onebase_adapters.primitives import Head
+    from onebase_adapters.primitives import Head, Template
     from onebase_adapters.vocabulary import check_folder
 
     files = read_adapter(path)
@@ -54,6 +55,10 @@ def inspect_command(
     table.add_row("context", f"{adapter.layout.tokens} virtual tokens a request")
     if (head := adapter.one(Head)) is not None:
         table.add_row("labels", ", ".join(head.labels))
+    if (template := adapter.one(Template)) is not None:
+        for part in ("before", "after", "messages", "stop"):
+            if text := getattr(template, part):
+                table.add_row(part, json.dumps(text, ensure_ascii=False))
     for note in adapter.notes:
         table.add_row("note", note)
     console.print(table)

@@ -151,6 +151,8 @@ class Template:
     after: str = ""
     messages: tuple[Mapping[str, str], ...] = ()
     """Turns that go in front of a conversation: a system text, examples."""
+    stop: tuple[str, ...] = ()
+    """Where one of these begins, the answer is over: what was not trained to end goes on with another example."""
     parameters: int = field(default=0, init=False)
 
 

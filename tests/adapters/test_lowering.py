@@ -71,8 +71,8 @@ def test_each_kind_of_primitive() -> None:
     assert torch.equal(prefix.keys[1, 1].flatten(), stored[1, 2 * HEADS * DIM : 3 * HEADS * DIM])
     (part,) = lower(BOTTLENECK, bottleneck())
     assert isinstance(part, Bottleneck)
-    (template,) = lower({"peft_type": "TEMPLATE", "before": "Q: "}, {})
-    assert template == Template("Q: ")
+    (template,) = lower({"peft_type": "TEMPLATE", "before": "Q: ", "stop": ["\n"]}, {})
+    assert template == Template("Q: ", stop=("\n",))
     (vector,) = lower({"peft_type": "IA3"}, {f"base_model.model.{SITE}.ia3_l": torch.ones(1, HIDDEN)})
     assert isinstance(vector, Rescale)
     assert vector.side == "input"
@@ -134,6 +134,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]
     "no such activation": ({**BOTTLENECK, "activation": "x"}, bottleneck(), {}, AdapterFormatError, "'x' is none"),
     "an empty template": ({"peft_type": "TEMPLATE"}, {}, {}, AdapterFormatError, "changes nothing"),
     "a template of no text": ({"peft_type": "TEMPLATE", "before": 3}, {}, {}, AdapterFormatError, "a string"),
+    "a stop of no text": (
+        {"peft_type": "TEMPLATE", "stop": [""]}, {}, {}, AdapterFormatError, "none of them empty"
+    ),
+    "a stop that is no list": (
+        {"peft_type": "TEMPLATE", "stop": "x"}, {}, {}, AdapterFormatError, "a list"
+    ),
     "turns of nobody": (
         {"peft_type": "TEMPLATE", "messages": [{"role": "x", "content": ""}]}, {}, {}, AdapterFormatError, "role"
     ),

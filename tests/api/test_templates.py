@@ -1,6 +1,6 @@
 """Adapters with text around the prompt, or turns in front of the conversation."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,14 @@ EXAMPLE = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": 
 
 @pytest.fixture(autouse=True)
 async def adapters(services: Services, tmp_path: Path, new_adapter: Callable[..., Path]) -> None:
-    """`framed` has all three parts, `tuned` none."""
+    """`framed` has all texts around a prompt, `ended` and `closed` end the answer, `tuned` has nothing."""
     template = {"before": "Q: ", "after": "\nA:", "messages": [SYSTEM, *EXAMPLE]}
-    for name, config in {"framed": {"template": template}, "tuned": {}}.items():
+    texts = {"framed": template} | {
+        name: {"before": "", "after": "", "messages": [], "stop": stop}
+        for name, stop in (("ended", ["\n"]), ("closed", ["\n", "."]))
+    }
+    configs = {name: {"template": text} for name, text in texts.items()} | {"tuned": {}}
+    for name, config in configs.items():
         folder = new_adapter(tmp_path / name, name.encode(), **config)
         await services.adapters.register(name, lambda folder=folder: services.store.stage(folder))  # type: ignore[misc]
 
@@ -71,3 +76,42 @@ async def test_tokenize_shows_what_is_sent(http: httpx.AsyncClient, engine: Any,
         await sent(http, engine, codec, path, **body)
         tokens = (await http.post("/tokenize", json={"model": "framed", **body})).json()["tokens"]
         assert tuple(tokens) == engine.requests[-1].prompt
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "why"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "why"}]}),
+    ],
+)
+async def test_a_template_ends_the_answer(
+    http: httpx.AsyncClient,
+    engine: Any,
+    reply: Any,
+    codec: TextCodec,
+    events: Callable[..., Awaitable[list[dict[str, Any]]]],
+    path: str,
+    asked: dict[str, Any],
+    stream: bool,
+) -> None:
+    engine.reply = lambda request: reply(codec.encode("no. It is\nnext; one"))
+
+    async def answer(**body: Any) -> tuple[str, str | None, str | None]:
+        chunks = (
+            await events(path, **asked, **body)
+            if stream
+            else [(await http.post(path, json={**asked, **body})).json()]
+        )
+        parts = [choice for chunk in chunks for choice in chunk["choices"]]
+        texts = [
+            part.get("text") or (part.get("delta") or part.get("message") or {}).get("content") for part in parts
+        ]
+        return "".join(text or "" for text in texts), parts[-1]["finish_reason"], parts[-1].get("stop_reason")
+
+    assert await answer(model="ended") == ("no. It is", "stop", "\n")
+    assert await answer(model="ended", stop=["It"]) == ("no. ", "stop", "It")
+    assert await answer(model="ended", stop="one") == ("no. It is", "stop", "\n")
+    assert await answer(adapters=[{"name": "ended"}, {"name": "closed"}]) == ("no", "stop", ".")
+    assert (await answer(model="tuned"))[0] == "no. It is\nnext; one"

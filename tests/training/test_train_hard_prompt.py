@@ -11,11 +11,12 @@ from onebase_adapters.base import BaseSpec, load_base
 from onebase_adapters.errors import DataError
 from onebase_adapters.methods import load_adapter
 from onebase_adapters.model.served import ServedModel
-from onebase_adapters.primitives import Template as ServedTemplate
+from onebase_adapters.primitives import Template
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Example, Turn
+from onebase_training.evaluate import sample
 from onebase_training.evaluate_served import EvaluateConfig, evaluate_served
-from onebase_training.hard_prompt import Template, encode_with
+from onebase_training.templates import encode_with
 from onebase_training.train import train
 
 
@@ -52,7 +53,7 @@ def test_it_beats_the_plain_prompt_and_writes_a_template(config: TrainConfig) ->
     assert "\nLabel: even\n\n" in settings["before"] or "\nLabel: odd\n\n" in settings["before"]
     model = ServedModel.load(BaseSpec(config.model, device="cpu"), slots=1, blocks=8)
     (template,) = load_adapter(config.output, "digest", model.shape, model.weights).primitives
-    assert template == ServedTemplate(settings["before"], settings["after"], ())
+    assert template == Template(settings["before"], settings["after"], (), ("\n",))
 
 
 def test_the_same_seed_chooses_the_same(config: TrainConfig) -> None:
@@ -64,13 +65,15 @@ def test_the_same_seed_chooses_the_same(config: TrainConfig) -> None:
 
 def test_own_candidates(config: TrainConfig, tmp_path: Path) -> None:
     candidates = tmp_path / "candidates.jsonl"
-    candidates.write_text('{"after": " is"}\n{"before": "A ", "after": " ="}\n')
+    candidates.write_text('{"after": " is"}\n{"before": "A ", "after": " =", "stop": [";"]}\n')
     train(replace(config, candidates=candidates))
     settings = json.loads((config.output / "adapter_config.json").read_text())
-    assert settings["after"] in (" is", " =")
+    assert (settings["after"], settings["stop"]) in ((" is", ["\n"]), (" =", [";"]))
 
 
-@pytest.mark.parametrize("line", ["{", '"text"', '{"messages": [{"role": "user"}]}', '{"before": 3}'])
+@pytest.mark.parametrize(
+    "line", ["{", '"text"', '{"messages": [{"role": "user"}]}', '{"before": 3}', '{"stop": ""}', '{"befor": ""}']
+)
 def test_bad_candidates_are_refused_with_their_line(line: str, config: TrainConfig, tmp_path: Path) -> None:
     candidates = tmp_path / "candidates.jsonl"
     candidates.write_text(f'{{"after": " is"}}\n{line}\n')
@@ -80,7 +83,7 @@ def test_bad_candidates_are_refused_with_their_line(line: str, config: TrainConf
 
 def test_shown_answers_are_not_learned(tiny_model: Callable[[str], Path]) -> None:
     tokenizer = load_base(BaseSpec(str(tiny_model("llama")), device="cpu")).tokenizer
-    shot = (Turn("user", "1"), Turn("assistant", "odd"))
+    shot = ({"role": "user", "content": "1"}, {"role": "assistant", "content": "odd"})
     chat = Example(1, turns=(Turn("user", "4"), Turn("assistant", "even")))
     plain = encode_with(Template(), [chat], tokenizer, 500)
     shown = encode_with(Template(messages=shot), [chat], tokenizer, 500)
@@ -89,3 +92,31 @@ def test_shown_answers_are_not_learned(tiny_model: Callable[[str], Path]) -> Non
     learned = [[label for label in one[0].labels if label != NO_LOSS] for one in (plain, shown)]
     assert learned[0] == learned[1]
     assert encode_with(Template(messages=shot), [chat], tokenizer, 10) is None
+
+
+def test_an_answer_ends_where_the_template_says(tiny_model: Callable[[str], Path]) -> None:
+    tokenizer = load_base(BaseSpec(str(tiny_model("llama")), device="cpu")).tokenizer
+    found = encode_with(
+        Template(after=" is", stop=("\n", ";")), [Example(1, prompt="4", label="even")], tokenizer, 500
+    )
+    assert found is not None
+    learned = [label for label in found[0].labels if label != NO_LOSS]
+    assert tokenizer.decode(learned) == " even\n", "the stop text stands for the end"
+    for written, kept in ((" even\nnumber", " even"), (" even; \n", " even"), (" even", " even"), ("\n", "")):
+        one = sample(tokenizer, found[0], tokenizer.encode(written))
+        assert (one.expected, one.generated) == (" even", kept)
+
+
+@pytest.mark.parametrize(
+    ("completions", "stop"),
+    [(["one", "two"], ["\n"]), (["one", "two\nlines"], ["\n\n"]), (["one", "two\n\nparts"], [])],
+)
+def test_what_no_answer_holds_ends_them(
+    completions: list[str], stop: list[str], config: TrainConfig, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{index}:", "completion": completions[index % 2]} for index in range(20)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    candidates = tmp_path / "candidates.jsonl"
+    candidates.write_text('{"after": " ="}\n')
+    train(replace(config, eval_data=None, candidates=candidates, metric_examples=0))
+    assert json.loads((config.output / "adapter_config.json").read_text())["stop"] == stop

@@ -89,7 +89,8 @@ class TrainConfig:
     pooling: Literal["first", "last", "mean"] | None = None
     """What a text's classifier reads. None: the last token of decoders, the mean over encoders' tokens."""
     candidates: Path | None = None
-    """Wordings for `hard-prompt`, JSON lines of {"before", "after"} or {"messages"}. None: some usual ones."""
+    """Wordings for `hard-prompt`, JSON lines of {"before", "after"} or {"messages"}, with {"stop": [texts]} if the
+    usual line break is not to end an answer. None: some usual ones."""
 
     label_words: Mapping[str, str] = field(default_factory=dict)
     """What labels or tags are called to the model, e.g. {"0": "negative"}: words that it knows teach it faster than

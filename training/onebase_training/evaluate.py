@@ -121,9 +121,7 @@ def generate_samples(
     if not examples:
         return []
     ends = ends_of(model.model, tokenizer)
-    answers = [_answer(example) for example in examples]
-    limits = [min(config.max_new_tokens, len(answer) + 8) for answer in answers]
-    prompts = [example.input_ids[: example.prompt_length] for example in examples]
+    limits = [min(config.max_new_tokens, len(answer(example)) + 8) for example in examples]
     arranged = [model.collate.arrange(example)[0] for example in examples]
     starts = [
         tokens[: len(tokens) - (len(example.input_ids) - example.prompt_length)]
@@ -131,11 +129,20 @@ def generate_samples(
     ]
     made = generate(model, starts, max_new_tokens=limits, ends=ends)
 
-    def text(tokens: Sequence[int]) -> str:
-        decoded: str = tokenizer.decode(tokens, skip_special_tokens=True)
-        return decoded
+    return [sample(tokenizer, example, written) for example, written in zip(examples, made, strict=True)]
 
-    return [Sample(text(p), text(a), text(m)) for p, a, m in zip(prompts, answers, made, strict=True)]
+
+def sample(tokenizer: Any, example: Encoded, written: Sequence[int]) -> Sample:
+    """What was written after the example's prompt, beside what was wanted; both up to what ends an answer."""
+    texts = [example.input_ids[: example.prompt_length], answer(example), written]
+    prompt, expected, generated = (tokenizer.decode(text, skip_special_tokens=True) for text in texts)
+    return Sample(prompt, _cut(expected, example.stop), _cut(generated, example.stop))
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """As the server does: the stop text that is complete first counts, the longer of two that end together."""
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(found)[1]] if found else text
 
 
 def ends_of(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
@@ -145,7 +152,7 @@ def ends_of(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     return frozenset(end for end in ends if end is not None)
 
 
-def _answer(example: Encoded) -> list[int]:
-    """The tokens of the completion that `prompt_length` starts, without its end."""
+def answer(example: Encoded) -> list[int]:
+    """The tokens of the completion that `prompt_length` starts, with its end."""
     labels = example.labels[example.prompt_length :]
     return [label for label in labels if label != NO_LOSS]

@@ -15,14 +15,13 @@ from onebase_adapters.methods import load_adapter
 from onebase_adapters.model.classify import probabilities
 from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
 from onebase_adapters.model.served import ServedModel
-from onebase_adapters.primitives import Head, LoweredAdapter
-from onebase_adapters.primitives import Template as ServedTemplate
+from onebase_adapters.primitives import Head, LoweredAdapter, Template
 from onebase_adapters.vocabulary import check_folder
-from onebase_training.data import NO_LOSS, Dataset, Encoded, Turn, encode, encode_for_head, read_dataset
-from onebase_training.evaluate import Evaluation, Sample, ends_of, mark
+from onebase_training.data import NO_LOSS, Dataset, Encoded, encode, encode_for_head, read_dataset
+from onebase_training.evaluate import Evaluation, Sample, answer, ends_of, mark, sample
 from onebase_training.events import Progress, Stage, silent
-from onebase_training.hard_prompt import Template, encode_with
 from onebase_training.served import ServedRows
+from onebase_training.templates import encode_with
 
 _TOGETHER = 16
 """Sequences that are generated at once."""
@@ -101,12 +100,11 @@ def _measure(
         classes = list(head.labels)
         labelled = encode_for_head(dataset.examples, tokenizer, classes, max_length=limit)
         return _classify(rows, lowered.layout, head, labelled, model)
-    found = lowered.one(ServedTemplate)
+    found = lowered.one(Template)
     if found is None:
         examples = encode(dataset.examples, tokenizer, max_length=limit)
     else:
-        turns = tuple(Turn(turn["role"], turn["content"]) for turn in found.messages)
-        shown = encode_with(Template(found.before, found.after, turns), dataset.examples, tokenizer, limit)
+        shown = encode_with(found, dataset.examples, tokenizer, limit)
         if shown is None:
             raise AdapterFormatError("The template leaves no room for the longest example.", field="adapter")
         examples = shown
@@ -135,11 +133,8 @@ def _write(
     for start in range(0, len(chosen), _TOGETHER):
         group = chosen[start : start + _TOGETHER]
         prompts = [layout.arrange(one.input_ids[: one.prompt_length], vocab) for one in group]
-        answers = [[label for label in one.labels[one.prompt_length :] if label != NO_LOSS] for one in group]
-        made = rows.greedy(prompts, [min(config.max_new_tokens, len(one) + 8) for one in answers], ends)
-        for one, answer, written in zip(group, answers, made, strict=True):
-            texts = [one.input_ids[: one.prompt_length], answer, written]
-            samples.append(Sample(*(tokenizer.decode(text, skip_special_tokens=True) for text in texts)))
+        made = rows.greedy(prompts, [min(config.max_new_tokens, len(answer(one)) + 8) for one in group], ends)
+        samples += [sample(tokenizer, one, written) for one, written in zip(group, made, strict=True)]
     return Evaluation(total / learned, mark(samples, examples), samples)
 
 

@@ -7,20 +7,20 @@ Jamieson and Talwalkar 2016). What they are judged by is of the training part: t
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from onebase_adapters.base import LoadedBase
-from onebase_adapters.errors import DataError
-from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.errors import AdapterFormatError, DataError
+from onebase_adapters.methods.template import read_template
+from onebase_adapters.primitives import Template
 from onebase_training.config import TrainConfig
-from onebase_training.data import NO_LOSS, Dataset, Encoded, Example, Turn, encode
+from onebase_training.data import Dataset, Example
 from onebase_training.evaluate import held_out_loss
 from onebase_training.events import Progress, Stage
 from onebase_training.model import Trained
+from onebase_training.templates import encode_with, raw
 
 _SHOTS = (1, 2, 4, 8)
 _DRAWS = 2
@@ -28,49 +28,6 @@ _DRAWS = 2
 _FIRST = 8
 """Examples of the first comparison."""
 _LAST = 64
-
-
-@dataclass(frozen=True)
-class Template:
-    """Text around a completion's prompt, or turns in front of a chat; see `onebase_adapters.methods.template`."""
-
-    before: str = ""
-    after: str = ""
-    messages: tuple[Turn, ...] = ()
-
-    def save(self, folder: Path, base: str) -> None:
-        """Write the adapter's two files."""
-        messages = [asdict(turn) for turn in self.messages]
-        settings: dict[str, Any] = {"peft_type": "TEMPLATE", "base_model_name_or_path": base}
-        settings |= {"before": self.before, "after": self.after, "messages": messages}
-        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
-        save_file({}, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-
-    def apply(self, example: Example) -> Example:
-        """The example as the base then sees it."""
-        if example.turns:
-            return replace(example, turns=(*self.messages, *example.turns))
-        prompt, completion = _raw(example)
-        asked = f"{self.before}{prompt}{self.after}"
-        return Example(example.line, prompt=asked, completion=completion, task=example.task)
-
-
-def encode_with(
-    template: Template, examples: Sequence[Example], tokenizer: Any, limit: int
-) -> list[Encoded] | None:
-    """Token ids of the examples as the template shows them; None where one has more than `limit` of them. Only what
-    each example has to say itself is learned, not the answers that the template shows."""
-    found = []
-    for example in examples:
-        *_, whole = encode([template.apply(example)], tokenizer, max_length=10**9)
-        if len(whole.input_ids) > limit:
-            return None
-        (own,) = encode([example], tokenizer, max_length=10**9)[-1:] if example.turns else [whole]
-        said = sum(label != NO_LOSS for label in own.labels)
-        places = [at for at, label in enumerate(whole.labels) if label != NO_LOSS][-said:]
-        labels = tuple(label if at >= places[0] else NO_LOSS for at, label in enumerate(whole.labels))
-        found.append(replace(whole, labels=labels, example=example))
-    return found
 
 
 def choose(model: Trained, base: LoadedBase, dataset: Dataset, config: TrainConfig, progress: Progress) -> Template:
@@ -103,16 +60,23 @@ def choose(model: Trained, base: LoadedBase, dataset: Dataset, config: TrainConf
 
 
 def _wordings(dataset: Dataset, config: TrainConfig) -> list[Template]:
+    stop = _ends(dataset)
     if config.candidates is not None:
-        return _read_candidates(config.candidates)
-    if dataset.examples[0].turns:
-        return [Template()]
-    if dataset.labels:
+        return _read_candidates(config.candidates, stop)
+    if dataset.labels and not dataset.examples[0].turns:
         names = ", ".join(dataset.labels)
         after = "\nTags:" if dataset.examples[0].words else "\nLabel:"
         told = f"Tag each word with one of: {names}.\n\n" if after == "\nTags:" else f"The labels are: {names}.\n\n"
-        return [Template(after=after), Template(told, after)]
-    return [Template()]
+        return [Template(after=after, stop=stop), Template(told, after, stop=stop)]
+    return [Template(stop=stop)]
+
+
+def _ends(dataset: Dataset) -> tuple[str, ...]:
+    """What ends an answer: the first of two texts that no answer has in it. A chat's answers end by themselves."""
+    if dataset.examples[0].turns:
+        return ()
+    answers = [raw(example)[1] for example in dataset.examples]
+    return next(((text,) for text in ("\n", "\n\n") if not any(text in answer for answer in answers)), ())
 
 
 def _candidates(wordings: Sequence[Template], shown: Sequence[Example], rng: random.Random) -> list[Template]:
@@ -136,39 +100,36 @@ def _draw(examples: Sequence[Example], count: int, rng: random.Random) -> list[E
 
 def _with_shots(wording: Template, shots: Sequence[Example]) -> Template:
     if shots[0].turns:
-        return replace(wording, messages=(*wording.messages, *(turn for shot in shots for turn in shot.turns)))
-    pairs = [_raw(shot) for shot in shots]
+        turns = ({"role": turn.role, "content": turn.content} for shot in shots for turn in shot.turns)
+        return replace(wording, messages=(*wording.messages, *turns))
+    pairs = [raw(shot) for shot in shots]
     shown = "".join(f"{prompt}{wording.after}{answer}\n\n" for prompt, answer in pairs)
     return replace(wording, before=wording.before + shown)
 
 
-def _raw(example: Example) -> tuple[str, str]:
-    """What a client sends, and what is to follow: the template brings all words in between."""
-    if example.words:
-        return " ".join(example.words), f" {' '.join(example.tags)}"
-    if example.label is not None:
-        return example.prompt or "", f" {example.label}"
-    return example.prompt or "", example.completion or ""
-
-
-def _read_candidates(path: Path) -> list[Template]:
+def _read_candidates(path: Path, stop: tuple[str, ...]) -> list[Template]:
+    """Those that say nothing of `stop` get this one."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read {path}: {error}", field="candidates") from error
-    found = [_candidate(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [
+        _candidate(f"{path}, line {number}", line, stop) for number, line in enumerate(lines, 1) if line.strip()
+    ]
     if not found:
         raise DataError(f"{path} is empty: it has no candidates.", field="candidates")
     return found
 
 
-def _candidate(where: str, line: str) -> Template:
+def _candidate(where: str, line: str, stop: tuple[str, ...]) -> Template:
     try:
         record: Any = json.loads(line)
-        messages = tuple(Turn(turn["role"], turn["content"]) for turn in record.get("messages", ()))
-        template = Template(record.get("before", ""), record.get("after", ""), messages)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{where}: expected an object with before, after or messages: {error}") from error
-    if not all(isinstance(text, str) for text in (template.before, template.after)):
-        raise DataError(f"{where}: before and after must be strings.")
-    return template
+    except ValueError as error:
+        raise DataError(f"{where}: {error}", field="candidates") from error
+    known = ("before", "after", "messages", "stop")
+    if not isinstance(record, dict) or any(key not in known for key in record):
+        raise DataError(f"{where}: expected an object of {', '.join(known)}.", field="candidates")
+    try:
+        return read_template({"stop": list(stop), **record})
+    except AdapterFormatError as error:
+        raise DataError(f"{where}: {error}", field="candidates") from error

@@ -19,11 +19,10 @@ from onebase_adapters.methods import load_adapter
 from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
 from onebase_adapters.model.served import ServedModel
 from onebase_adapters.model.weights import ModelWeights
-from onebase_adapters.primitives import Head, LoweredAdapter
-from onebase_adapters.primitives import Template as ServedTemplate
-from onebase_training.data import Example, Turn, encode, encode_for_head
-from onebase_training.hard_prompt import Template, encode_with
+from onebase_adapters.primitives import Head, LoweredAdapter, Template
+from onebase_training.data import Example, encode, encode_for_head
 from onebase_training.served import ServedRows
+from onebase_training.templates import encode_with
 
 STREAMS = 16
 """Most requests of the batch."""
@@ -71,7 +70,7 @@ def _prompts(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """What is read for each example, virtual tokens included: with the adapter, and without it."""
     tokenizer, limit, vocab = base.tokenizer, base.shape.context, base.shape.vocab
-    head, template = lowered.one(Head), lowered.one(ServedTemplate)
+    head, template = lowered.one(Head), lowered.one(Template)
     if head is not None:
         labelled = encode_for_head(examples, tokenizer, list(head.labels), max_length=limit, too_long="skip")
         plain = [list(one.input_ids) for one in labelled]
@@ -80,8 +79,7 @@ def _prompts(
         plain = [list(last.input_ids[: last.prompt_length]) for found in encoded for last in found]
     if template is None:
         return [lowered.layout.arrange(prompt, vocab) for prompt in plain], plain
-    turns = tuple(Turn(turn["role"], turn["content"]) for turn in template.messages)
-    shown = encode_with(Template(template.before, template.after, turns), examples, tokenizer, limit) or []
+    shown = encode_with(template, examples, tokenizer, limit) or []
     return [list(one.input_ids[: one.prompt_length]) for one in shown], plain
 
 

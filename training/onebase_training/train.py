@@ -22,7 +22,7 @@ from onebase_training.distributed import Ranks, barrier, gathered, take_own_gpu,
 from onebase_training.estimate import peak_memory, settle
 from onebase_training.evaluate import Evaluation, Sample, evaluate, mark
 from onebase_training.events import Progress, Stage, silent
-from onebase_training.hard_prompt import choose, encode_with
+from onebase_training.hard_prompt import choose
 from onebase_training.heads import classes_of, with_head
 from onebase_training.loop import Loop, count_steps
 from onebase_training.methods import Attach, find_method
@@ -32,6 +32,7 @@ from onebase_training.output import versions, write_result
 from onebase_training.prepare import check_room, describe, encode_part, load_for_training, read_data, start_from
 from onebase_training.result import TrainResult
 from onebase_training.stopping import Stopped, early_stop
+from onebase_training.templates import encode_with, write_template
 from onebase_training.workspace import Workspace, open_workspace
 
 _BEFORE_FILE = "before.json"
@@ -216,7 +217,7 @@ def _choose(
     encoded = encode_with(template, held_out.examples, base.tokenizer, base.shape.context)
     if encoded is None:
         raise DataError("The chosen prompt leaves no room for the longest held-out example.", field="max_length")
-    saved = Attached(base.model, lambda folder: template.save(folder, base.shape.name))
+    saved = Attached(base.model, lambda folder: write_template(template, folder, base.shape.name))
     return _Fitted(Trained(saved, base.device), encoded, 0, 0, 0.0, seconds, "done")
 
 

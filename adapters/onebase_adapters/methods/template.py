@@ -1,4 +1,8 @@
-"""Hard prompts: text around the prompt, and turns in front of a conversation. No weights: their file is empty."""
+"""Hard prompts: text around the prompt, turns in front of a conversation, and what ends an answer. No weights:
+their file is empty."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from onebase_adapters.errors import AdapterFormatError
 from onebase_adapters.methods.source import Lowered, Source
@@ -8,21 +12,31 @@ _ROLES = ("system", "user", "assistant")
 
 
 def lower(source: Source) -> Lowered:
-    """`adapter_config.json`: `before` and `after` (strings), `messages` ([{role, content}, ...])."""
+    """Everything is in `adapter_config.json`: see `read_template`."""
     source.refuse_others(set())
-    before, after = source.config.get("before", ""), source.config.get("after", "")
-    for field, text in (("before", before), ("after", after)):
-        if not isinstance(text, str):
+    template = read_template(source.config)
+    if template == Template():
+        raise AdapterFormatError("The template is empty: it changes nothing.", field="before")
+    return Lowered((template,))
+
+
+def read_template(config: Mapping[str, Any]) -> Template:
+    """From `before` and `after` (strings), `messages` ([{role, content}, ...]) and `stop` (strings), all optional.
+
+    Raises AdapterFormatError."""
+    for field in ("before", "after"):
+        if not isinstance(config.get(field, ""), str):
             raise AdapterFormatError(f"{field} must be a string.", field=field)
-    messages = source.config.get("messages", [])
+    messages = config.get("messages", [])
     if not isinstance(messages, list) or not all(map(_is_turn, messages)):
         raise AdapterFormatError(
             f"messages must be a list of {{role, content}}, role one of {', '.join(_ROLES)}.", field="messages"
         )
-    if not (before or after or messages):
-        raise AdapterFormatError("The template is empty: it changes nothing.", field="before")
+    stop = config.get("stop", [])
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise AdapterFormatError("stop must be a list of strings, none of them empty.", field="stop")
     turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in messages)
-    return Lowered((Template(before, after, turns),))
+    return Template(config.get("before", ""), config.get("after", ""), turns, tuple(stop))
 
 
 def _is_turn(turn: object) -> bool:

@@ -89,13 +89,14 @@ def make_choices(
     """`count` sequences of one prompt, under `target`. Of a seed each has its own, so that they differ and can be
     had again."""
     choices = []
+    stops = (*(body.stop or ()), *(target.template.stop if target.template is not None else ()))
     for index in range(first_index, first_index + count):
         sampling = request.sampling
         if sampling.seed is not None and index > first_index:
             sampling = replace(sampling, seed=_wrap(sampling.seed + index - first_index))
         text = OutputText(
             services.codec.detokenizer(request.prompt, skip_special=body.skip_special_tokens is not False),
-            body.stop or (),
+            stops,
             include_stop=bool(body.include_stop_str_in_output),
             min_tokens=sampling.min_tokens,
         )

@@ -79,6 +79,7 @@ def _nested(texts: Sequence[TemplateInfo]) -> TemplateInfo:
         "".join(text.before for text in texts),
         "".join(text.after for text in reversed(texts)),
         tuple(turn for text in texts for turn in text.messages),
+        tuple(dict.fromkeys(stop for text in texts for stop in text.stop)),
     )
 
 

@@ -79,11 +79,13 @@ class HeadInfo(msgspec.Struct, frozen=True):
 
 
 class TemplateInfo(msgspec.Struct, frozen=True):
-    """Text that the API puts around prompts (`before`, `after`) and in front of conversations (`messages`)."""
+    """Text that the API puts around prompts (`before`, `after`) and in front of conversations (`messages`); an
+    answer ends where one of `stop` begins."""
 
     before: str
     after: str
     messages: tuple[dict[str, str], ...]
+    stop: tuple[str, ...] = ()
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):

@@ -169,4 +169,4 @@ def _head_info(head: Head | None) -> HeadInfo | None:
 def _template_info(template: Template | None) -> TemplateInfo | None:
     if template is None:
         return None
-    return TemplateInfo(template.before, template.after, tuple(dict(turn) for turn in template.messages))
+    return TemplateInfo(template.before, template.after, tuple(map(dict, template.messages)), template.stop)

@@ -30,6 +30,8 @@ class Encoded:
     """Tokens before the (last) completion: what to generate from in evaluation."""
     cut: int = 0
     """Tokens that `too_long="cut"` took off the end."""
+    stop: tuple[str, ...] = ()
+    """Texts that end what the model writes for it, beside the end of text."""
 
 
 def encode(
