@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.base import LoadedBase
+from onebase_adapters.factorise import refactorise
 from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from onebase_training.config import TrainConfig
 from onebase_training.fast_lora import speed_up
@@ -42,11 +43,14 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
 
 
 def _as_lora(folder: Path, taken_out: dict[str, torch.Tensor]) -> None:
-    """B A - B0 A0 as one product of twice the rank. Kept in float32: the two halves nearly cancel."""
+    """B A - B0 A0 as one product of twice the rank, in bfloat16."""
     tensors = load_file(folder / WEIGHTS_FILE)
-    for name, start in taken_out.items():
-        pair = [tensors[name], start] if "lora_A" in name else [tensors[name], -start]
-        tensors[name] = torch.cat(pair, dim=0 if "lora_A" in name else 1)
+    for name in [name for name in taken_out if "lora_A" in name]:
+        other = name.replace("lora_A", "lora_B")
+        a = torch.cat([tensors[name], taken_out[name]])
+        b = torch.cat([tensors[other], -taken_out[other]], 1)
+        for key, factor in zip((name, other), refactorise(a, b), strict=True):
+            tensors[key] = factor.to(torch.bfloat16).contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     settings = json.loads((folder / CONFIG_FILE).read_text())
     settings |= {"r": 2 * settings["r"], "lora_alpha": 2 * settings["lora_alpha"], "init_lora_weights": True}
