@@ -1,17 +1,22 @@
 """What lowering refuses, method by method: the reason names what is wrong, before anything is served."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftType
+from safetensors.torch import save_file
 
 from onebase_adapters.base.shape import BaseShape, Site
 from onebase_adapters.errors import AdapterError, AdapterFormatError, AdapterMismatchError
-from onebase_adapters.methods import METHODS
+from onebase_adapters.methods import METHODS, UNSERVED, load_adapter
 from onebase_adapters.methods.saved import split_saved
 from onebase_adapters.methods.source import Source, canonical_names
 from onebase_adapters.primitives import Bottleneck, Head, KVPrefix, LowRank, Rescale, Shift, Template, VirtualTokens
+from support.methods import CONFIGS
 
 HIDDEN, LAYERS, HEADS, DIM, VOCAB = 8, 2, 2, 4, 30
 SITE = "model.layers.0.self_attn.q_proj"
@@ -56,6 +61,27 @@ LABELS = {"kind": "sequence", "pooling": "last", "labels": ["a", "b"]}
 PAIR = {
     f"base_model.model.{SITE}.lora_A.weight": torch.ones(2, HIDDEN),
     f"base_model.model.{SITE}.lora_B.weight": torch.ones(HIDDEN, 2),
+}
+MULTITASK = {
+    "prompt_embeddings": torch.ones(4, HIDDEN),
+    "prefix_task_cols": torch.ones(2, 4, 3),
+    "prefix_task_rows": torch.ones(2, 3, HIDDEN),
+}
+TOKENS = {"base_model.model.model.embed_tokens.trainable_tokens_delta": torch.full((2, HIDDEN), 4.0)}
+POLY = {
+    f"{SITE}.poly_lora_A": torch.ones(2, 3, HIDDEN // 2, 2),
+    f"{SITE}.poly_lora_B": torch.ones(2, 3, 2, HIDDEN // 2),
+    f"{SITE}.poly_router.module_logits": torch.ones(1, 6),
+}
+HIRA = {
+    f"base_model.model.{SITE}.hira_A": torch.ones(2, HIDDEN),
+    f"base_model.model.{SITE}.hira_B": torch.ones(HIDDEN, 2),
+}
+PVERA = {
+    f"base_model.model.{SITE}.pvera_lambda_b": torch.ones(HIDDEN),
+    f"base_model.model.{SITE}.pvera_lambda_d": torch.ones(4),
+    "base_model.pvera_A": torch.ones(4, HIDDEN),
+    "base_model.pvera_B": torch.ones(HIDDEN, 2),
 }
 
 
@@ -115,6 +141,73 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]
         {"peft_type": "P_TUNING"}, {"prompt_embeddings": torch.ones(3, HIDDEN)}, {"places": [0]},
         AdapterFormatError, "must be 3 integers",
     ),
+    "a task of several": (
+        {"peft_type": "MULTITASK_PROMPT_TUNING"}, MULTITASK, {}, AdapterFormatError, "holds 2 tasks"
+    ),
+    "a task that is not": (
+        {"peft_type": "MULTITASK_PROMPT_TUNING"}, MULTITASK, {"task": 2}, AdapterFormatError, "from 0 to 1"
+    ),
+    "half a task": (
+        {"peft_type": "MULTITASK_PROMPT_TUNING"},
+        {name: tensor for name, tensor in MULTITASK.items() if name != "prefix_task_rows"}, {"task": 1},
+        AdapterFormatError, "'prefix_task_rows' is missing",
+    ),
+    "tasks of another rank": (
+        {"peft_type": "MULTITASK_PROMPT_TUNING"}, MULTITASK | {"prefix_task_rows": torch.ones(2, 5, HIDDEN)},
+        {"task": 1}, AdapterMismatchError, "needs 2 x 3 x 8",
+    ),
+    "a cartridge of another width": (
+        {"peft_type": "CARTRIDGE"}, {"prompt_embeddings": torch.ones(3, HIDDEN)}, {}, AdapterMismatchError,
+        f"needs any x {PREFIX_WIDTH}",
+    ),
+    "a token that is new": (
+        {"peft_type": "TRAINABLE_TOKENS", "token_indices": [2, VOCAB]}, TOKENS, {}, AdapterMismatchError,
+        "new tokens are not served",
+    ),
+    "a token twice": (
+        {"peft_type": "TRAINABLE_TOKENS", "token_indices": [2, 2]}, TOKENS, {}, AdapterFormatError, "twice"
+    ),
+    "more tokens than rows": (
+        {"peft_type": "TRAINABLE_TOKENS", "token_indices": [2, 3, 4]}, TOKENS, {}, AdapterMismatchError,
+        "needs 3 x 8",
+    ),
+    "tokens of no module": (
+        {"peft_type": "LORA", "r": 2, "trainable_token_indices": {"lm_head": [1, 2]}}, PAIR | TOKENS, {},
+        AdapterFormatError, "must list the tokens of 'model.embed_tokens'",
+    ),
+    "a skill of no task": (
+        {"peft_type": "POLY"}, {name: tensor for name, tensor in POLY.items() if "router" not in name}, {},
+        AdapterFormatError, "module_logits' is missing",
+    ),
+    "skills of another width": (
+        {"peft_type": "POLY"}, POLY | {f"{SITE}.poly_lora_A": torch.ones(2, 3, 5, 2)}, {}, AdapterMismatchError,
+        "2 splits of 5 inputs do not fit",
+    ),
+    "a bias of another width": (
+        {"peft_type": "BEFT"}, {f"{SITE}.beft_bias": torch.ones(1, 5)}, {}, AdapterMismatchError, "needs 1 x 8"
+    ),
+    "half a general update": (
+        {"peft_type": "HIRA", "r": 2}, {f"base_model.model.{SITE}.hira_A": torch.ones(2, HIDDEN)}, {},
+        AdapterFormatError, "hira_B.default' is missing",
+    ),
+    "a general update of another width": (
+        {"peft_type": "HIRA", "r": 2}, HIRA | {f"base_model.model.{SITE}.hira_A": torch.ones(2, 5)}, {},
+        AdapterFormatError, "size mismatch for base_model.model.model.layers.0.self_attn.q_proj.hira_A",
+    ),
+    "a setting that PEFT does not know": (
+        {"peft_type": "HIRA", "r": "x"}, HIRA, {}, AdapterFormatError, "PEFT cannot read this adapter"
+    ),
+    "an update that is drawn anew": (
+        {"peft_type": "PVERA", "r": 2, "sample_at_inference": True, "save_projection": True}, PVERA, {},
+        AdapterFormatError, "does not compute what its merged weights do",
+    ),
+    "a PiSSA that was not converted": (
+        {"peft_type": "LORA", "r": 2, "init_lora_weights": "pissa_niter_16"}, PAIR, {}, AdapterFormatError,
+        "path_initial_model_for_weight_conversion",
+    ),
+    "an adapter that chooses": (
+        {"peft_type": "LORA", "r": 2, "arrow_config": {"top_k": 2}}, PAIR, {}, AdapterFormatError, "Arrow"
+    ),
     "a tensor nobody knows": (
         {"peft_type": "P_TUNING"}, {"prompt_embeddings": torch.ones(1, HIDDEN), "x": torch.ones(1)}, {},
         AdapterFormatError, "'x' is not known",
@@ -168,3 +261,40 @@ def test_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(kind) as refusal:
         lower(config, tensors, **sidecar)
     assert message in refusal.value.message
+
+
+def test_tokens_of_a_tied_head_change_with_the_embedding() -> None:
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [2, 7]}
+    (untied,) = split_saved(source(config, TOKENS))[0]
+    tied = split_saved(replace(source(config, TOKENS), base=replace(BASE, tied_head="lm_head")))[0]
+    assert [part.site for part in tied if isinstance(part, LowRank)] == [BASE.embedding, "lm_head"]
+    wanted = torch.zeros(VOCAB, HIDDEN)
+    wanted[[2, 7]] = 3.0
+    for part in (untied, *tied):
+        assert isinstance(part, LowRank)
+        change = part.b @ part.a
+        assert torch.equal(change.t() if part.site == BASE.embedding else change, wanted)
+
+
+def test_every_type_of_peft_is_served_as_peft_computes_it_or_refused_with_a_reason(tmp_path: Path) -> None:
+    """A release of PEFT with another type fails here."""
+    compared = {config().peft_type.value for config in CONFIGS.values()}
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    for kind in (kind.value for kind in PeftType):
+        if kind in METHODS:
+            assert kind in compared, f"{kind} has no configuration in tests/support/methods.py to compare it by"
+            continue
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+        with pytest.raises(AdapterFormatError) as refusal:
+            load_adapter(tmp_path, "digest", BASE, Weights())
+        assert refusal.value.message == f"{kind} is not served. It {UNSERVED[kind]}"
+        assert refusal.value.field == "peft_type"
+    assert not METHODS.keys() & UNSERVED.keys()
+
+
+def test_a_site_takes_one_change_of_a_kind(tmp_path: Path) -> None:
+    bias = {f"base_model.model.{SITE}.bias": torch.ones(HIDDEN)}
+    save_file({f"{SITE}.beft_bias": torch.ones(1, HIDDEN)} | bias, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "BEFT"}))
+    with pytest.raises(AdapterFormatError, match="changed twice"):
+        load_adapter(tmp_path, "digest", BASE, Weights())

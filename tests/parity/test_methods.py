@@ -1,5 +1,6 @@
 """Every method, alone and all of them in one batch, against PEFT's own forward pass on the same 4-bit base."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +15,7 @@ from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.layout import Layout
 from onebase_adapters.methods import load_adapter
 from onebase_adapters.model.served import ServedModel
-from support.methods import CONFIGS, save_bottleneck, save_method
+from support.methods import CONFIGS, TASKS, save_bottleneck, save_named
 from support.peers import check_as_exact, load_exact
 from support.serving import Feeder, Stream
 
@@ -31,7 +32,7 @@ def adapters(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     def make(name: str) -> Path:
         if name in BOTTLENECKS:
             return save_bottleneck(root / name, name, *BOTTLENECKS[name])
-        return save_method(root / name, tiny_model("llama"), CONFIGS[name](), seed=len(name))
+        return save_named(root / name, tiny_model("llama"), name, seed=len(name))
 
     return cache(make)
 
@@ -49,15 +50,17 @@ def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> 
 def peer_logits(tiny_model: Callable[[str], Path], adapters: Adapters) -> Callable[..., torch.Tensor]:
     """PEFT's logits [tokens, vocab] of an adapter on the NF4 base's weights, in float32 or all in bfloat16 (few of
     PEFT's methods run on 4-bit modules)."""
+    base = load_exact(tiny_model("llama"))
 
     @torch.inference_mode()
     def logits(name: str, tokens: tuple[int, ...], *, exact: bool) -> torch.Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: Any = PeftModel.from_pretrained(load_exact(tiny_model("llama")), adapters(name)).eval()
+            model: Any = PeftModel.from_pretrained(copy.deepcopy(base), adapters(name)).eval()
         if not exact:
             model.to(torch.bfloat16)
-        found: torch.Tensor = model(torch.tensor([tokens])).logits[0].float()
+        task = {"task_ids": torch.tensor([TASKS[name]])} if name in TASKS else {}
+        found: torch.Tensor = model(torch.tensor([tokens]), **task).logits[0].float()
         return found[-len(tokens) :]
 
     return cache(logits)

@@ -20,6 +20,8 @@ _COMMON: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 _SITES = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 
 _TWO = ["q_proj", "v_proj"]
+_TOKENS = list(range(5, 105, 2))
+"""Those that are retrained: enough for any prompt of the tests to have some."""
 
 CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "rslora": lambda: peft.LoraConfig(r=6, lora_alpha=12, target_modules=_SITES, use_rslora=True, **_COMMON),
@@ -49,6 +51,23 @@ CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "prefix-tuning-mlp": lambda: peft.PrefixTuningConfig(
         num_virtual_tokens=16, encoder_hidden_size=48, prefix_projection=True, **_COMMON
     ),
+    "multitask-prompt-tuning": lambda: peft.MultitaskPromptTuningConfig(
+        num_virtual_tokens=7, num_ranks=2, num_tasks=3, **_COMMON
+    ),
+    "cpt": lambda: peft.CPTConfig(
+        cpt_token_ids=[5, 6, 7, 8, 9],
+        cpt_tokens_type_mask=[1, 2, 2, 3, 4],
+        opt_projection_epsilon=20.0,
+        opt_projection_format_epsilon=10.0,
+        **_COMMON,
+    ),
+    "cartridge": lambda: peft.CartridgeConfig(num_virtual_tokens=19, **_COMMON),
+    "trainable-tokens": lambda: peft.TrainableTokensConfig(token_indices=_TOKENS, **_COMMON),
+    "lora-trainable-tokens": lambda: peft.LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices=_TOKENS, **_COMMON
+    ),
+    "beft": lambda: peft.BeftConfig(target_modules=["v_proj"], **_COMMON),
+    "poly": lambda: peft.PolyConfig(r=4, n_tasks=3, n_skills=3, n_splits=2, target_modules=_TWO, **_COMMON),
     "loha": lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=_SITES, **_COMMON),
     "lokr": lambda: peft.LoKrConfig(r=4, alpha=8, target_modules=_SITES, **_COMMON),
     "vera": lambda: peft.VeraConfig(r=8, target_modules=["q_proj", "o_proj"], **_COMMON),
@@ -64,8 +83,28 @@ CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "c3a": lambda: peft.C3AConfig(block_size=16, target_modules=_TWO, **_COMMON),
     "waveft": lambda: peft.WaveFTConfig(n_frequency=50, target_modules=_TWO, **_COMMON),
     "gralora": lambda: peft.GraloraConfig(r=8, target_modules=_TWO, **_COMMON),
+    "hira": lambda: peft.HiraConfig(r=4, target_modules=_TWO, **_COMMON),
+    "glora": lambda: peft.GloraConfig(r=4, target_modules=_TWO, **_COMMON),
+    "tinylora": lambda: peft.TinyLoraConfig(u=8, target_modules=_TWO, **_COMMON),
+    "pvera": lambda: peft.PveraConfig(r=8, target_modules=_TWO, **_COMMON),
+    "unilora": lambda: peft.UniLoraConfig(r=4, theta_d_length=64, target_modules=_TWO, **_COMMON),
+    "deft": lambda: peft.DeftConfig(r=4, target_modules=_TWO, **_COMMON),
+    "osf": lambda: peft.OSFConfig(effective_rank=8, target_modules=_TWO, **_COMMON),
+    "road": lambda: peft.RoadConfig(group_size=16, target_modules=_TWO, **_COMMON),
+    "peanut": lambda: peft.PeanutConfig(r=4, target_modules=_TWO, **_COMMON),
 }
 """By name. The tiny Llama's sites are at most 128 wide, so that even OFT's updates are low-rank enough for it."""
+
+TASKS: Mapping[str, int] = {"multitask-prompt-tuning": 2, "poly": 1}
+"""Which of its tasks an adapter is served for, where it holds several."""
+
+
+def save_named(folder: Path, model: Path, name: str, *, seed: int = 0) -> Path:
+    """The adapter `name` of `CONFIGS`. Returns `folder`."""
+    save_method(folder, model, CONFIGS[name](), seed=seed)
+    if name in TASKS:
+        (folder / "onebase.json").write_text(json.dumps({"task": TASKS[name]}))
+    return folder
 
 
 def save_method(folder: Path, model: Path, config: peft.PeftConfig, *, seed: int = 0) -> Path:
@@ -76,7 +115,7 @@ def save_method(folder: Path, model: Path, config: peft.PeftConfig, *, seed: int
         generator = torch.Generator().manual_seed(seed)
         adapted: Any = peft.get_peft_model(base, config)
         for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad or "ranknum" in name:
+            if parameter.requires_grad or "ranknum" in name or "frozen" in name:
                 _randomise(name, parameter, generator)
         adapted.save_pretrained(folder)
     return folder
@@ -89,15 +128,15 @@ def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator) -
             return
         if "randlora_" in name:  # whose many bases add up to large updates
             parameter.copy_(0.02 * noise)
-        elif any(part in name for part in ("ia3_", "magnitude", "vera_lambda")):
+        elif any(part in name for part in ("ia3_", "magnitude", "vera_lambda", "road_alpha", "osf_")):
             # Around what leaves the base unchanged (1, or a norm), or what VeRA begins with.
             parameter *= 1 + 0.2 * noise if "vera" not in name else 1 + noise
             parameter += 0.3 * noise if "vera_lambda_b" in name else 0
         elif "oft_" in name:
             parameter.copy_(0.05 * noise)
-        elif "hada_" in name or "lokr_" in name:
+        elif any(part in name for part in ("hada_", "lokr_", "theta_d", "hira_A")):
             parameter.copy_(0.4 * noise)
-        elif any(part in name for part in ("prompt_encoder", "embedding.weight")):
+        elif any(part in name for part in ("prompt_encoder", "embedding.weight", "trainable_tokens")):
             parameter.copy_(0.5 * noise)
         elif "modules_to_save" in name:
             parameter += 0.1 * parameter.std() * noise

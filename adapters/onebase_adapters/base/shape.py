@@ -42,6 +42,8 @@ class BaseShape:
     sites: Mapping[str, Site]
     embedding: str = ""
     """Module path of the input embedding."""
+    tied_head: str = ""
+    """Module path of the LM head where its matrix is the embedding's."""
     kv_heads: int = 0
     head_dim: int = 0
     encoder: bool = False
@@ -106,7 +108,8 @@ def describe_base(model: nn.Module, name: str, fingerprint: str) -> BaseShape:
         vocab=text.vocab_size,
         context=_positions(text) - first,
         sites={site.name: site for site in _linear_sites(model)},
-        embedding=next(name for name, module in model.named_modules() if module is embedding),
+        embedding=_name_of(model, embedding),
+        tied_head=_tied_head(model, embedding),
         kv_heads=cache.kv_heads,
         head_dim=cache.dim,
         encoder=is_encoder(config),
@@ -115,6 +118,18 @@ def describe_base(model: nn.Module, name: str, fingerprint: str) -> BaseShape:
         first_position=first,
         sublayers=frozenset(name for name, _ in model.named_modules() if _SUBLAYER.search(name)),
     )
+
+
+def _tied_head(model: Any, embedding: Any) -> str:
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return ""
+    return _name_of(model, head)
+
+
+def _name_of(model: nn.Module, wanted: Any) -> str:
+    name: str = next(name for name, module in model.named_modules() if module is wanted)
+    return name
 
 
 def _positions(config: Any) -> int:

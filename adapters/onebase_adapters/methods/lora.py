@@ -17,7 +17,17 @@ _KEY = re.compile(
     r"(?:\.(?P<leaf>weight|bias))?$"
 )
 _LARGEST = torch.finfo(torch.float32).max
-_UNSERVED = {"use_qalora": "QALoRA", "alora_invocation_tokens": "activated LoRA", "lora_ga_config": "LoRA-GA"}
+_UNSERVED = {
+    "use_qalora": "QALoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow, which chooses among its adapters for each token,",
+    "kasa_config": "KaSA, which takes small singular values out of the base,",
+    "monteclora_config": "MonteCLoRA",
+    "use_bdlora": "BD-LoRA",
+}
+_TAKES_FROM_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
+"""Begin with a part of the base's weights, which they subtract from it. What PEFT saves of them unconverted is for
+the base without that part."""
 
 
 def lower(source: Source) -> Lowered:
@@ -25,6 +35,14 @@ def lower(source: Source) -> Lowered:
     for key, name in _UNSERVED.items():
         if source.config.get(key):
             raise AdapterFormatError(f"{name} is not served.", field=key)
+    start = source.config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_TAKES_FROM_THE_BASE):
+        raise AdapterFormatError(
+            f"The adapter began as {start}: its matrices are for a base without the part that they began with. "
+            "Save it as a LoRA of the whole base: save_pretrained(..., path_initial_model_for_weight_conversion="
+            "FOLDER), with the adapter as it was before training in FOLDER.",
+            field="init_lora_weights",
+        )
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in source.tensors.items():
         match = _KEY.match(name)

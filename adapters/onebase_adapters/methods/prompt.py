@@ -1,11 +1,16 @@
 """Learned embeddings in the prompt: prompt tuning (Lester et al. 2021), P-tuning (Liu et al. 2021, "GPT
-Understands, Too"). PEFT stores what P-tuning's LSTM or MLP encoder gave, so nothing of it is left to run."""
+Understands, Too"), multitask prompt tuning (Wang et al. 2023), context-aware prompt tuning (Blau et al. 2024).
+
+PEFT stores what P-tuning's LSTM or MLP encoder gave, and CPT's tokens with their bounded changes added, so nothing
+of these is left to run."""
+
+from dataclasses import replace
 
 from onebase_adapters.errors import AdapterFormatError
 from onebase_adapters.methods.source import Lowered, Source
 from onebase_adapters.primitives import VirtualTokens
 
-_TENSOR = "prompt_embeddings"
+_TENSOR, _COLUMNS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 
 
 def lower(source: Source) -> Lowered:
@@ -35,3 +40,15 @@ def lower(source: Source) -> Lowered:
             f"onebase.json: 'places' must be {count} integers, each -1 or above.", field="places"
         )
     return Lowered((VirtualTokens(embeddings, tuple(places)),))
+
+
+def lower_multitask(source: Source) -> Lowered:
+    """The shared `prompt_embeddings` [n, hidden], times the task's own matrix of low rank (Wang et al. 2023,
+    section 3.1): `prefix_task_cols` [tasks, n, ranks] by `prefix_task_rows` [tasks, ranks, hidden]."""
+    shared = source.take(_TENSOR, (None, source.base.hidden))
+    columns = source.take(_COLUMNS, (None, len(shared), None))
+    tasks, _, ranks = columns.shape
+    rows = source.take(_ROWS, (tasks, ranks, source.base.hidden))
+    source.refuse_others({_TENSOR, _COLUMNS, _ROWS})
+    task = source.task(tasks)
+    return lower(replace(source, tensors={_TENSOR: shared * (columns[task] @ rows[task])}))

@@ -1,4 +1,5 @@
-"""What an adapter of any method may carry beside its own tensors: a head, replaced modules, trained biases."""
+"""What an adapter of any method may carry beside its own tensors: a head, replaced modules, trained biases,
+retrained tokens."""
 
 from typing import Any
 
@@ -6,6 +7,7 @@ import torch
 
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
 from onebase_adapters.methods.source import Source
+from onebase_adapters.methods.tokens import retrained_tokens
 from onebase_adapters.primitives import Head, LowRank, Primitive, Shift
 
 _HEADS = ("score", "classifier")
@@ -16,7 +18,9 @@ def split_saved(source: Source) -> tuple[tuple[Primitive, ...], Source]:
     """The primitives of the saved modules, and what is left for the method."""
     # PEFT writes an embedding's untouched weights beside its LoRA matrices.
     taken = {name for name in source.tensors if ".base_layer." in name}
-    primitives: list[Primitive] = []
+    rows, named = retrained_tokens(source)
+    primitives: list[Primitive] = [*rows]
+    taken |= named
     if (head := _head(source)) is not None:
         primitives.append(head)
         taken |= {f"{module}.{leaf}" for module in _HEADS for leaf in ("weight", "bias")}

@@ -41,6 +41,20 @@ class Source:
         """The same, without some tensors."""
         return replace(self, tensors={k: v for k, v in self.tensors.items() if k not in names})
 
+    def task(self, count: int) -> int:
+        """Which of `count` tasks that were trained together this adapter is served for. Raises AdapterFormatError.
+
+        With PEFT a caller says so with every batch; here each task is an adapter of its own.
+        """
+        task = self.sidecar.get("task", 0 if count == 1 else None)
+        if type(task) is not int or not 0 <= task < count:
+            raise AdapterFormatError(
+                f'The adapter holds {count} tasks: write {{"task": N}}, N from 0 to {count - 1}, into onebase.json '
+                "beside the weights, and register a copy of the folder for each task that is to be served.",
+                field="task",
+            )
+        return task
+
     def take(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
         """A tensor in float32; None in `shape` is any size.
 
