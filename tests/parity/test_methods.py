@@ -46,24 +46,25 @@ def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> 
         return ServedModel.load(BaseSpec(str(tiny_model("llama")), device="cpu"), slots=len(EVERYTHING), blocks=512)
 
 
+@torch.inference_mode()
+def logits_of_peft(base: Any, folder: Path, name: str, tokens: tuple[int, ...], *, exact: bool) -> torch.Tensor:
+    """PEFT's logits [tokens, vocab] of an adapter on a copy of `base`, which is in float32, or all in bfloat16 (few
+    of PEFT's methods run on 4-bit modules)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    if not exact:
+        model.to(torch.bfloat16)
+    task = {"task_ids": torch.tensor([TASKS[name]])} if name in TASKS else {}
+    found: torch.Tensor = model(torch.tensor([tokens]), **task).logits[0].float()
+    return found[-len(tokens) :]
+
+
 @pytest.fixture(scope="module")
 def peer_logits(tiny_model: Callable[[str], Path], adapters: Adapters) -> Callable[..., torch.Tensor]:
-    """PEFT's logits [tokens, vocab] of an adapter on the NF4 base's weights, in float32 or all in bfloat16 (few of
-    PEFT's methods run on 4-bit modules)."""
+    """`logits_of_peft` of an adapter of the tiny Llama, on its NF4 form's weights."""
     base = load_exact(tiny_model("llama"))
-
-    @torch.inference_mode()
-    def logits(name: str, tokens: tuple[int, ...], *, exact: bool) -> torch.Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model: Any = PeftModel.from_pretrained(copy.deepcopy(base), adapters(name)).eval()
-        if not exact:
-            model.to(torch.bfloat16)
-        task = {"task_ids": torch.tensor([TASKS[name]])} if name in TASKS else {}
-        found: torch.Tensor = model(torch.tensor([tokens]), **task).logits[0].float()
-        return found[-len(tokens) :]
-
-    return cache(logits)
+    return cache(lambda name, tokens, *, exact: logits_of_peft(base, adapters(name), name, tokens, exact=exact))
 
 
 def put(model: ServedModel, folder: Path) -> tuple[int, Layout]:
@@ -87,6 +88,22 @@ def test_as_peft(
         model.remove(slot)
     exact = peer_logits(name, tokens, exact=True)
     check_as_exact(ours[-len(tokens) :], peer_logits(name, tokens, exact=False), exact)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("gemma3", ["trainable-tokens", "lora-trainable-tokens"]), ("qwen2", ["glora", "road", "trainable-tokens"])],
+)
+def test_as_peft_with_scaled_embeddings_and_with_biases(
+    family: str, names: list[str], tiny_model: Callable[[str], Path], tmp_path: Path, prompt: Any
+) -> None:
+    tokens, base = tuple(prompt(40, 5)), load_exact(tiny_model(family))
+    model = ServedModel.load(BaseSpec(str(tiny_model(family)), device="cpu"), slots=len(names), blocks=64)
+    for name in names:
+        folder = save_named(tmp_path / name, tiny_model(family), name)
+        (ours,) = Feeder(model).logits([stream(model, tokens, *put(model, folder))])
+        exact, plain = (logits_of_peft(base, folder, name, tokens, exact=exact) for exact in (True, False))
+        check_as_exact(ours, plain, exact)
 
 
 def test_all_methods_in_one_batch_give_the_same_bits_as_alone(
