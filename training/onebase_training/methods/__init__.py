@@ -14,6 +14,7 @@ from onebase_training.methods import (
     bottleneck,
     dora,
     full,
+    hra,
     ia3,
     lora,
     p_tuning,
@@ -72,9 +73,9 @@ METHODS: dict[str, Method] = {
         "Hadamard products of low ranks", 5e-3, delta(peft.LoHaConfig, 8, alpha=16), expanded=True, rank=8
     ),
     "lokr": Method("Kronecker products", 3e-3, delta(peft.LoKrConfig, 8, alpha=16), expanded=True, rank=8),
-    "vera": Method("scales of fixed random matrices", 3e-2, delta(peft.VeraConfig, 256), expanded=True),
+    "vera": Method("scales of fixed random matrices", 3e-2, delta(peft.VeraConfig, 128), expanded=True),
     "oft": Method("rotations", 1e-3, delta(peft.OFTConfig, oft_block_size=32), expanded=True),
-    "hra": Method("reflections", 1e-3, delta(peft.HRAConfig, 8), expanded=True, rank=8),
+    "hra": Method("reflections", hra.LEARNING_RATE, hra.attach, expanded=True, rank=hra.RANK),
     "hard-prompt": Method("wording and examples, chosen among candidates", None, None),
     "full": Method("all weights", full.LEARNING_RATE, full.attach, "none"),
 }
