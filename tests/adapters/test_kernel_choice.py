@@ -11,6 +11,7 @@ import torch
 
 from onebase_adapters.kernels import choose_kernels, reference
 from onebase_adapters.kernels.cpu import backend as cpu
+from onebase_adapters.kernels.cpu import target
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -26,6 +27,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 )
 def test_on_cpus(dtype: torch.dtype, head_dim: int, widths: list[int], fast: bool) -> None:
     assert choose_kernels(CPU, dtype, head_dim, widths) is (cpu if fast else reference)
+
+
+def test_on_cpus_that_lack_something(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(target, "TARGET", target.PLAIN)
+    with caplog.at_level(logging.WARNING):
+        assert choose_kernels(CPU, torch.bfloat16, 64, [576]) is reference
+    assert "without AVX2 and FMA" in caplog.text
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
 from onebase_adapters.kernels.cpu.noise import add_gumbel, add_gumbel_of
 from onebase_adapters.kernels.cpu.screen import UNSURE, best_tokens
+from onebase_adapters.kernels.cpu.target import TARGET
 from onebase_adapters.model import head as head_module
 from onebase_adapters.model.head import HiddenScores, Screen
 from onebase_adapters.model.noise import Noise, gumbel
@@ -30,7 +31,7 @@ def make_head(vocab: int, width: int, seed: int = 1) -> torch.nn.Linear:
     return head.requires_grad_(False)
 
 
-packs = pytest.mark.skipif(not packable(make_linear(64, 32)), reason="bitsandbytes packs only for AVX-512 BF16")
+packs = pytest.mark.skipif(not packable(make_linear(64, 32)), reason="needs AVX2 and FMA, or NEON")
 
 
 def product(linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
@@ -43,13 +44,14 @@ def product(linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("rows", [1, 2, 7, 21, 300])
 @torch.inference_mode()
-def test_a_joined_product_is_bitsandbytes_own_bit_by_bit(rows: int, quant_type: str) -> None:
+def test_a_joined_product_is_bitsandbytes_own(rows: int, quant_type: str) -> None:
     sizes = [32, 96, 64]
     modules = [make_linear(128, size, seed, quant_type) for seed, size in enumerate(sizes)]
     x = random_bf16(9, rows, 128)
     apart = torch.cat([module(x) for module in modules], 1)
     joined = PackedLinear(modules)
-    assert torch.equal(product(joined, x), apart)
+    assert not TARGET.pairs or torch.equal(product(joined, x), apart)
+    torch.testing.assert_close(product(joined, x), apart, rtol=2**-7, atol=2**-9)
     # The modules still work, on views of the joined weight.
     assert torch.equal(torch.cat([module(x) for module in modules], 1), apart)
     first = joined.weight.data_ptr()

@@ -6,19 +6,21 @@ import torch
 from numba import njit
 
 from onebase_adapters.kernels.cpu import pairs
+from onebase_adapters.kernels.cpu.target import Target
 from support.batches import random_bf16
+from support.targets import runnable
 
-NATIVE = pytest.param(True, marks=pytest.mark.skipif(not pairs.NATIVE, reason="needs AVX-512 BF16"))
+targets = pytest.mark.parametrize("target", runnable(), ids=lambda target: target.name)
 
 
-@pytest.mark.parametrize("native", [NATIVE, False])
+@targets
 @pytest.mark.parametrize("paired", [True, False])
-def test_a_tile_is_a_product_in_any_number_of_rows(paired: bool, native: bool) -> None:
+def test_a_tile_is_a_product_in_any_number_of_rows(paired: bool, target: Target) -> None:
     a, b = random_bf16(1, 4, 26), random_bf16(2, 26, 32)
     laid_out = b.view(13, 2, 32).transpose(1, 2).contiguous() if paired else b
     found = {}
     for rows in (1, 4):
-        tile = pairs.pair_tile(rows, 2, 4, paired=paired, native=native)
+        tile = pairs.pair_tile(rows, 2, 4, paired=paired, target=target)
 
         @njit  # type: ignore[untyped-decorator]
         def run(c: int, a: int, b: int) -> None:
@@ -30,10 +32,10 @@ def test_a_tile_is_a_product_in_any_number_of_rows(paired: bool, native: bool) -
     assert torch.equal(found[1][0], found[4][0])
 
 
-@pytest.mark.parametrize("native", [NATIVE, False])
-def test_an_odd_end_is_paired_with_itself_and_no_weight(native: bool) -> None:
+@targets
+def test_an_odd_end_is_paired_with_itself_and_no_weight(target: Target) -> None:
     """As attention does where the row after the last one is another's, or not a number."""
-    tile = pairs.pair_tile(4, 1, 1, paired=False, accumulate=True, native=native)
+    tile = pairs.pair_tile(4, 1, 1, paired=False, accumulate=True, target=target)
 
     @njit  # type: ignore[untyped-decorator]
     def run(c: int, a: int, b: int) -> None:
@@ -48,9 +50,9 @@ def test_an_odd_end_is_paired_with_itself_and_no_weight(native: bool) -> None:
     torch.testing.assert_close(c, 1 + a[:, :5].float() @ b[:5].float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("native", [NATIVE, False])
-def test_rounding_is_torchs_own(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "NATIVE", native)
+@targets
+def test_rounding_is_torchs_own(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "TARGET", target)
 
     @njit  # type: ignore[untyped-decorator]
     def narrow(target: int, source: int) -> None:

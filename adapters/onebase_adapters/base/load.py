@@ -101,19 +101,19 @@ def load_base(
         model.pooler = None  # reads one token alone; heads of ours read the hidden states
     model.eval()
     model.requires_grad_(False)
-    _leave_odd_sizes_unpacked(model)
+    _choose_packing(model)
     if spec.quantization != "none":
         _let_go_of_files(model)
     shape = describe_base(model, spec.model, fingerprint_folder(folder))
     return LoadedBase(model, tokenizer, shape, device)
 
 
-def _leave_odd_sizes_unpacked(model: torch.nn.Module) -> None:
-    """bitsandbytes packs 4-bit weights at their first use on a CPU, and fails on sizes that its layout cannot
-    hold; those keep its general product."""
+def _choose_packing(model: torch.nn.Module) -> None:
+    """Let 4-bit weights be packed at their first use where the packed product can multiply them: bitsandbytes would
+    try with any size on a CPU that it has a product for, and on no other."""
     for module in model.modules():
-        if isinstance(module, Linear4bit) and not packable(module):
-            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = packable(module)
 
 
 def _let_go_of_files(model: torch.nn.Module) -> None:

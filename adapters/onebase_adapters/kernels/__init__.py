@@ -84,9 +84,11 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, head_dim: int, widt
     """The fastest kernels for a model on `device` whose activations and cache are `dtype`; `widths` are the inputs
     of its linear sites."""
     if device.type == "cpu" and dtype == torch.bfloat16 and head_dim % 16 == 0 and not any(w % 4 for w in widths):
-        from onebase_adapters.kernels.cpu import backend
+        from onebase_adapters.kernels.cpu import backend, target
 
-        return backend
+        if target.TARGET != target.PLAIN:
+            return backend
+        log.warning("%s is served by slow kernels: it is %s", device, target.PLAIN.name)
     if device.type == "cuda" and dtype == torch.bfloat16:
         lacking = _lacking_for_triton(device)
         if lacking is None:

@@ -1,8 +1,8 @@
 """Decoders of the Llama kind with eight kernel calls a layer, where transformers does some forty small ones.
 
 It runs on the transformers model's own weights and leaves its modules in place, as the definition to test
-against. Projections that share an input run as one product. Only where it is exact: the classes named here,
-4-bit weights on a CPU that bitsandbytes has packed kernels for. Every other model runs its own forward.
+against. Projections that share an input run as one product. Only where it is exact: the classes named here, with
+4-bit weights that the packed product takes. Every other model runs its own forward.
 """
 
 import logging
@@ -203,13 +203,9 @@ def fuse(
 ) -> tuple[FusedModel, list[SiteTables], list[BottleneckTable]] | None:
     """The fused forward of `model`, and the tables of its layers' sites and sublayers; None where it cannot be
     fused."""
-    if (
-        kernels is not cpu
-        or type(model).__name__ not in _MODELS
-        or not Angles.fit(model.model.rotary_emb)
-        or not all(_fusable(layer) for layer in model.model.layers)
-    ):
-        log.info("%s keeps transformers' own layers: they do not fit the fused kernels", type(model).__name__)
+    lacking = _lacking_for_fusion(model, kernels)
+    if lacking is not None:
+        log.info("%s keeps transformers' own layers: %s", type(model).__name__, lacking)
         return None
     config = model.config
     hidden, heads = config.hidden_size, config.num_attention_heads * cache.dim
@@ -233,6 +229,20 @@ def fuse(
         layers.append(FusedLayer(layer, projections, behind, cache))
         sublayers += behind
     return FusedModel(model, layers, scratch), sites, sublayers
+
+
+def _lacking_for_fusion(model: Any, kernels: Kernels) -> str | None:
+    if kernels is not cpu:
+        return "the fused ones are made of the fast kernels for CPUs"
+    if type(model).__name__ not in _MODELS:
+        return f"fused ones are known for {' and '.join(_MODELS)}"
+    if not Angles.fit(model.model.rotary_emb):
+        return f"its rotary embedding, {model.model.rotary_emb.rope_type}, depends on the longest sequence"
+    if not all(_fusable(layer) for layer in model.model.layers):
+        return (
+            "the fused ones take bfloat16 with linear modules in 4 bits without bias, in sizes that pack, and SiLU"
+        )
+    return None
 
 
 def _fusable(layer: Any) -> bool:

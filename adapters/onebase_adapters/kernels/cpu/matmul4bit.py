@@ -1,7 +1,8 @@
-"""The product with 4-bit weights on CPUs with AVX-512 BF16, and several weights that share an input as one.
+"""The product with 4-bit weights on CPUs, and several weights that share an input as one.
 
 bitsandbytes' packed layout (see `tile4bit`) is in groups of 32 output rows, so weights side by side are just
-concatenated: exact. Work is dealt by groups, so that a group's weights are unpacked for eight rows of x at a time.
+concatenated: exact. Work is dealt by groups, so that a weight is unpacked for several rows of x at a time.
+bitsandbytes itself multiplies packed weights with AVX-512 BF16 only; elsewhere this product is registered with it.
 """
 
 from collections.abc import Sequence
@@ -9,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.functional import _convert_weight_packed_for_cpu, get_4bit_type, has_avx512bf16
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from numba import njit, prange
 from torch import nn
 
+from onebase_adapters.kernels.cpu.target import PLAIN, TARGET
 from onebase_adapters.kernels.cpu.tile4bit import FEATURES, UNROLL, packed_tile
 
 PANEL = 256
@@ -122,7 +124,12 @@ def packable(module: nn.Module) -> bool:
 def fits_packed(in_features: int, out_features: int, blocksize: int = 64) -> bool:
     """Whether a weight of this size, once in 4 bit, could use the packed product on this machine."""
     fits = out_features % FEATURES == 0 and in_features % blocksize == 0 and blocksize % (2 * UNROLL) == 0
-    return fits and has_avx512bf16()
+    return fits and TARGET != PLAIN
+
+
+def _table(code: torch.Tensor) -> torch.Tensor:
+    """The values of the 16 codes as a tile reads them."""
+    return code.bfloat16().repeat(2)
 
 
 class PackedLinear:
@@ -139,7 +146,7 @@ class PackedLinear:
         states = [module.weight.quant_state for module in modules]
         self.weight = torch.cat([module.weight.data for module in modules])
         self._absmax = torch.cat([state.absmax for state in states], dim=1).contiguous()
-        self._codes = get_4bit_type(states[0].quant_type, device="cpu").bfloat16().repeat(2)
+        self._codes = _table(states[0].code)
         self.in_features = modules[0].in_features
         self.out_features = sum(module.out_features for module in modules)
         self._blocksize = states[0].blocksize
@@ -157,3 +164,26 @@ class PackedLinear:
     def __call__(self, x: int, out: int, rows: int) -> None:
         """out = x W^T; addresses of contiguous bfloat16 [rows, in_features] and [rows, out_features]."""
         multiply(x, out, rows, *self.numbers, _NO_TILES, _NOTHING, _NOTHING)
+
+
+def multiply_packed(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    shape: Sequence[int],
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    block: int,
+) -> torch.Tensor:
+    """x W^T, of x [..., in] and a packed weight of `shape` [out, in]; absmax [in / block, out] bfloat16."""
+    rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1]).contiguous()
+    y = torch.empty(len(rows), shape[0], dtype=torch.bfloat16)
+    codes = _table(code)
+    multiply(
+        rows.data_ptr(), y.data_ptr(), len(rows), codes.data_ptr(), *shape, packed.data_ptr(), absmax.data_ptr(),
+        block, _NO_TILES, _NOTHING, _NOTHING,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], shape[0]).to(x.dtype)
+
+
+if not has_avx512bf16():
+    torch.library.register_kernel("bitsandbytes::gemv_4bit", "cpu", multiply_packed)

@@ -11,17 +11,16 @@ no licence for LLVM to reassociate. That is what makes a token's numbers indepen
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from onebase_adapters.kernels.cpu.target import TARGET, Target
 from onebase_adapters.kernels.cpu.vector import F32, I8, I16, I32, I64
 
 LANES = 16
 """float32 lanes of a tile's column group: one AVX-512 register, two AVX2, four NEON."""
-NATIVE = bool(binding.get_host_cpu_features().get("avx512bf16", False))
-"""Whether this processor multiplies pairs of bfloat16."""
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -63,21 +62,40 @@ def spread(builder: Any, pair: Any) -> Any:
     return builder.shuffle_vector(one, one, ir.Constant(_LONGS, [0] * LANES))
 
 
-def add_products(builder: Any, sums: Any, a: Any, b: Any) -> Any:
-    """sums + a0 b0 + a1 b1, lane by lane, of pairs by the processor's own instruction."""
-    dot = declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", SUMS, SUMS, PAIRS, PAIRS)
-    return builder.call(dot, [sums, builder.bitcast(a, PAIRS), builder.bitcast(b, PAIRS)])
-
-
-def _halves(builder: Any, pairs: Any) -> tuple[Any, Any]:
-    """The first and the second numbers of [LANES] pairs, as float32."""
+def factors(builder: Any, pairs: Any, target: Target) -> tuple[Any, ...]:
+    """[LANES] pairs as `add_products` takes them: as they are, or the first and the second numbers as float32."""
+    if target.pairs:
+        return (builder.bitcast(pairs, PAIRS),)
     first = builder.bitcast(builder.shl(pairs, _SHIFT), SUMS)
     return first, builder.bitcast(builder.and_(pairs, _HIGH), SUMS)
 
 
-def _narrowed(builder: Any, values: Any) -> Any:
+def add_products(builder: Any, sums: Any, a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
+    """sums + a0 b0 + a1 b1, lane by lane, of factors."""
+    if len(a) == 1:
+        dot = declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", SUMS, SUMS, PAIRS, PAIRS)
+        return builder.call(dot, [sums, *a, *b])
+    fma = declare(builder, f"llvm.fma.v{LANES}f32", SUMS, SUMS, SUMS, SUMS)
+    for x, y in zip(a, b, strict=True):
+        sums = builder.call(fma, [x, y, sums])
+    return sums
+
+
+def parts(rows: int, columns: int, sums: int, target: Target) -> list[tuple[range, range]]:
+    """A tile's rows and columns, each cell of so many sums, cut into what the target's registers hold at a time."""
+    most = max(1, target.accumulators // sums)
+    height = min(rows, most)
+    width = min(columns, most // height)
+    return [
+        (range(row, min(row + height, rows)), range(column, min(column + width, columns)))
+        for row in range(0, rows, height)
+        for column in range(0, columns, width)
+    ]
+
+
+def narrowed(builder: Any, values: Any, target: Target) -> Any:
     """float32 lanes as bfloat16, rounded to nearest even."""
-    if NATIVE:
+    if target.pairs:
         narrow = declare(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", _NARROW, SUMS)
         return builder.bitcast(builder.call(narrow, [values]), _WORDS)
     bits = builder.bitcast(values, _LONGS)
@@ -100,7 +118,7 @@ def narrow_rows(typingctx: Any, target: Any, source: Any, lanes: Any) -> Any:
         ):
             values = builder.load(place(builder, source, builder.mul(lane, ir.Constant(I64, 4)), SUMS), align=4)
             at = place(builder, target, builder.mul(lane, ir.Constant(I64, 2)), _WORDS)
-            builder.store(_narrowed(builder, values), at, align=2)
+            builder.store(narrowed(builder, values, TARGET), at, align=2)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
@@ -122,7 +140,7 @@ def add_scaled(typingctx: Any, target: Any, change: Any, scale: Any, lanes: Any)
             at = place(builder, target, builder.mul(lane, ir.Constant(I64, 2)), _WORDS)
             wide = builder.shl(builder.zext(builder.load(at, align=2), _LONGS), _SHIFT)
             total = builder.fadd(builder.bitcast(wide, SUMS), builder.fmul(scales, values))
-            builder.store(_narrowed(builder, total), at, align=2)
+            builder.store(narrowed(builder, total, TARGET), at, align=2)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32, types.int64), codegen
@@ -135,7 +153,7 @@ def pair_tile(
     *,
     paired: bool,
     accumulate: bool = False,
-    native: bool = NATIVE,
+    target: Target = TARGET,
 ) -> Callable[..., None]:
     """Make `tile(c, c_stride, a, a_stride, b, b_stride, second, pairs, ahead)`: C = A B, or C += with `accumulate`.
 
@@ -155,66 +173,67 @@ def pair_tile(
         def const(value: int) -> Any:
             return ir.Constant(I64, value)
 
-        fma = declare(builder, f"llvm.fma.v{LANES}f32", SUMS, SUMS, SUMS, SUMS)
         fetch = declare(builder, "llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
         hints = [ir.Constant(I32, value) for value in (0, 2, 1)]  # to read, into the second-level cache, data
-        cells = [(row, group) for row in range(rows) for group in range(groups)]
-        sums = {(cell, k): cgutils.alloca_once(builder, SUMS) for cell in cells for k in range(unroll)}
-        for slot in sums.values():
-            builder.store(ir.Constant(SUMS, [0.0] * LANES), slot)
+        whole = builder.sub(pairs, builder.urem(pairs, const(unroll)))
 
-        def bring(address: Any) -> None:
-            builder.call(fetch, [place(builder, address, ahead, I8), *hints])
-
-        def load_b(start: Any, group: int) -> Any:
-            """Pairs [LANES], or, where they lie apart and are not multiplied as pairs, their two halves."""
-            if paired:
-                address = builder.add(start, const(4 * LANES * group))
-                bring(address)
-                pairs_of = builder.load(place(builder, address, const(0), _LONGS), align=2)
-                return pairs_of if native else _halves(builder, pairs_of)
-            addresses = [builder.add(start, const(2 * LANES * group))]
-            addresses.append(builder.add(addresses[0], builder.mul(second, const(2))))
-            if group % 2 == 0:  # two groups are one line of the cache
+        def load_b(start: Any, group: int, *, bring: bool) -> tuple[Any, ...]:
+            """Pairs [LANES] as factors."""
+            addresses = [builder.add(start, const((4 if paired else 2) * LANES * group))]
+            if not paired:
+                addresses.append(builder.add(addresses[0], builder.mul(second, const(2))))
+            if bring and (paired or group % 2 == 0):  # two groups are one line of the cache
                 for address in addresses:
-                    bring(address)
+                    builder.call(fetch, [place(builder, address, ahead, I8), *hints])
+            if paired:
+                return factors(
+                    builder, builder.load(place(builder, addresses[0], const(0), _LONGS), align=2), target
+                )
             both = [builder.load(place(builder, address, const(0), _WORDS), align=2) for address in addresses]
-            if native:
-                return builder.shuffle_vector(*both, ir.Constant(ir.VectorType(I32, 2 * LANES), _INTERLEAVED))
+            if target.pairs:
+                order = ir.Constant(ir.VectorType(I32, 2 * LANES), _INTERLEAVED)
+                return (builder.bitcast(builder.shuffle_vector(*both, order), PAIRS),)
             wide = [builder.shl(builder.zext(half, _LONGS), _SHIFT) for half in both]
             return tuple(builder.bitcast(half, SUMS) for half in wide)
 
-        def multiply(pair: Any, k: int) -> None:
-            start = builder.add(b, builder.mul(builder.mul(pair, b_stride), const(2)))
-            right = [load_b(start, group) for group in range(groups)]
-            for row in range(rows):
-                offset = builder.add(builder.mul(a_stride, const(2 * row)), builder.mul(pair, const(4)))
-                left = spread(builder, builder.load(place(builder, a, offset, I32), align=2))
-                parts = () if native else _halves(builder, left)
-                for group in range(groups):
-                    slot = sums[(row, group), k]
-                    if native:
+        def compute(some_rows: range, some_groups: range) -> None:
+            """The cells of C in these rows and groups."""
+            cells = [(row, group) for row in some_rows for group in some_groups]
+            sums = {(cell, k): cgutils.alloca_once(builder, SUMS) for cell in cells for k in range(unroll)}
+            for slot in sums.values():
+                builder.store(ir.Constant(SUMS, [0.0] * LANES), slot)
+
+            def multiply(pair: Any, k: int) -> None:
+                start = builder.add(b, builder.mul(builder.mul(pair, b_stride), const(2)))
+                right = {group: load_b(start, group, bring=0 in some_rows) for group in some_groups}
+                for row in some_rows:
+                    offset = builder.add(builder.mul(a_stride, const(2 * row)), builder.mul(pair, const(4)))
+                    left = factors(
+                        builder, spread(builder, builder.load(place(builder, a, offset, I32), align=2)), target
+                    )
+                    for group in some_groups:
+                        slot = sums[(row, group), k]
                         builder.store(add_products(builder, builder.load(slot), left, right[group]), slot)
-                    for x, y in zip(parts, right[group] if parts else (), strict=True):
-                        builder.store(builder.call(fma, [x, y, builder.load(slot)]), slot)
 
-        whole = builder.sub(pairs, builder.urem(pairs, const(unroll)))
-        with cgutils.for_range_slice(builder, const(0), whole, const(unroll), I64) as (step, _):
-            for k in range(unroll):
-                multiply(builder.add(step, const(k)), k)
-        if unroll > 1:
-            with cgutils.for_range_slice(builder, whole, pairs, const(1), I64) as (pair, _):
-                multiply(pair, 0)
+            with cgutils.for_range_slice(builder, const(0), whole, const(unroll), I64) as (step, _):
+                for k in range(unroll):
+                    multiply(builder.add(step, const(k)), k)
+            if unroll > 1:
+                with cgutils.for_range_slice(builder, whole, pairs, const(1), I64) as (pair, _):
+                    multiply(pair, 0)
 
-        for row, group in cells:
-            total = builder.load(sums[(row, group), 0])
-            for k in range(1, unroll):
-                total = builder.fadd(total, builder.load(sums[(row, group), k]))
-            offset = builder.mul(builder.add(builder.mul(c_stride, const(row)), const(group * LANES)), const(4))
-            target = place(builder, c, offset, SUMS)
-            if accumulate:
-                total = builder.fadd(builder.load(target, align=4), total)
-            builder.store(total, target, align=4)
+            for row, group in cells:
+                total = builder.load(sums[(row, group), 0])
+                for k in range(1, unroll):
+                    total = builder.fadd(total, builder.load(sums[(row, group), k]))
+                offset = builder.mul(builder.add(builder.mul(c_stride, const(row)), const(group * LANES)), const(4))
+                at = place(builder, c, offset, SUMS)
+                if accumulate:
+                    total = builder.fadd(builder.load(at, align=4), total)
+                builder.store(total, at, align=4)
+
+        for some_rows, some_groups in parts(rows, groups, unroll, target):
+            compute(some_rows, some_groups)
         return context.get_dummy_value()
 
     @intrinsic  # type: ignore[untyped-decorator]
