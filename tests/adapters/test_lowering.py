@@ -264,7 +264,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_tokens_of_a_tied_head_change_with_the_embedding() -> None:
-    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [2, 7]}
+    config = {"peft_type": "LORA", "trainable_token_indices": {"embed_tokens": [2, 7]}}
     (untied,) = split_saved(source(config, TOKENS))[0]
     tied = split_saved(replace(source(config, TOKENS), base=replace(BASE, tied_head="lm_head")))[0]
     assert [part.site for part in tied if isinstance(part, LowRank)] == [BASE.embedding, "lm_head"]

@@ -92,7 +92,10 @@ def test_as_peft(
 
 @pytest.mark.parametrize(
     ("family", "names"),
-    [("gemma3", ["trainable-tokens", "lora-trainable-tokens"]), ("qwen2", ["glora", "road", "trainable-tokens"])],
+    [
+        ("gemma3", ["trainable-tokens", "lora-trainable-tokens"]),
+        ("qwen2", ["glora", "road", "trainable-tokens", "lora-trained-biases"]),
+    ],
 )
 def test_as_peft_with_scaled_embeddings_and_with_biases(
     family: str, names: list[str], tiny_model: Callable[[str], Path], tmp_path: Path, prompt: Any

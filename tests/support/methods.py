@@ -27,6 +27,7 @@ CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "rslora": lambda: peft.LoraConfig(r=6, lora_alpha=12, target_modules=_SITES, use_rslora=True, **_COMMON),
     "dora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=_SITES, use_dora=True, **_COMMON),
     "lora-bias": lambda: peft.LoraConfig(r=4, target_modules=_SITES, lora_bias=True, **_COMMON),
+    "lora-trained-biases": lambda: peft.LoraConfig(r=4, target_modules=_TWO, bias="all", **_COMMON),
     "lora-embedding": lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], **_COMMON),
     "lora-saved-head": lambda: peft.LoraConfig(
         r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], **_COMMON

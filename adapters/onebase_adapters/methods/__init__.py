@@ -13,6 +13,10 @@ from onebase_adapters.methods.source import BaseWeights, Lower, Source, canonica
 from onebase_adapters.methods.unserved import UNSERVED
 from onebase_adapters.primitives import Head, LoweredAdapter, LowRank, Primitive, Rescale, Shift
 
+_WEIGHT_METHODS = (
+    "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "LOHA", "LOKR", "MISS", "OFT", "OSF",
+    "PEANUT", "PVERA", "RANDLORA", "ROAD", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+)  # fmt: skip
 METHODS: Mapping[str, Lower] = {
     "LORA": lora.lower,
     "ADALORA": lora.lower,
@@ -28,10 +32,7 @@ METHODS: Mapping[str, Lower] = {
     "BEFT": beft.lower,
     "BOTTLENECK": bottleneck.lower,
     "TEMPLATE": template.lower,
-    **dict.fromkeys(("LOHA", "LOKR", "VERA", "OFT", "HRA", "FOURIERFT", "RANDLORA"), general.lower),
-    **dict.fromkeys(("VBLORA", "MISS", "DELORA", "C3A", "WAVEFT", "GRALORA"), general.lower),
-    **dict.fromkeys(("HIRA", "GLORA", "TINYLORA", "PVERA", "UNILORA", "DEFT", "PEANUT"), general.lower),
-    **dict.fromkeys(("OSF", "ROAD"), general.lower),
+    **dict.fromkeys(_WEIGHT_METHODS, general.lower),
 }
 
 

@@ -113,24 +113,21 @@ def _unread(model: nn.Module, missing: set[str]) -> str | None:
 
 def _merged(source: Source, name: str, layer: Any) -> Change:
     """What `merge` adds to the site. Refuses a layer that does not compute what its merged form does."""
-    method = source.config["peft_type"]
-    if not hasattr(layer, "merge"):
-        raise AdapterFormatError(f"{method} has no merged form: it is not served.", field="peft_type")
-    before = copy.deepcopy(layer.get_base_layer())
-    x = torch.randn(4, before.in_features, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, source.site(name).in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), _peft_reads():
+        before = copy.deepcopy(layer.get_base_layer())
         wanted = layer(x)
         layer.merge()
         merged = layer.get_base_layer()
-        change = merged(x) - before(x)
-        if (before(x) + change - wanted).norm() > _MERGED * change.norm() + _ROUNDING * wanted.norm():
-            raise AdapterFormatError(
-                f"{method} at {name!r} does not compute what its merged weights do: its change depends on the "
-                "token, or is drawn anew each time. It is not served.",
-                field="peft_type",
-            )
+        found, change = merged(x), merged(x) - before(x)
         bias = None if before.bias is None else merged.bias - before.bias
-        return Change(merged.weight - before.weight, bias)
+    if (found - wanted).norm() > _MERGED * change.norm() + _ROUNDING * wanted.norm():
+        raise AdapterFormatError(
+            f"{source.config['peft_type']} at {name!r} does not compute what its merged weights do: its change "
+            "depends on the token, or is drawn anew each time. It is not served.",
+            field="peft_type",
+        )
+    return Change(merged.weight.detach() - before.weight, bias)
 
 
 def _stored_names(tensors: Mapping[str, torch.Tensor], sites: list[str]) -> Iterable[tuple[str, torch.Tensor]]:

@@ -17,7 +17,7 @@ _HEADS = ("score", "classifier")
 def split_saved(source: Source) -> tuple[tuple[Primitive, ...], Source]:
     """The primitives of the saved modules, and what is left for the method."""
     # PEFT writes an embedding's untouched weights beside its LoRA matrices.
-    taken = {name for name in source.tensors if ".base_layer." in name}
+    taken = {name for name in source.tensors if name.endswith(".base_layer.weight")}
     rows, named = retrained_tokens(source)
     primitives: list[Primitive] = [*rows]
     taken |= named
@@ -26,6 +26,7 @@ def split_saved(source: Source) -> tuple[tuple[Primitive, ...], Source]:
         taken |= {f"{module}.{leaf}" for module in _HEADS for leaf in ("weight", "bias")}
     for name, tensor in source.tensors.items():
         module, _, leaf = name.rpartition(".")
+        module = module.removesuffix(".base_layer") if leaf == "bias" else module  # of a site that is adapted, too
         if leaf == "weight" and module == source.base.embedding:
             primitives.append(_replaced_embedding(source, module, name))
         elif leaf == "weight" and module in source.base.sites:
