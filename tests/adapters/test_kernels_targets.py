@@ -19,13 +19,14 @@ from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, multiply_packe
 from onebase_adapters.kernels.cpu.pairs import pair_tile
 from onebase_adapters.kernels.cpu.target import AVX2, AVX512, BFLOAT16, NEON, PLAIN, Target, target_of
 from onebase_adapters.kernels.cpu.tile4bit import packed_tile
+from support import lesser
 from support.batches import random_bf16
 from support.targets import runnable
 
 ABLE = [target for target in runnable() if target != PLAIN]
-HASWELL = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt,+movbe"}
 ARM = "aarch64-unknown-linux-gnu"
-COMPANY = Path(__file__).parents[1] / "engine" / "test_company.py"
+TESTS = Path(__file__).parents[1]
+COMPANY = TESTS / "engine" / "test_company.py"
 
 
 @pytest.mark.parametrize(
@@ -115,11 +116,10 @@ def test_tiles_compile_for_neon(tile: Any) -> None:
 
 @pytest.mark.skipif(AVX2 not in ABLE, reason="needs AVX2 and FMA")
 def test_tokens_are_the_same_in_any_company_on_a_processor_with_avx2() -> None:
-    """The engine's own test of that, in a process whose kernels are compiled for a lesser processor than this."""
-    code = (
-        "import sys, pytest; from onebase_adapters.kernels.cpu.target import AVX2, TARGET; "
-        "assert TARGET == AVX2; sys.exit(pytest.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", f"{COMPANY}::test_in_a_mix"]
-    done = subprocess.run(command, env=os.environ | HASWELL, capture_output=True, text=True, check=False)
+    """The engine's own test of that, fused and not, in a process whose kernels are compiled for it."""
+    command = [sys.executable, "-m", "support.lesser", "-q", "-p", "no:cacheprovider", str(COMPANY)]
+    command += ["-k", "in_a_mix or qwen2"]
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | lesser.ENVIRONMENT | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

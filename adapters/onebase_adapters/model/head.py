@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, fits_packed
+from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, fits_packed, packable
 from onebase_adapters.kernels.cpu.screen import UNSURE, best_tokens, settle_unsure
 from onebase_adapters.model.noise import Noise
 
@@ -145,4 +145,6 @@ def nf4_copy(head: Any) -> Linear4bit:
         head.weight.detach().clone(), requires_grad=False, compress_statistics=False, quant_type="nf4"
     )
     copy.bias = head.bias
-    return copy.to(head.weight.device).eval()
+    copy = copy.to(head.weight.device).eval()
+    copy.support_avx512bf16_for_cpu = packable(copy)  # as in `base.load`
+    return copy
