@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, RobertaConfig
 
 from onebase_adapters.base import BaseSpec
@@ -62,7 +63,7 @@ def make_config(tmp_path: Path, model: Path, kind: str, options: dict[str, Any])
         epochs=60,
         eval_every=15,
         device="cpu",
-        **({"rank": 4, "learning_rate": 0.02} | options),
+        **({"rank": 4, "learning_rate": 0.02, "head_learning_rate": 0.02} | options),
     )
 
 
@@ -87,6 +88,21 @@ def test_on_a_decoder(name: str, tmp_path: Path, tiny_model: Callable[[str], Pat
     notes = json.loads((config.output / "onebase.json").read_text())["head"]
     assert notes["kind"] == ("sequence" if kind == "text" else "token")
     assert served_loss(config) == pytest.approx(result.after.loss, abs=0.03)
+
+
+def test_a_head_has_a_learning_rate_of_its_own(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    config = make_config(
+        tmp_path, tiny_model("llama"), "text", {"method": "p-tuning-v2", "head_learning_rate": 1e-9}
+    )
+    train(replace(config, max_steps=4, eval_every=4))
+    tensors = load_file(config.output / "adapter_model.safetensors")
+    assert float(tensors["score.weight"].abs().max()) < 6e-3  # as it began
+    assert float(tensors["score.bias"].abs().max()) < 1e-8
+    settings = json.loads((config.output / "onebase.json").read_text())["settings"]
+    assert settings["head_learning_rate"] == 1e-9 and settings["learning_rate"] == 0.02
+    train(replace(config, max_steps=4, eval_every=4, overwrite=True, head_learning_rate=0.02))
+    moved = load_file(config.output / "adapter_model.safetensors")
+    assert float(moved["score.weight"].abs().max()) > 1e-2
 
 
 @pytest.fixture(scope="module", params=["bert", "roberta"])

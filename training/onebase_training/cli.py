@@ -47,7 +47,7 @@ class Bias(enum.StrEnum):
 
 
 class PromptInit(enum.StrEnum):
-    """What prompt tuning begins with."""
+    """What virtual tokens or a prefix begin with."""
 
     RANDOM = "random"
     VOCAB = "vocab"
@@ -115,7 +115,7 @@ def train(
     modules_to_save: Annotated[str, typer.Option(help="Modules to train whole, e.g. lm_head.")] = "",
     bias: Annotated[Bias, typer.Option(help="Which of the base's biases are trained.")] = Bias.NONE,
     prompt_length: Annotated[int, typer.Option(help="Virtual tokens.")] = 20,
-    prompt_init: Annotated[PromptInit, typer.Option(help="What prompt tuning begins with.")] = PromptInit.VOCAB,
+    prompt_init: Annotated[PromptInit, typer.Option(help="What they begin with.")] = PromptInit.VOCAB,
     prompt_text: Annotated[str, typer.Option(help="For --prompt-init text.")] = "",
     places: Annotated[
         str, typer.Option(help="Of P-tuning's tokens, e.g. 0,0,3,-1: before the first, third, after the last.")
@@ -136,13 +136,14 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
     max_steps: Annotated[int | None, typer.Option(help="Most optimiser steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Most seconds of training.")] = None,
-    batch_tokens: options.BatchTokens = 1024,
+    batch_tokens: options.BatchTokens = None,
     accumulate: Annotated[int, typer.Option(help="Forward passes in a step.")] = 1,
     batch_size: Annotated[
         int | None, typer.Option(help="Examples in a step, instead of --accumulate passes of --batch-tokens.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak; default: the method's.")] = None,
-    learning_rate_multiplier: Annotated[float, typer.Option(help="Of the peak.")] = 1.0,
+    head_learning_rate: Annotated[float | None, typer.Option(help="A classifier's peak.")] = None,
+    learning_rate_multiplier: Annotated[float, typer.Option(help="Of both peaks.")] = 1.0,
     schedule: Annotated[Schedule, typer.Option(help="From the peak downwards.")] = Schedule.COSINE,
     warmup: Annotated[float, typer.Option(help="Share of steps of rising learning rate.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
@@ -216,6 +217,7 @@ def train(
         accumulate=accumulate,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate,
         learning_rate_multiplier=learning_rate_multiplier,
         schedule=schedule.value,
         warmup=warmup,

@@ -60,7 +60,7 @@ class TrainConfig:
     """Virtual tokens of prompt tuning and P-tuning, or of the prefix."""
     prompt_init: Literal["random", "vocab", "text"] = "vocab"
     """Prompt tuning begins with noise, with random tokens' embeddings, or with those of `prompt_text` (Lester et
-    al. 2021, section 3.2: the latter two are better)."""
+    al. 2021, section 3.2: the latter two are better). A prefix begins with the keys and values of the same."""
     prompt_text: str = ""
     """For `prompt_init="text"`; repeated or cut to `prompt_length` tokens."""
     places: tuple[int, ...] = ()
@@ -102,9 +102,9 @@ class TrainConfig:
     """Optimiser steps after which the run ends; the schedule is made for them."""
     time_limit: float | None = None
     """Seconds of training after which the run ends, wherever its schedule is."""
-    batch_tokens: int = 1024
+    batch_tokens: int | None = None
     """Tokens of one forward pass. Examples are packed whole, without padding, and do not see each other;
-    an encoder-decoder's are padded, which counts."""
+    an encoder-decoder's are padded, which counts. None: by the data, see `batches.tokens_of_pass`."""
     accumulate: int = 1
     """Forward passes in one optimiser step."""
     batch_size: int | None = None
@@ -112,8 +112,10 @@ class TrainConfig:
     `batch_tokens`. None: what fits into `accumulate` passes of `batch_tokens`."""
     learning_rate: float | None = None
     """Peak. None: the method's default, whose source stands in its file."""
+    head_learning_rate: float | None = None
+    """Peak of a classifier's. None: see `onebase_training.heads`."""
     learning_rate_multiplier: float = 1.0
-    """Of the peak."""
+    """Of both peaks."""
     schedule: Schedule = "cosine"
     """From the peak towards zero; `constant` stays."""
     warmup: float = 0.05
@@ -167,10 +169,11 @@ class TrainConfig:
             "epochs": self.epochs > 0,
             "max_steps": self.max_steps is None or self.max_steps >= 1,
             "time_limit": self.time_limit is None or self.time_limit > 0,
-            "batch_tokens": self.batch_tokens >= 1,
+            "batch_tokens": self.batch_tokens is None or self.batch_tokens >= 1,
             "accumulate": self.accumulate >= 1,
             "batch_size": self.batch_size is None or self.batch_size >= 1,
             "learning_rate": self.learning_rate is None or 0 < self.learning_rate < 10,
+            "head_learning_rate": self.head_learning_rate is None or 0 < self.head_learning_rate < 10,
             "learning_rate_multiplier": 0 < self.learning_rate_multiplier < math.inf,
             "warmup": 0 <= self.warmup < 1,
             "weight_decay": self.weight_decay >= 0,

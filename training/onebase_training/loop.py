@@ -57,6 +57,7 @@ class Loop(Trainer):  # type: ignore[misc]
         self._ranks = ranks
         self._plan = plan
         self._progress = progress
+        self._head_rate = config.head_learning_rate
         steps = count_steps(plan, config, ranks)
         tokens = [sum(model.length(examples[index]) for index in batch) for batch in plan]
         self.watch = Watch(config, ranks, progress, tokens)
@@ -83,6 +84,18 @@ class Loop(Trainer):  # type: ignore[misc]
         return DataLoader(
             self.train_dataset, batch_sampler=whole[self._ranks.rank :: world], collate_fn=self.data_collator
         )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """A classifier has a learning rate of its own."""
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        head = {id(value) for value in self.model.head.parameters()} if self.model.head and fresh else set()
+        for group in list(optimizer.param_groups):
+            own = [value for value in group["params"] if id(value) in head]
+            if own:
+                group["params"] = [value for value in group["params"] if id(value) not in head]
+                optimizer.add_param_group({**group, "params": own, "lr": self._head_rate})
+        return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         own = torch.tensor(sum(batch["labels"].numel() for batch in batch_samples), device=device)

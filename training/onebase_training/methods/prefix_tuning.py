@@ -1,17 +1,24 @@
 """Prefix tuning (Li and Liang 2021) and P-tuning v2 (Liu et al. 2022), which is the same with a classifier on top:
-learned keys and values in front of every layer."""
+learned keys and values in front of every layer.
+
+They begin as the base's own for some tokens (Li and Liang, section 7.4): it then works from the first step on, as
+if it had read those tokens.
+"""
 
 from typing import Any
 
-from peft import PrefixTuningConfig
+import torch
+from peft import PrefixTuningConfig, initialize_kv_prefix_from_past_key_values
+from transformers import DynamicCache
 
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
 from onebase_training.methods.attached import Attached
 from onebase_training.methods.peft_parts import put_peft, task_type
+from onebase_training.methods.prompt_tuning import text_tokens
 
-LEARNING_RATE = 3e-2
+LEARNING_RATE = 1e-2
 """Measured, see DECISIONS.md: keys and values themselves are trained, and take far more than weights do."""
 
 
@@ -30,9 +37,10 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
         task_type=task_type(base),
     )
     parts = put_peft(base, settings, rounded=("prompt_embeddings",))
-    encoder: Any = parts.peft.prompt_encoder["default"]
     if config.encoder != "mlp":
-        encoder.embedding.weight.data.mul_(_SPREAD)
+        _initialise(parts.peft, base, config)
+    elif config.prompt_init == "text":
+        raise ConfigError("What an mlp makes cannot begin with a text: use --encoder none.", field="prompt_init")
     return Attached(
         base.model,
         parts.save,
@@ -43,5 +51,30 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     )
 
 
+def _initialise(peft: Any, base: LoadedBase, config: TrainConfig) -> None:
+    """In place; PEFT has put noise of spread 1 there."""
+    if config.prompt_init == "random":
+        peft.prompt_encoder["default"].embedding.weight.data.mul_(_SPREAD)
+        return
+    if config.prompt_init == "text":
+        ids = text_tokens(base, config)
+    else:
+        ids = torch.randint(base.shape.vocab, (config.prompt_length,))
+    initialize_kv_prefix_from_past_key_values(peft, past_key_values=_read(base, ids))
+
+
 _SPREAD = 0.1
-"""Of the first keys and values. PEFT's 1 disturbs the base so much that training must first undo it."""
+"""Of random keys and values. PEFT's 1 disturbs the base so much that training must first undo it."""
+
+
+@torch.no_grad()
+def _read(base: LoadedBase, ids: torch.Tensor) -> DynamicCache:
+    """Every layer's keys and values of tokens [n] that stand first."""
+    backbone: Any = base.model.base_model
+    usual = base.model.config._attn_implementation
+    base.model.set_attn_implementation("sdpa")
+    cache = DynamicCache()  # without the model's settings: it keeps all, whatever a layer's window
+    places = torch.arange(len(ids), device=base.device) + base.shape.first_position
+    backbone(input_ids=ids[None].to(base.device), position_ids=places[None], past_key_values=cache, use_cache=True)
+    base.model.set_attn_implementation(usual)
+    return cache

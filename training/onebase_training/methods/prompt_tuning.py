@@ -41,6 +41,10 @@ def _initialise(weight: torch.Tensor, base: LoadedBase, config: TrainConfig) -> 
             # PEFT's own noise has spread 1, many times that of real embeddings.
             weight.normal_(std=float(embedding.weight.float().std()))
         elif config.prompt_init == "text":
-            ids = base.tokenizer(config.prompt_text, add_special_tokens=False)["input_ids"]
-            repeated = (ids * -(-len(weight) // len(ids)))[: len(weight)]
-            weight.copy_(embedding(torch.tensor(repeated, device=weight.device)))
+            weight.copy_(embedding(text_tokens(base, config).to(weight.device)))
+
+
+def text_tokens(base: LoadedBase, config: TrainConfig) -> torch.Tensor:
+    """int64 [prompt_length], the prompt_text's, repeated or cut."""
+    ids = base.tokenizer(config.prompt_text, add_special_tokens=False)["input_ids"]
+    return torch.tensor((ids * -(-config.prompt_length // len(ids)))[: config.prompt_length])

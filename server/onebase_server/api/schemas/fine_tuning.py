@@ -40,6 +40,7 @@ class Hyperparameters(Body):
     learning_rate_multiplier: _AutoNumber = None
     """Of `learning_rate`, or of the method's own."""
     learning_rate: float | None = Field(None, gt=0, lt=10)
+    head_learning_rate: float | None = Field(None, gt=0, lt=10)
     format: _Text | None = None
     max_length: _Count | None = None
     too_long: Literal["error", "skip", "cut"] | None = None
