@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from onebase_adapters.errors import ConfigError
 from onebase_training.attention import PACKED_ATTENTION
-from onebase_training.batches import Collator, pack, passes_of, plan_batches, plan_examples
+from onebase_training.batches import Collator, pack, passes_of, plan_batches, plan_examples, tokens_of_pass
+from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded, Example
 from onebase_training.methods.attached import Attached
 from onebase_training.model import Trained, trainable_state
@@ -136,3 +137,17 @@ def test_attention_over_several_blocks_and_a_prefix_is_plain_attention(causal: b
     torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
     for mine, theirs in zip(got, torch.autograd.grad((plain * weight).sum(), (q, k, v)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "tokens"),
+    [
+        ([9, 11], {}, 256),
+        ([20, 40], {}, 480),
+        ([200, 300], {}, 1024),
+        ([20, 40], {"batch_tokens": 77}, 77),
+        ([20, 40], {"batch_size": 4}, 1024),
+    ],
+)
+def test_short_examples_make_small_passes(lengths: list[int], options: dict[str, int], tokens: int) -> None:
+    assert tokens_of_pass(lengths, TrainConfig(data=Path("a"), output=Path("b"), **options)) == tokens

@@ -108,6 +108,8 @@ def test_steps_of_so_many_examples_and_a_multiple_of_the_methods_rate(config: Tr
     settings = read_adapter(config.output).sidecar["settings"]
     assert settings["batch_size"] == 6
     assert settings["learning_rate"] == pytest.approx(2 * max(step.learning_rate for step in whole), rel=0.1)
+    steps(batch_tokens=None)
+    assert read_adapter(config.output).sidecar["settings"]["batch_tokens"] == 256
     with pytest.raises(ConfigError, match="follows from it"):
         replace(config, batch_size=4, accumulate=2)
 

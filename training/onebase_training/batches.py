@@ -12,7 +12,20 @@ import torch
 
 from onebase_adapters.errors import ConfigError
 from onebase_adapters.layout import Layout
+from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded
+
+_EXAMPLES, _FEWEST_TOKENS, _MOST_TOKENS = 16, 256, 1024
+
+
+def tokens_of_pass(lengths: Sequence[int], config: TrainConfig) -> int:
+    """`config.batch_tokens`, or what suits examples of these lengths: 16 of the mean length, within 256 and 1024,
+    so that short ones make many steps, too. Where `batch_size` counts the step, 1024: it only bounds memory."""
+    if config.batch_tokens is not None:
+        return config.batch_tokens
+    if config.batch_size is not None:
+        return _MOST_TOKENS
+    return min(_MOST_TOKENS, max(_FEWEST_TOKENS, _EXAMPLES * sum(lengths) // len(lengths)))
 
 
 def plan_batches(

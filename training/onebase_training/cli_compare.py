@@ -20,7 +20,7 @@ def compare(
     epochs: Annotated[float, typer.Option(help="Budget of each: passes over the data.")] = 3.0,
     max_steps: Annotated[int | None, typer.Option(help="Budget of each: optimiser steps.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Budget of each: seconds of training.")] = None,
-    batch_tokens: options.BatchTokens = 1024,
+    batch_tokens: options.BatchTokens = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; default: 8 in a run.")] = None,
     max_length: options.MaxLength = 1024,
     metric_examples: options.MetricExamples = 64,

@@ -20,7 +20,7 @@ def tune(
     eval_fraction: options.EvalFraction = 0.1,
     epochs: Annotated[float, typer.Option(help="Of each trial: passes over the data.")] = 1.0,
     max_steps: Annotated[int | None, typer.Option(help="Of each trial: optimiser steps.")] = None,
-    batch_tokens: options.BatchTokens = 1024,
+    batch_tokens: options.BatchTokens = None,
     max_length: options.MaxLength = 1024,
     head: Annotated[bool, typer.Option("--head", help="Train a classifier on labels or tags.")] = False,
     seed: options.Seed = 0,

@@ -12,8 +12,8 @@ from transformers import set_seed
 
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError, DataError
-from onebase_training import fsdp
-from onebase_training.batches import passes_of, plan_batches, plan_examples
+from onebase_training import fsdp, heads
+from onebase_training.batches import passes_of, plan_batches, plan_examples, tokens_of_pass
 from onebase_training.checkpoints import best_checkpoint, history, last_checkpoint, restore, step_of
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded
@@ -66,7 +66,9 @@ def _train(
     config: TrainConfig, workspace: Workspace, progress: Progress, ranks: Ranks, before: Evaluation | None
 ) -> TrainResult:
     method = find_method(config.method)
-    config = _with_peak(config.resolved(learning_rate=method.learning_rate))
+    config = _with_peaks(
+        config.resolved(learning_rate=method.learning_rate, head_learning_rate=heads.LEARNING_RATE)
+    )
     dataset, held_out = read_data(config)
     base = load_for_training(config, method, progress)
     limit = min(config.max_length, base.shape.context)
@@ -78,6 +80,7 @@ def _train(
         raise ConfigError(f"{config.method} has no parameters, and so no classifier.", field="method")
     classes = classes_of(dataset) if config.head else ()
     examples, evaluation = (encode_part(part, base, config, classes) for part in (dataset, held_out))
+    config = replace(config, batch_tokens=tokens_of_pass([len(one.input_ids) for one in examples], config))
     digests = {"train": dataset.digest, "held_out": held_out.digest}
     if ranks.first:
         workspace.begin(config, data=digests, base=base.shape.fingerprint)
@@ -123,12 +126,11 @@ def _train(
     return result
 
 
-def _with_peak(config: TrainConfig) -> TrainConfig:
-    """With the learning rate as it will be. Raises ConfigError."""
-    if config.learning_rate is None:
-        return config
-    peak = config.learning_rate * config.learning_rate_multiplier
-    return replace(config, learning_rate=peak, learning_rate_multiplier=1.0)
+def _with_peaks(config: TrainConfig) -> TrainConfig:
+    """With the learning rates as they will be. Raises ConfigError."""
+    factor = config.learning_rate_multiplier
+    peak, of_head = (rate and rate * factor for rate in (config.learning_rate, config.head_learning_rate))
+    return replace(config, learning_rate=peak, head_learning_rate=of_head, learning_rate_multiplier=1.0)
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,9 @@ def _fit(
 ) -> _Fitted:
     set_seed(config.seed)
     lengths = [len(example.input_ids) for example in examples]
+    budget = tokens_of_pass(lengths, config)
     if config.batch_size is not None:
-        passes = passes_of(lengths, config.batch_size, budget=config.batch_tokens, world=ranks.world)
+        passes = passes_of(lengths, config.batch_size, budget=budget, world=ranks.world)
         plan = plan_examples(
             lengths, config.batch_size // (passes * ranks.world), epochs=config.epochs, seed=config.seed
         )
@@ -166,7 +169,7 @@ def _fit(
     else:
         plan = plan_batches(
             lengths,
-            budget=config.batch_tokens,
+            budget=budget,
             epochs=config.epochs,
             seed=config.seed,
             padded=base.shape.encoder_decoder,
@@ -179,7 +182,8 @@ def _fit(
     check_room(attached, base, max(lengths))
     model = Trained(attached, base.device, first_position=base.shape.first_position)
     parameters = sum(value.numel() for value in trainable_state(model).values())
-    estimate, recomputed = settle(model, examples, plan[: steps * config.accumulate * ranks.world], config)
+    planned = plan[: steps * config.accumulate * ranks.world]
+    estimate, recomputed = settle(model, examples, held_out, planned, config)
     progress(Stage(f"{parameters:,} parameters to train, {steps} steps, {estimate}"))
     if recomputed:
         progress(Stage("activations are recomputed in the backward pass, to save memory"))

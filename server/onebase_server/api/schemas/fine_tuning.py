@@ -36,7 +36,8 @@ class Hyperparameters(Body):
 
     n_epochs: _AutoNumber = None
     batch_size: _AutoCount = None
-    """Examples in a step; left out, a step is counted in tokens: `accumulate` times `batch_tokens`."""
+    """Examples in a step; left out, a step is counted in tokens: `accumulate` times `batch_tokens`, which depend on
+    the data if they are left out, too."""
     learning_rate_multiplier: _AutoNumber = None
     """Of `learning_rate`, or of the method's own."""
     learning_rate: float | None = Field(None, gt=0, lt=10)
