@@ -11,26 +11,30 @@ import torch
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded
+from onebase_training.evaluate import evaluation_batches
 from onebase_training.model import Trained, trainable_state
 
 _PROBE_TOKENS = 256
 _HEADROOM = 1.5
 """Buffers of a moment, beside what is kept for the backward pass."""
 _LOGIT_BYTES = 14
-"""Of one logit: bfloat16, float32, and the gradients of both."""
+"""Of one logit: bfloat16, float32, and the gradients of both or, where none are made, its logarithm's float32."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is to be expected, evaluations left out."""
+    """What is to be expected."""
 
     seconds: float
+    """Of training; evaluations come on top."""
     memory: int
-    """Bytes beyond what the base takes already."""
+    """Bytes that are still to be taken, in training or in an evaluation."""
+    taken: int
+    """Bytes that are taken already: libraries and the base; on a GPU, what is on it."""
 
     def __str__(self) -> str:
         took = f"{self.seconds / 60:.0f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
-        return f"about {took} and {_gib(self.memory)} of memory"
+        return f"about {took} and {_gib(self.taken + self.memory)} of memory in all"
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,14 @@ class _Probe:
 
 
 def settle(
-    model: Trained, examples: Sequence[Encoded], plan: Sequence[Sequence[int]], config: TrainConfig
+    model: Trained,
+    examples: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    plan: Sequence[Sequence[int]],
+    config: TrainConfig,
 ) -> tuple[Estimate, bool]:
-    """The estimate, and whether activations are to be recomputed, which this has switched on then.
+    """The estimate for a run over `plan` of `examples`, and whether activations are to be recomputed, which this
+    has switched on then.
 
     Raises ConfigError where the largest batch does not fit into memory.
     """
@@ -50,12 +59,16 @@ def settle(
     checkpointed = config.checkpointing == "always"
     if checkpointed:
         model.recompute_activations()
-    free = free_memory(model.device)
-    estimate = _estimate(_probe(model, probe_rows), model, examples, plan)
+    free, taken = free_memory(model.device), _taken_memory(model.device)
+
+    def estimated() -> Estimate:
+        return _estimate(_probe(model, probe_rows), model, examples, held_out, plan, taken)
+
+    estimate = estimated()
     if estimate.memory > free and config.checkpointing == "auto":
         model.recompute_activations()
         checkpointed = True
-        estimate = _estimate(_probe(model, probe_rows), model, examples, plan)
+        estimate = estimated()
     if estimate.memory > free:
         raise ConfigError(
             f"The largest batch needs some {_gib(estimate.memory)} of memory, {_gib(free)} are free. Use a smaller "
@@ -77,6 +90,12 @@ def free_memory(device: torch.device) -> int:
     allowed, _ = process.rlimit(psutil.RLIMIT_DATA)
     left = allowed - process.memory_info().data if allowed != psutil.RLIM_INFINITY else available
     return max(0, min(available, int(left)))
+
+
+def _taken_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -128,19 +147,27 @@ def _probe(model: Trained, rows: Sequence[Encoded]) -> _Probe:
 
 
 def _estimate(
-    probe: _Probe, model: Trained, examples: Sequence[Encoded], plan: Sequence[Sequence[int]]
+    probe: _Probe,
+    model: Trained,
+    examples: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    plan: Sequence[Sequence[int]],
+    taken: int,
 ) -> Estimate:
+    def logits(batch: Sequence[Encoded]) -> int:
+        labels = sum(len(one.labels) - one.labels.count(NO_LOSS) for one in batch)
+        return _LOGIT_BYTES * model.outputs * labels
+
     batches = [[examples[index] for index in batch] for batch in plan]
     tokens = [sum(map(model.length, batch)) for batch in batches]
-    labels = [sum(len(one.labels) - one.labels.count(NO_LOSS) for one in batch) for batch in batches]
-    trained = sum(value.numel() for value in trainable_state(model).values())
-    largest = max(
-        probe.bytes_per_token * token_count + _LOGIT_BYTES * model.outputs * label_count
-        for token_count, label_count in zip(tokens, labels, strict=True)
+    training = max(
+        probe.bytes_per_token * count + logits(batch) for count, batch in zip(tokens, batches, strict=True)
     )
+    evaluation = max(map(logits, evaluation_batches(model, held_out)))
+    trained = sum(value.numel() for value in trainable_state(model).values())
     # Gradient and both of Adam's moments, float32.
-    memory = _HEADROOM * largest + 12 * trained
-    return Estimate(probe.seconds_per_token * sum(tokens), int(memory))
+    memory = _HEADROOM * max(training, evaluation) + 12 * trained
+    return Estimate(probe.seconds_per_token * sum(tokens), int(memory), taken)
 
 
 def _gib(count: int) -> str:

@@ -14,7 +14,8 @@ from onebase_training.generate import generate
 from onebase_training.metrics import Score, default_metric, difference, score
 from onebase_training.model import Trained
 
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
+"""Of a pass that measures a loss: no more than training itself takes by default."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,15 @@ def classify(model: Trained, examples: Sequence[Encoded], tokenizer: Any) -> lis
 
 
 def _batches(model: Trained, examples: Sequence[Encoded]) -> Iterator[dict[str, torch.Tensor]]:
-    for indices in pack(
-        range(len(examples)), [model.length(one) for one in examples], _BATCH_TOKENS, padded=model.paired
-    ):
-        batch = model.collate([examples[index] for index in indices])
-        yield {name: value.to(model.device) for name, value in batch.items()}
+    for chosen in evaluation_batches(model, examples):
+        yield {name: value.to(model.device) for name, value in model.collate(chosen).items()}
+
+
+def evaluation_batches(model: Trained, examples: Sequence[Encoded]) -> list[list[Encoded]]:
+    """`examples` in order, in the passes that measure them."""
+    lengths = [model.length(one) for one in examples]
+    packed = pack(range(len(examples)), lengths, BATCH_TOKENS, padded=model.paired)
+    return [[examples[index] for index in batch] for batch in packed]
 
 
 def generate_samples(

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from onebase_training.batches import pack
 from onebase_training.model import Trained
 from onebase_training.seq2seq import answers
 
-_BATCH = 32
-"""Sequences at once."""
+_BATCH_TOKENS = 4096
+"""Of the sequences that are written at once, at the longest that they may become: what their cache holds."""
 
 
 @torch.no_grad()
@@ -24,9 +25,9 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda index: (max_new_tokens[index], len(prompts[index])))
     made: dict[int, list[int]] = {}
+    lengths = [len(prompt) + limit for prompt, limit in zip(prompts, max_new_tokens, strict=True)]
     with inference(model):
-        for at in range(0, len(order), _BATCH):
-            chosen = order[at : at + _BATCH]
+        for chosen in pack(order, lengths, _BATCH_TOKENS, padded=True):
             limits = [max_new_tokens[index] for index in chosen]
             write = answers if model.paired else _batch
             rows = write(model, [prompts[index] for index in chosen], limits, ends)
@@ -48,6 +49,8 @@ def _batch(
     seen = torch.cat([seen.new_ones(count, attached.prefix_length), seen], dim=1)
     outputs: list[list[int]] = [[] for _ in prompts]
     running = [True] * count
+    # As an index: a slice of one place would have torch copy the head's weights for each sequence.
+    last = torch.tensor([-1], device=model.device)
     for _ in range(max(limits)):
         with model.precision():
             step: Any = model.model(
@@ -56,7 +59,7 @@ def _batch(
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=last,
             )
         ids = step.logits[:, -1].argmax(-1, keepdim=True)
         for row, token in enumerate(ids[:, 0].tolist()):
