@@ -205,6 +205,15 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]
         {"peft_type": "LORA", "r": 2, "init_lora_weights": "pissa_niter_16"}, PAIR, {}, AdapterFormatError,
         "path_initial_model_for_weight_conversion",
     ),
+    "layers that are not the base's": (
+        {"peft_type": "LORA", "r": 2, "layer_replication": [[0, 2], [1, 2]]}, PAIR, {}, AdapterFormatError,
+        "replicated layers",
+    ),
+    "DoRA of the embedding": (
+        {"peft_type": "LORA", "r": 2, "use_dora": True},
+        {f"{BASE.embedding}.lora_magnitude_vector": torch.ones(1, HIDDEN)}, {}, AdapterFormatError,
+        "DoRA of the embedding",
+    ),
     "an adapter that chooses": (
         {"peft_type": "LORA", "r": 2, "arrow_config": {"top_k": 2}}, PAIR, {}, AdapterFormatError, "Arrow"
     ),

@@ -21,6 +21,7 @@ _UNSERVED = {
     "use_qalora": "QALoRA",
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow, which chooses among its adapters for each token,",
+    "layer_replication": "LoRA on replicated layers",
     "kasa_config": "KaSA, which takes small singular values out of the base,",
     "monteclora_config": "MonteCLoRA",
     "use_bdlora": "BD-LoRA",
@@ -83,6 +84,8 @@ def _linear(source: Source, name: str, parts: Mapping[str, torch.Tensor]) -> lis
 
 
 def _embedding(source: Source, name: str, parts: Mapping[str, torch.Tensor]) -> LowRank:
+    if "magnitude_vector" in parts:
+        raise AdapterFormatError("DoRA of the embedding is not served. Train it on linear modules.", field="path")
     a, b = _pair(name, parts, "embedding_A", "embedding_B", (source.base.vocab, source.base.hidden))
     return LowRank(name, a, b, _scale(source.config, name, a.shape[0]))
 
