@@ -77,8 +77,8 @@ def test_the_exponential_is_within_two_units_of_the_last_place() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, SERIAL_ROWS, SERIAL_ROWS + 1, 33])
-@pytest.mark.parametrize("dim", [16, 64])
-def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(tokens: int, dim: int) -> None:
+@pytest.mark.parametrize(("dim", "by_head"), [(16, False), (64, False), (64, True)])
+def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(tokens: int, dim: int, by_head: bool) -> None:
     heads, kv_heads, start = 6, 2, 5
     total = start + tokens
     pages = deal_pages([total], 1, 16)
@@ -91,16 +91,23 @@ def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(tokens: int,
     cos, sin = torch.cat([angles, angles], -1).cos().bfloat16(), torch.cat([angles, angles], -1).sin().bfloat16()
 
     q, k, v = qkv.view(tokens, -1, dim).split([heads, kv_heads, kv_heads], 1)
+    weights = [random_bf16(seed, dim) for seed in (4, 5)]
+    if by_head:
+        q, k = (
+            norm(part.reshape(-1, dim), None, weight)[1].view(part.shape)
+            for part, weight in zip((q, k), weights, strict=True)
+        )
     q, k = apply_rotary_pos_emb(q, k, cos[start:], sin[start:], unsqueeze_dim=1)
     apart = [cache.clone() for cache in caches]
     backend.write_kv(k.contiguous(), v.contiguous(), *apart, batch)
     expected = backend.attend(q.contiguous(), *apart, batch, 0.25)
 
     out = torch.empty(tokens, heads, dim, dtype=torch.bfloat16)
+    norms = [weight.data_ptr() if by_head else 0 for weight in weights]
     rope_attend(
-        qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), caches[0].data_ptr(), caches[1].data_ptr(),
-        heads, kv_heads, dim, 0.25, NO_WINDOW, batch.cache_slots, batch.items, batch.positions,
-        batch.visible, batch.tables,
+        qkv.data_ptr(), *norms, 1e-5, cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
+        caches[0].data_ptr(), caches[1].data_ptr(), heads, kv_heads, dim, 0.25, NO_WINDOW,
+        batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
     )  # fmt: skip
     assert torch.equal(out, expected)
     assert torch.equal(caches[0], apart[0])

@@ -23,8 +23,10 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3Config,
     T5Config,
 )
 from transformers.pytorch_utils import Conv1D
@@ -56,6 +58,8 @@ FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
     ),
     "mistral": lambda vocab: MistralConfig(vocab_size=vocab, **_FITS, head_dim=16, sliding_window=_WINDOW),
     "qwen2": lambda vocab: Qwen2Config(vocab_size=vocab, **_FITS),
+    "qwen3": lambda vocab: Qwen3Config(vocab_size=vocab, **_FITS, head_dim=32),
+    "phi3": lambda vocab: Phi3Config(vocab_size=vocab, **_FITS | {"intermediate_size": 192}),
     "gemma2": lambda vocab: Gemma2Config(
         vocab_size=vocab, **_FITS, head_dim=16, sliding_window=_WINDOW, query_pre_attn_scalar=16,
         attn_logit_softcapping=5.0, final_logit_softcapping=30.0,
@@ -74,9 +78,11 @@ FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
         decoder_start_token_id=0,
     ),
 }  # fmt: skip
-"""By name, from the size of the vocabulary. `llama` and `mistral` run on the fused kernels; `llama-odd` on none."""
+"""By name, from the size of the vocabulary. `llama`, `mistral`, `qwen2`, `qwen3` and `phi3` run on the fused layers,
+`llama-odd` on no fast kernel."""
 
 TARGETS: dict[str, Sequence[str]] = {
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "gpt2": ("c_attn", "c_proj", "c_fc"),
     "glm": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
     "t5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),

@@ -17,7 +17,7 @@ from onebase_training.data import NO_LOSS, Encoded, Example
 from onebase_training.methods.attached import Attached
 from onebase_training.model import Trained, trainable_state
 
-FAMILIES = ("llama", "llama-odd", "mistral", "qwen2", "gemma2", "gemma3", "gpt2", "glm")
+FAMILIES = ("llama", "llama-odd", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2", "glm")
 
 
 def example(*ids: int, prompt: int = 1) -> Encoded:

@@ -27,15 +27,25 @@ from onebase_adapters.model.paged import PagedKV
 
 log = logging.getLogger(__name__)
 
-_MODELS = ("LlamaForCausalLM", "MistralForCausalLM")
-"""transformers' classes whose arithmetic is exactly this file's."""
-_PROJECTIONS = (
+_APART = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
     ("self_attn", ("o_proj",)),
     ("mlp", ("gate_proj", "up_proj")),
     ("mlp", ("down_proj",)),
 )
-
+_JOINED = (
+    ("self_attn", ("qkv_proj",)),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_up_proj",)),
+    ("mlp", ("down_proj",)),
+)
+_MODELS = {
+    "LlamaForCausalLM": _APART,
+    "MistralForCausalLM": _APART,
+    "Qwen3ForCausalLM": _APART,
+    "Phi3ForCausalLM": _JOINED,
+}
+"""transformers' classes whose arithmetic is exactly this file's, and the modules of their four projections."""
 
 _LEAST_ANGLES = 2048
 """Positions whose angles are computed at first."""
@@ -68,9 +78,10 @@ class Angles:
         self._known = 0
 
     @staticmethod
-    def fit(rotary: Any) -> bool:
-        """Whether they depend on the position alone; in other kinds on how long the longest sequence is, too."""
-        return rotary.rope_type in ("default", "linear", "llama3", "yarn")
+    def fit(rotary: Any, dim: int) -> bool:
+        """Whether they are for whole heads, and depend on the position alone: in other kinds also on how long the
+        longest sequence is."""
+        return rotary.rope_type in ("default", "linear", "llama3", "yarn") and 2 * len(rotary.inv_freq) == dim
 
     def __call__(self, positions: np.ndarray, like: torch.Tensor) -> tuple[int, int]:
         """Addresses of [positions, dim] in the dtype of `like`, as far as these positions."""
@@ -118,16 +129,18 @@ class FusedLayer:
         self._qkv, self._o, self._gate_up, self._down = projections
         self._after_attention, self._after_mlp = bottlenecks
         self._norms = (layer.input_layernorm.weight.data_ptr(), layer.post_attention_layernorm.weight.data_ptr())
+        by_head = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        self._head_norms = tuple(norm.weight.data_ptr() if norm is not None else 0 for norm in by_head)
         self._eps = config.rms_norm_eps
         self._cache = (cache.k[attention.layer_idx].data_ptr(), cache.v[attention.layer_idx].data_ptr())
         self._heads = (config.num_attention_heads, cache.kv_heads, cache.dim)
         self._scale = attention.scaling
-        self._window = getattr(config, "sliding_window", None) or NO_WINDOW
+        self._window = _window(attention)
 
     @property
     def numbers(self) -> list[int]:
         """As `run_layers` reads them."""
-        found = [*self._norms, *self._cache]
+        found = [*self._norms, *self._head_norms, *self._cache]
         for projection in (self._qkv, self._o, self._gate_up, self._down):
             found += projection.numbers
         return found
@@ -149,8 +162,8 @@ class FusedLayer:
         add_rms_norm(at_x, 0 if first else at_change, self._norms[0], at_normed, rows, hidden, self._eps)
         self._qkv(normed, qkv, owners)
         rope_attend(
-            qkv.data_ptr(), cos, sin, attended.data_ptr(), *self._cache, *self._heads, self._scale, self._window,
-            batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
+            qkv.data_ptr(), *self._head_norms, self._eps, cos, sin, attended.data_ptr(), *self._cache, *self._heads,
+            self._scale, self._window, batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
         )  # fmt: skip
         self._o(attended, change, owners)
         if owners.bottleneck:
@@ -203,7 +216,7 @@ def fuse(
 ) -> tuple[FusedModel, list[SiteTables], list[BottleneckTable]] | None:
     """The fused forward of `model`, and the tables of its layers' sites and sublayers; None where it cannot be
     fused."""
-    lacking = _lacking_for_fusion(model, kernels)
+    lacking = _lacking_for_fusion(model, kernels, cache)
     if lacking is not None:
         log.info("%s keeps transformers' own layers: %s", type(model).__name__, lacking)
         return None
@@ -217,7 +230,7 @@ def fuse(
     layers, sites, sublayers = [], [], []
     for index, layer in enumerate(model.model.layers):
         projections = []
-        for owner, names in _PROJECTIONS:
+        for owner, names in _MODELS[type(model).__name__]:
             group = [shape.sites[f"model.layers.{index}.{owner}.{name}"] for name in names]
             tables = SiteTables(group, slots, kernels, device)
             projections.append(Projection([layer.get_submodule(f"{owner}.{name}") for name in names], tables))
@@ -231,24 +244,32 @@ def fuse(
     return FusedModel(model, layers, scratch), sites, sublayers
 
 
-def _lacking_for_fusion(model: Any, kernels: Kernels) -> str | None:
+def _lacking_for_fusion(model: Any, kernels: Kernels, cache: PagedKV) -> str | None:
     if kernels is not cpu:
         return "the fused ones are made of the fast kernels for CPUs"
     if type(model).__name__ not in _MODELS:
-        return f"fused ones are known for {' and '.join(_MODELS)}"
-    if not Angles.fit(model.model.rotary_emb):
-        return f"its rotary embedding, {model.model.rotary_emb.rope_type}, depends on the longest sequence"
+        return f"fused ones are known for {', '.join(_MODELS)}"
+    if not Angles.fit(model.model.rotary_emb, cache.dim):
+        return "its rotary embedding depends on the longest sequence, or turns a part of each head"
     if not all(_fusable(layer) for layer in model.model.layers):
         return (
             "the fused ones take bfloat16 with linear modules in 4 bits without bias, in sizes that pack, and SiLU"
         )
+    if len({_window(layer.self_attn) for layer in model.model.layers}) > 1:
+        return "they differ in how far back they see"
     return None
+
+
+def _window(attention: Any) -> int:
+    """How far back a layer sees: where layers may differ, each knows its own."""
+    owner = attention if hasattr(attention, "sliding_window") else attention.config
+    return getattr(owner, "sliding_window", None) or NO_WINDOW
 
 
 def _fusable(layer: Any) -> bool:
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     return (
-        type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        layer.self_attn.config.hidden_act == "silu"
         and all(packable(linear) and linear.bias is None for linear in linears)
         and layer.input_layernorm.weight.dtype == torch.bfloat16
     )

@@ -17,8 +17,9 @@ from onebase_adapters.kernels.cpu.vector import f32_pointer, i64_pointer
 
 PROJECTION = 14
 """Numbers of a projection in a layer's row: what `PackedLinear.numbers` and `LowRankTable.numbers` give."""
-PROJECTIONS = 4
-"""Where they begin, after the addresses of two norms' weights and of the layer's keys and values."""
+PROJECTIONS = 6
+"""Where they begin, after the addresses of the layer's two norms' weights, of those of queries and keys, and of its
+keys and values."""
 _STAGES = 13
 """Of a layer: four projections with two each; two norms, rotation, attention and gate."""
 
@@ -78,8 +79,8 @@ def _project(stage: int, threads: int, x: int, y: int, rows: int, numbers: np.nd
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _rotate(
-    stage: int, threads: int, qkv: int, cos: int, sin: int, k_cache: int, v_cache: int, heads: int, kv_heads: int,
-    dim: int, slots: np.ndarray, positions: np.ndarray,
+    stage: int, threads: int, qkv: int, q_norm: int, k_norm: int, eps: float, cos: int, sin: int, k_cache: int,
+    v_cache: int, heads: int, kv_heads: int, dim: int, slots: np.ndarray, positions: np.ndarray,
 ) -> None:  # fmt: skip
     """The first half of `rope_attend`."""
     rows, width = slots.shape[0], (heads + 2 * kv_heads) * dim
@@ -89,8 +90,10 @@ def _rotate(
         last = min(first + count, rows)
         for t in range(first, last):
             angle = 2 * positions[t] * dim
-            row = qkv + 2 * t * width
-            rope_row(row, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads, dim, slots[t])
+            rope_row(
+                qkv + 2 * t * width, q_norm, k_norm, eps, cos + angle, sin + angle, k_cache, v_cache, heads,
+                kv_heads, dim, slots[t],
+            )  # fmt: skip
         finish(stage, last - first)
         first = take(stage, count)
     wait(stage, rows)
@@ -158,8 +161,8 @@ def run_layers(
     """x [rows, hidden] through all layers by so many threads, but for the last one's MLP output, which is left in
     the buffer `change`.
 
-    `layers` [layers, 4 + 4 * PROJECTION] int64; `buffers` [6] int64, addresses of normed, qkv, attended, change,
-    gate_up and activated; the rest as in `rope_attend`.
+    `layers` [layers, PROJECTIONS + 4 * PROJECTION] int64; `buffers` [6] int64, addresses of normed, qkv, attended,
+    change, gate_up and activated; the rest as in `rope_attend`.
     """
     counts = np.zeros(layers.shape[0] * _STAGES * STAGE // 8 + 8, np.int64)
     for _ in prange(threads):
@@ -188,10 +191,11 @@ def _run(
         _normalise(s, threads, x, 0 if index == 0 else change, layer[0], normed, rows, hidden, eps)
         _project(s + STAGE, threads, normed, qkv, rows, layer[at : at + PROJECTION], tiles)
         _rotate(
-            s + 3 * STAGE, threads, qkv, cos, sin, layer[2], layer[3], heads, kv_heads, dim, slots, positions
+            s + 3 * STAGE, threads, qkv, layer[2], layer[3], eps, cos, sin, layer[4], layer[5], heads, kv_heads,
+            dim, slots, positions,
         )  # fmt: skip
         _attend(
-            s + 4 * STAGE, threads, qkv, attended, layer[2], layer[3], heads, kv_heads, dim, scale, window,
+            s + 4 * STAGE, threads, qkv, attended, layer[4], layer[5], heads, kv_heads, dim, scale, window,
             items, positions, visible, tables,
         )  # fmt: skip
         at += PROJECTION

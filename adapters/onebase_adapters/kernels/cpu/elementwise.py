@@ -106,12 +106,16 @@ def _rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray, dim: int) -> Non
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def rope_row(
-    row: int, cos: int, sin: int, k_cache: int, v_cache: int, heads: int, kv_heads: int, dim: int, slot: int
-) -> None:
+    row: int, q_norm: int, k_norm: int, eps: float, cos: int, sin: int, k_cache: int, v_cache: int, heads: int,
+    kv_heads: int, dim: int, slot: int,
+) -> None:  # fmt: skip
     cosine = carray(u16_pointer(cos), dim, np.uint16)
     sine = carray(u16_pointer(sin), dim, np.uint16)
     for h in range(heads + kv_heads):
-        _rotate(carray(u16_pointer(row + 2 * h * dim), dim, np.uint16), cosine, sine, dim)
+        head, weight = row + 2 * h * dim, q_norm if h < heads else k_norm
+        if weight != 0:
+            norm_row(head, 0, weight, head, dim, eps)
+        _rotate(carray(u16_pointer(head), dim, np.uint16), cosine, sine, dim)
     block, offset = slot // BLOCK, slot % BLOCK
     page = 2 * block * kv_heads * dim * BLOCK
     key = carray(u16_pointer(row + 2 * heads * dim), kv_heads * dim, np.uint16)
@@ -127,6 +131,9 @@ def rope_row(
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def _rope_rows(
     qkv: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
     cos: int,
     sin: int,
     k_cache: int,
@@ -140,12 +147,18 @@ def _rope_rows(
     width = (heads + 2 * kv_heads) * dim
     for t in prange(slots.shape[0]):
         angle = 2 * positions[t] * dim
-        rope_row(qkv + 2 * t * width, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads, dim, slots[t])
+        rope_row(
+            qkv + 2 * t * width, q_norm, k_norm, eps, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads,
+            dim, slots[t],
+        )  # fmt: skip
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def rope_attend(
     qkv: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
     cos: int,
     sin: int,
     out: int,
@@ -162,18 +175,19 @@ def rope_attend(
     visible: np.ndarray,
     tables: np.ndarray,
 ) -> None:
-    """Rotate queries and keys of qkv [T, (heads + 2 * kv_heads) * dim] in place, write keys and values to the
-    cache, then attend into out [T, heads * dim]; cos and sin [positions, dim]. Addresses of bfloat16; see
-    `attend`."""
+    """Normalise queries and keys of qkv [T, (heads + 2 * kv_heads) * dim] by head (unless `q_norm` and `k_norm`,
+    [dim], are 0) and rotate them, in place, write keys and values to the cache, then attend into out
+    [T, heads * dim]; cos and sin [positions, dim]. Addresses of bfloat16; see `attend`."""
     width = (heads + 2 * kv_heads) * dim
     if slots.shape[0] > SERIAL_ROWS:
-        _rope_rows(qkv, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions)
+        _rope_rows(qkv, q_norm, k_norm, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions)
     else:
         for t in range(slots.shape[0]):
             angle = 2 * positions[t] * dim
             rope_row(
-                qkv + 2 * t * width, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads, dim, slots[t]
-            )
+                qkv + 2 * t * width, q_norm, k_norm, eps, cos + angle, sin + angle, k_cache, v_cache, heads,
+                kv_heads, dim, slots[t],
+            )  # fmt: skip
     attend(
         qkv, width, out, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim, scale, window,
         items, positions, visible, tables,
