@@ -17,11 +17,15 @@ from onebase_adapters.model.noise import Noise, gumbel
 from support.batches import random_bf16
 
 
-def make_linear(in_features: int, out_features: int, seed: int = 1, quant_type: str = "nf4") -> Linear4bit:
+def make_linear(
+    in_features: int, out_features: int, seed: int = 1, quant_type: str = "nf4", *, bias: bool = False
+) -> Linear4bit:
     linear = Linear4bit(
-        in_features, out_features, bias=False, compute_dtype=torch.bfloat16, quant_type=quant_type
+        in_features, out_features, bias=bias, compute_dtype=torch.bfloat16, quant_type=quant_type
     )  # fmt: skip
     linear.weight.data = random_bf16(seed, out_features, in_features, scale=in_features**-0.5)
+    if bias:
+        linear.bias.data = random_bf16(seed + 100, out_features)
     return linear.to("cpu").eval()
 
 
@@ -46,7 +50,7 @@ def product(linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def test_a_joined_product_is_bitsandbytes_own(rows: int, quant_type: str) -> None:
     sizes = [32, 96, 64]
-    modules = [make_linear(128, size, seed, quant_type) for seed, size in enumerate(sizes)]
+    modules = [make_linear(128, size, seed, quant_type, bias=seed > 0) for seed, size in enumerate(sizes)]
     x = random_bf16(9, rows, 128)
     apart = torch.cat([module(x) for module in modules], 1)
     joined = PackedLinear(modules)

@@ -42,6 +42,7 @@ _JOINED = (
 _MODELS = {
     "LlamaForCausalLM": _APART,
     "MistralForCausalLM": _APART,
+    "Qwen2ForCausalLM": _APART,
     "Qwen3ForCausalLM": _APART,
     "Phi3ForCausalLM": _JOINED,
 }
@@ -252,9 +253,7 @@ def _lacking_for_fusion(model: Any, kernels: Kernels, cache: PagedKV) -> str | N
     if not Angles.fit(model.model.rotary_emb, cache.dim):
         return "its rotary embedding depends on the longest sequence, or turns a part of each head"
     if not all(_fusable(layer) for layer in model.model.layers):
-        return (
-            "the fused ones take bfloat16 with linear modules in 4 bits without bias, in sizes that pack, and SiLU"
-        )
+        return "the fused ones take bfloat16 with linear modules in 4 bits, in sizes that pack, and SiLU"
     if len({_window(layer.self_attn) for layer in model.model.layers}) > 1:
         return "they differ in how far back they see"
     return None
@@ -270,6 +269,6 @@ def _fusable(layer: Any) -> bool:
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     return (
         layer.self_attn.config.hidden_act == "silu"
-        and all(packable(linear) and linear.bias is None for linear in linears)
+        and all(packable(linear) for linear in linears)
         and layer.input_layernorm.weight.dtype == torch.bfloat16
     )

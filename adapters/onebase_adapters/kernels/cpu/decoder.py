@@ -15,7 +15,7 @@ from onebase_adapters.kernels.cpu.matmul4bit import multiply_task, multiply_task
 from onebase_adapters.kernels.cpu.sharing import STAGE, finish, portion, take, wait
 from onebase_adapters.kernels.cpu.vector import f32_pointer, i64_pointer
 
-PROJECTION = 14
+PROJECTION = 15
 """Numbers of a projection in a layer's row: what `PackedLinear.numbers` and `LowRankTable.numbers` give."""
 PROJECTIONS = 6
 """Where they begin, after the addresses of the layer's two norms' weights, of those of queries and keys, and of its
@@ -44,9 +44,9 @@ def _normalise(
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _project(stage: int, threads: int, x: int, y: int, rows: int, numbers: np.ndarray, tiles: np.ndarray) -> None:
     """A projection of x [rows, in] to y [rows, out], with the updates of each row's slot: two stages."""
-    n, k, sites, slots = numbers[1], numbers[2], numbers[6], numbers[7]
-    a = carray(i64_pointer(numbers[9]), (slots,), np.int64)
-    spans = carray(i64_pointer(numbers[13]), (slots,), np.int64)
+    n, k, sites, slots = numbers[1], numbers[2], numbers[7], numbers[8]
+    a = carray(i64_pointer(numbers[10]), (slots,), np.int64)
+    spans = carray(i64_pointer(numbers[14]), (slots,), np.int64)
     tasks = multiply_tasks(rows, n)
     count = portion(tasks, threads)
     first = take(stage, count)
@@ -54,7 +54,7 @@ def _project(stage: int, threads: int, x: int, y: int, rows: int, numbers: np.nd
         last = min(first + count, tasks)
         for task in range(first, last):
             multiply_task(
-                task, x, y, rows, numbers[0], n, k, numbers[3], numbers[4], numbers[5], tiles, a, spans
+                task, x, y, rows, numbers[0], n, k, numbers[3], numbers[4], numbers[5], numbers[6], tiles, a, spans
             )  # fmt: skip
         finish(stage, last - first)
         first = take(stage, count)
@@ -62,10 +62,10 @@ def _project(stage: int, threads: int, x: int, y: int, rows: int, numbers: np.nd
     if tiles.shape[0] == 0:
         return
     stage += STAGE
-    columns = carray(i64_pointer(numbers[8]), (sites + 1,), np.int64)
-    b = carray(i64_pointer(numbers[10]), (sites, slots), np.int64)
-    ranks = carray(i64_pointer(numbers[11]), (sites, slots), np.int64)
-    scales = carray(f32_pointer(numbers[12]), (sites, slots), np.float32)
+    columns = carray(i64_pointer(numbers[9]), (sites + 1,), np.int64)
+    b = carray(i64_pointer(numbers[11]), (sites, slots), np.int64)
+    ranks = carray(i64_pointer(numbers[12]), (sites, slots), np.int64)
+    scales = carray(f32_pointer(numbers[13]), (sites, slots), np.float32)
     count = portion(tiles.shape[0], threads)
     first = take(stage, count)
     while first < tiles.shape[0]:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
-from numba import njit, prange
+from numba import carray, njit, prange
 from torch import nn
 
 from onebase_adapters.kernels.cpu.target import PLAIN, TARGET
 from onebase_adapters.kernels.cpu.tile4bit import FEATURES, UNROLL, packed_tile
+from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, u16_pointer
 
 PANEL = 256
 """Rows of x that pass by all weights before the next: they stay in the second-level cache meanwhile."""
@@ -44,6 +45,7 @@ def multiply_task(
     weight: int,
     absmax: int,
     block: int,
+    bias: int,
     tiles: np.ndarray,
     starts: np.ndarray,
     sizes: np.ndarray,
@@ -84,6 +86,12 @@ def multiply_task(
         else:
             _one(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
             row += 1
+    if bias != 0:
+        terms = carray(u16_pointer(bias + 2 * group * FEATURES), FEATURES, np.uint16)
+        for row in range(panel * PANEL, last):
+            part = carray(u16_pointer(y + 2 * (row * n + group * FEATURES)), FEATURES, np.uint16)
+            for i in range(FEATURES):
+                part[i] = bf16_from_f32(f32_from_bf16(part[i]) + f32_from_bf16(terms[i]))
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
@@ -97,11 +105,12 @@ def multiply(
     weight: int,
     absmax: int,
     block: int,
+    bias: int,
     tiles: np.ndarray,
     starts: np.ndarray,
     sizes: np.ndarray,
 ) -> None:
-    """y = x W^T: addresses of contiguous bfloat16 x [rows, k] and y [rows, n]; the rest to `block` are
+    """y = x W^T + bias: addresses of contiguous bfloat16 x [rows, k] and y [rows, n]; the rest to `bias` are
     `PackedLinear.numbers`.
 
     Meanwhile the adapters' weights for these sites, which are needed next and for which memory would be too slow,
@@ -109,7 +118,7 @@ def multiply(
     which threads will read them.
     """
     for task in prange(multiply_tasks(rows, n)):
-        multiply_task(task, x, y, rows, codes, n, k, weight, absmax, block, tiles, starts, sizes)
+        multiply_task(task, x, y, rows, codes, n, k, weight, absmax, block, bias, tiles, starts, sizes)
 
 
 def packable(module: nn.Module) -> bool:
@@ -150,19 +159,30 @@ class PackedLinear:
         self.in_features = modules[0].in_features
         self.out_features = sum(module.out_features for module in modules)
         self._blocksize = states[0].blocksize
+        self._bias = self._join_biases(modules)
         row = 0
         for module in modules:
             module.weight.data = self.weight[row : row + module.out_features]
             row += module.out_features
 
+    @staticmethod
+    def _join_biases(modules: Sequence[Any]) -> torch.Tensor | None:
+        if all(module.bias is None for module in modules):
+            return None
+        zeros = (torch.zeros(module.out_features) for module in modules)
+        found = [zero if module.bias is None else module.bias for module, zero in zip(modules, zeros, strict=True)]
+        return torch.cat([bias.detach().bfloat16() for bias in found])
+
     @property
     def numbers(self) -> list[int]:
-        """Address of the codes' values; out_features, in_features; addresses of weight and scales; block size."""
-        sizes = [self.out_features, self.in_features]
-        return [self._codes.data_ptr(), *sizes, self.weight.data_ptr(), self._absmax.data_ptr(), self._blocksize]
+        """Address of the codes' values; out_features, in_features; addresses of weight and scales; block size;
+        address of the bias, 0 for none."""
+        bias = 0 if self._bias is None else self._bias.data_ptr()
+        weight = [self.weight.data_ptr(), self._absmax.data_ptr(), self._blocksize]
+        return [self._codes.data_ptr(), self.out_features, self.in_features, *weight, bias]
 
     def __call__(self, x: int, out: int, rows: int) -> None:
-        """out = x W^T; addresses of contiguous bfloat16 [rows, in_features] and [rows, out_features]."""
+        """out = x W^T + bias; addresses of contiguous bfloat16 [rows, in_features] and [rows, out_features]."""
         multiply(x, out, rows, *self.numbers, _NO_TILES, _NOTHING, _NOTHING)
 
 
@@ -180,7 +200,7 @@ def multiply_packed(
     codes = _table(code)
     multiply(
         rows.data_ptr(), y.data_ptr(), len(rows), codes.data_ptr(), *shape, packed.data_ptr(), absmax.data_ptr(),
-        block, _NO_TILES, _NOTHING, _NOTHING,
+        block, 0, _NO_TILES, _NOTHING, _NOTHING,
     )  # fmt: skip
     return y.view(*x.shape[:-1], shape[0]).to(x.dtype)
 
