@@ -32,81 +32,54 @@ def _dot(x: np.ndarray, row: np.ndarray) -> np.float32:
     return total
 
 
+# `noise` may be None, here and in `_best`: numba compiles that case apart, without what it does not need.
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=True)  # type: ignore[untyped-decorator]
-def _highest(approx: np.ndarray, margins: np.ndarray, scale: np.float32) -> np.float32:
-    """The largest of approx + scale * margins (widened by approx's own rounding, towards the sign of scale)."""
+def _highest(
+    approx: np.ndarray, noise: np.ndarray | None, margins: np.ndarray, first: int, last: int, scale: np.float32,
+    inverse: np.float32,
+) -> np.float32:  # fmt: skip
+    """The largest of approx + scale * margins (widened by approx's own rounding, towards the sign of scale), with
+    noise of inverse * that + noise; of the tokens from first to last."""
     highest = np.float32(-3.0e38)
     slack = np.float32(1 / 256) if scale > 0 else np.float32(-1 / 256)
-    for v in range(approx.shape[0]):
-        value = f32_from_bf16(approx[v])
-        highest = larger(highest, value + scale * margins[v] + slack * abs(value))
-    return highest
-
-
-@njit(cache=True, nogil=True, error_model="numpy", fastmath=True)  # type: ignore[untyped-decorator]
-def _highest_noisy(
-    approx: np.ndarray, noise: np.ndarray, margins: np.ndarray, scale: np.float32, inverse: np.float32
-) -> np.float32:
-    """As `_highest`, over inverse * approx + noise."""
-    highest = np.float32(-3.0e38)
-    slack = np.float32(1 / 256) if scale > 0 else np.float32(-1 / 256)
-    for v in range(approx.shape[0]):
-        value = f32_from_bf16(approx[v])
-        highest = larger(highest, inverse * (value + scale * margins[v] + slack * abs(value)) + noise[v])
+    part, limits = approx[first:last], margins[first:last]
+    if noise is not None:
+        more = noise[first:last]
+    for v in range(part.shape[0]):
+        value = f32_from_bf16(part[v])
+        value += scale * limits[v] + slack * abs(value)
+        if noise is not None:
+            value = inverse * value + more[v]
+        highest = larger(highest, value)
     return highest
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _best(x: np.ndarray, norm: np.float32, logits: np.ndarray, weight: int, margins: np.ndarray) -> np.int64:
-    """The token of one row, -1 if there is none, `UNSURE` if too many are left."""
-    floor = _highest(logits, margins, -norm)
-    best = np.int64(-1)
-    highest = np.float32(-np.inf)
-    scored = 0
-    for start in range(0, margins.shape[0], CHUNK):
-        part, slack = logits[start : start + CHUNK], margins[start : start + CHUNK]
-        # Nearly all chunks end here, by a vectorised maximum.
-        if _highest(part, slack, norm) >= floor:
-            for i in range(part.shape[0]):
-                if _highest(part[i : i + 1], slack[i : i + 1], norm) >= floor:
-                    scored += 1
-                    if scored > FEW:
-                        return np.int64(UNSURE)
-                    row = weight + 2 * (start + i) * x.shape[0]
-                    exact = _dot(x, carray(u16_pointer(row), x.shape[0], np.uint16))
-                    if exact > highest:
-                        highest = exact
-                        best = np.int64(start + i)
-    return best if np.isfinite(highest) and np.isfinite(norm) else np.int64(-1)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _drawn(
-    x: np.ndarray, norm: np.float32, logits: np.ndarray, weight: int, margins: np.ndarray, inverse: np.float32,
-    seed: np.uint64,
+def _best(
+    x: np.ndarray, norm: np.float32, logits: np.ndarray, weight: int, margins: np.ndarray,
+    noise: np.ndarray | None, inverse: np.float32,
 ) -> np.int64:  # fmt: skip
-    """As `_best`, of inverse * logits + noise."""
-    noise = np.zeros(margins.shape[0], np.float32)
-    add_gumbel(noise, seed)
-    floor = _highest_noisy(logits, noise, margins, -norm, inverse)
+    """The token of one row, with noise of inverse * logits + noise; -1 if there is none, `UNSURE` if too many are
+    left."""
+    vocab, width = margins.shape[0], x.shape[0]
+    floor = _highest(logits, noise, margins, 0, vocab, -norm, inverse)
     best = np.int64(-1)
     highest = np.float32(-np.inf)
     scored = 0
-    for start in range(0, margins.shape[0], CHUNK):
-        part, slack = logits[start : start + CHUNK], margins[start : start + CHUNK]
-        more = noise[start : start + CHUNK]
-        if _highest_noisy(part, more, slack, norm, inverse) >= floor:
-            for i in range(part.shape[0]):
-                one = slice(i, i + 1)
-                if _highest_noisy(part[one], more[one], slack[one], norm, inverse) >= floor:
+    for start in range(0, vocab, CHUNK):
+        # Nearly all chunks end here, by a vectorised maximum.
+        if _highest(logits, noise, margins, start, start + CHUNK, norm, inverse) >= floor:
+            for v in range(start, min(start + CHUNK, vocab)):
+                if _highest(logits, noise, margins, v, v + 1, norm, inverse) >= floor:
                     scored += 1
                     if scored > FEW:
                         return np.int64(UNSURE)
-                    row = weight + 2 * (start + i) * x.shape[0]
-                    exact = inverse * _dot(x, carray(u16_pointer(row), x.shape[0], np.uint16)) + more[i]
+                    exact = _dot(x, carray(u16_pointer(weight + 2 * v * width), width, np.uint16))
+                    if noise is not None:
+                        exact = inverse * exact + noise[v]
                     if exact > highest:
                         highest = exact
-                        best = np.int64(start + i)
+                        best = np.int64(v)
     return best if np.isfinite(highest) and np.isfinite(norm) else np.int64(-1)
 
 
@@ -159,9 +132,11 @@ def best_tokens(
         norm = np.sqrt(square)
         logits = carray(u16_pointer(approx + 2 * r * vocab), vocab, np.uint16)
         if inverses[r] == 0:
-            tokens[r] = _best(x, norm, logits, weight, margins)
+            tokens[r] = _best(x, norm, logits, weight, margins, None, inverses[r])
         else:
-            tokens[r] = _drawn(x, norm, logits, weight, margins, inverses[r], seeds[r])
+            noise = np.zeros(vocab, np.float32)
+            add_gumbel(noise, seeds[r])
+            tokens[r] = _best(x, norm, logits, weight, margins, noise, inverses[r])
 
 
 def settle_unsure(
