@@ -52,7 +52,7 @@ def lower(source: Source) -> Lowered:
 
 
 @dataclass(frozen=True)
-class Change:
+class _Change:
     """What merging an adapter adds to a site, float32."""
 
     weight: torch.Tensor
@@ -61,7 +61,7 @@ class Change:
     """[out], where the site has one."""
 
 
-def _changes(source: Source) -> Iterable[tuple[str, Change]]:
+def _changes(source: Source) -> Iterable[tuple[str, _Change]]:
     """Each site's change, as PEFT merges it into a float32 copy of the base's weights."""
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
@@ -111,7 +111,7 @@ def _unread(model: nn.Module, missing: set[str]) -> str | None:
     return next((name for name in names if ".base_layer." not in name), None)
 
 
-def _merged(source: Source, name: str, layer: Any) -> Change:
+def _merged(source: Source, name: str, layer: Any) -> _Change:
     """What `merge` adds to the site. Refuses a layer that does not compute what its merged form does."""
     x = torch.randn(4, source.site(name).in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), _peft_reads():
@@ -127,7 +127,7 @@ def _merged(source: Source, name: str, layer: Any) -> Change:
             "depends on the token, or is drawn anew each time. It is not served.",
             field="peft_type",
         )
-    return Change(merged.weight.detach() - before.weight, bias)
+    return _Change(merged.weight.detach() - before.weight, bias)
 
 
 def _stored_names(tensors: Mapping[str, torch.Tensor], sites: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
