@@ -11,14 +11,13 @@ import torch
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded
-from onebase_training.evaluate import evaluation_batches
 from onebase_training.model import Trained, trainable_state
 
 _PROBE_TOKENS = 256
 _HEADROOM = 1.5
 """Buffers of a moment, beside what is kept for the backward pass."""
 _LOGIT_BYTES = 14
-"""Of one logit: bfloat16, float32, and the gradients of both or, where none are made, its logarithm's float32."""
+"""Of one logit: bfloat16, float32, and the gradients of both."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Estimate:
     seconds: float
     """Of training; evaluations come on top."""
     memory: int
-    """Bytes that are still to be taken, in training or in an evaluation."""
+    """Bytes that are still to be taken. Evaluations, in passes of the same size, need less than training."""
     taken: int
     """Bytes that are taken already: libraries and the base; on a GPU, what is on it."""
 
@@ -44,14 +43,9 @@ class _Probe:
 
 
 def settle(
-    model: Trained,
-    examples: Sequence[Encoded],
-    held_out: Sequence[Encoded],
-    plan: Sequence[Sequence[int]],
-    config: TrainConfig,
+    model: Trained, examples: Sequence[Encoded], plan: Sequence[Sequence[int]], config: TrainConfig
 ) -> tuple[Estimate, bool]:
-    """The estimate for a run over `plan` of `examples`, and whether activations are to be recomputed, which this
-    has switched on then.
+    """The estimate, and whether activations are to be recomputed, which this has switched on then.
 
     Raises ConfigError where the largest batch does not fit into memory.
     """
@@ -62,7 +56,7 @@ def settle(
     free, taken = free_memory(model.device), _taken_memory(model.device)
 
     def estimated() -> Estimate:
-        return _estimate(_probe(model, probe_rows), model, examples, held_out, plan, taken)
+        return _estimate(_probe(model, probe_rows), model, examples, plan, taken)
 
     estimate = estimated()
     if estimate.memory > free and config.checkpointing == "auto":
@@ -150,23 +144,19 @@ def _estimate(
     probe: _Probe,
     model: Trained,
     examples: Sequence[Encoded],
-    held_out: Sequence[Encoded],
     plan: Sequence[Sequence[int]],
     taken: int,
 ) -> Estimate:
-    def logits(batch: Sequence[Encoded]) -> int:
-        labels = sum(len(one.labels) - one.labels.count(NO_LOSS) for one in batch)
-        return _LOGIT_BYTES * model.outputs * labels
-
     batches = [[examples[index] for index in batch] for batch in plan]
     tokens = [sum(map(model.length, batch)) for batch in batches]
-    training = max(
-        probe.bytes_per_token * count + logits(batch) for count, batch in zip(tokens, batches, strict=True)
+    labels = [sum(len(one.labels) - one.labels.count(NO_LOSS) for one in batch) for batch in batches]
+    largest = max(
+        probe.bytes_per_token * token_count + _LOGIT_BYTES * model.outputs * label_count
+        for token_count, label_count in zip(tokens, labels, strict=True)
     )
-    evaluation = max(map(logits, evaluation_batches(model, held_out)))
     trained = sum(value.numel() for value in trainable_state(model).values())
     # Gradient and both of Adam's moments, float32.
-    memory = _HEADROOM * max(training, evaluation) + 12 * trained
+    memory = _HEADROOM * largest + 12 * trained
     return Estimate(probe.seconds_per_token * sum(tokens), int(memory), taken)
 
 

@@ -14,8 +14,8 @@ from onebase_training.generate import generate
 from onebase_training.metrics import Score, default_metric, difference, score
 from onebase_training.model import Trained
 
-BATCH_TOKENS = 1024
-"""Of a pass that measures a loss: no more than training itself takes by default."""
+_PASS_TOKENS = 1024
+"""Of a pass that measures a loss, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Evaluation:
 
 def evaluate(model: Trained, examples: Sequence[Encoded], tokenizer: Any, config: TrainConfig) -> Evaluation:
     """Loss and metric of the model as it stands."""
-    loss = held_out_loss(model, examples)
+    loss = held_out_loss(model, examples, config.batch_tokens)
     if not config.metric_examples:
         samples: list[Sample] = []
     elif model.attached.head is not None:
-        samples = classify(model, examples, tokenizer)
+        samples = classify(model, examples, tokenizer, config.batch_tokens)
     else:
         samples = generate_samples(model, examples[: config.metric_examples], tokenizer, config)
     return Evaluation(loss, mark(samples, examples), samples)
@@ -73,12 +73,13 @@ def gain(before: Evaluation, after: Evaluation) -> Score | None:
 
 
 @torch.no_grad()
-def held_out_loss(model: Trained, examples: Sequence[Encoded]) -> float:
-    """Mean loss per learned token, in nats. Leaves the model in the mode it was in."""
+def held_out_loss(model: Trained, examples: Sequence[Encoded], pass_tokens: int | None = None) -> float:
+    """Mean loss per learned token, in nats. Leaves the model in the mode it was in. Takes less memory than training
+    with passes of as many tokens."""
     training = model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in _batches(model, examples):
+    for batch in _batches(model, examples, pass_tokens):
         total += float(model(**batch))
         count += batch["labels"].numel()
     model.train(training)
@@ -86,7 +87,9 @@ def held_out_loss(model: Trained, examples: Sequence[Encoded]) -> float:
 
 
 @torch.no_grad()
-def classify(model: Trained, examples: Sequence[Encoded], tokenizer: Any) -> list[Sample]:
+def classify(
+    model: Trained, examples: Sequence[Encoded], tokenizer: Any, pass_tokens: int | None = None
+) -> list[Sample]:
     """The head's most likely class for each label, beside the label; an example's tags in one string."""
     head = model.attached.head
     if head is None:
@@ -94,7 +97,7 @@ def classify(model: Trained, examples: Sequence[Encoded], tokenizer: Any) -> lis
     training = model.training
     model.eval()
     found: list[int] = []
-    for batch in _batches(model, examples):
+    for batch in _batches(model, examples, pass_tokens):
         labels = batch.pop("labels")
         found += model.logits(**batch).argmax(-1).tolist()[: labels.numel()]
     model.train(training)
@@ -107,16 +110,13 @@ def classify(model: Trained, examples: Sequence[Encoded], tokenizer: Any) -> lis
     return samples
 
 
-def _batches(model: Trained, examples: Sequence[Encoded]) -> Iterator[dict[str, torch.Tensor]]:
-    for chosen in evaluation_batches(model, examples):
-        yield {name: value.to(model.device) for name, value in model.collate(chosen).items()}
-
-
-def evaluation_batches(model: Trained, examples: Sequence[Encoded]) -> list[list[Encoded]]:
-    """`examples` in order, in the passes that measure them."""
+def _batches(
+    model: Trained, examples: Sequence[Encoded], pass_tokens: int | None
+) -> Iterator[dict[str, torch.Tensor]]:
     lengths = [model.length(one) for one in examples]
-    packed = pack(range(len(examples)), lengths, BATCH_TOKENS, padded=model.paired)
-    return [[examples[index] for index in batch] for batch in packed]
+    for indices in pack(range(len(examples)), lengths, pass_tokens or _PASS_TOKENS, padded=model.paired):
+        batch = model.collate([examples[index] for index in indices])
+        yield {name: value.to(model.device) for name, value in batch.items()}
 
 
 def generate_samples(

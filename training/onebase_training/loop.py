@@ -57,6 +57,7 @@ class Loop(Trainer):  # type: ignore[misc]
         self._ranks = ranks
         self._plan = plan
         self._progress = progress
+        self._pass_tokens = config.batch_tokens
         self._head_rate = config.head_learning_rate
         steps = count_steps(plan, config, ranks)
         tokens = [sum(model.length(examples[index]) for index in batch) for batch in plan]
@@ -111,7 +112,7 @@ class Loop(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Called by the Trainer at its evaluation steps."""
-        loss = held_out_loss(self.model, self.eval_dataset)
+        loss = held_out_loss(self.model, self.eval_dataset, self._pass_tokens)
         fsdp.reshard(self.model)
         metrics = {"eval_loss": loss}
         self.log(metrics)

@@ -183,7 +183,7 @@ def _fit(
     model = Trained(attached, base.device, first_position=base.shape.first_position)
     parameters = sum(value.numel() for value in trainable_state(model).values())
     planned = plan[: steps * config.accumulate * ranks.world]
-    estimate, recomputed = settle(model, examples, held_out, planned, config)
+    estimate, recomputed = settle(model, examples, planned, config)
     progress(Stage(f"{parameters:,} parameters to train, {steps} steps, {estimate}"))
     if recomputed:
         progress(Stage("activations are recomputed in the backward pass, to save memory"))
