@@ -4,25 +4,23 @@ import numpy as np
 import pytest
 from numba import njit, prange
 
-from onebase_adapters.kernels.cpu.sharing import STAGE, finish, portion, take, wait
+from onebase_adapters.kernels.cpu.sharing import STAGE, shared
+
+
+@njit  # type: ignore[untyped-decorator]
+def _task(task: int, stage: int, done: np.ndarray, seen: np.ndarray) -> None:
+    if stage > 0:
+        seen[stage, task] = done[stage - 1].sum()
+    done[stage, task] += 1
+
+
+_share = shared(_task)
 
 
 @njit  # type: ignore[untyped-decorator]
 def _work(threads: int, counts: np.ndarray, done: np.ndarray, seen: np.ndarray) -> None:
-    stages, tasks = done.shape
-    for stage in range(stages):
-        place = counts.ctypes.data + stage * STAGE
-        count = portion(tasks, threads)
-        first = take(place, count)
-        while first < tasks:
-            last = min(first + count, tasks)
-            for task in range(first, last):
-                if stage > 0:
-                    seen[stage, task] = done[stage - 1].sum()
-                done[stage, task] += 1
-            finish(place, last - first)
-            first = take(place, count)
-        wait(place, tasks)
+    for stage in range(done.shape[0]):
+        _share(counts.ctypes.data + stage * STAGE, threads, done.shape[1], stage, done, seen)
 
 
 @njit(parallel=True)  # type: ignore[untyped-decorator]

@@ -12,7 +12,7 @@ from onebase_adapters.kernels.cpu.attention import attend_item
 from onebase_adapters.kernels.cpu.elementwise import norm_row, rope_row, silu_row
 from onebase_adapters.kernels.cpu.lowrank import update_tile
 from onebase_adapters.kernels.cpu.matmul4bit import multiply_task, multiply_tasks
-from onebase_adapters.kernels.cpu.sharing import STAGE, finish, portion, take, wait
+from onebase_adapters.kernels.cpu.sharing import STAGE, shared
 from onebase_adapters.kernels.cpu.vector import f32_pointer, i64_pointer
 
 PROJECTION = 15
@@ -23,22 +23,8 @@ keys and values."""
 _STAGES = 13
 """Of a layer: four projections with two each; two norms, rotation, attention and gate."""
 
-
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _normalise(
-    stage: int, threads: int, x: int, delta: int, weight: int, out: int, rows: int, width: int, eps: float
-) -> None:
-    """x += delta (unless `delta` is 0), then out = RMSNorm(x) * weight, [rows, width]."""
-    count = portion(rows, threads)
-    first = take(stage, count)
-    while first < rows:
-        last = min(first + count, rows)
-        for t in range(first, last):
-            step = 2 * t * width
-            norm_row(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
-        finish(stage, last - first)
-        first = take(stage, count)
-    wait(stage, rows)
+_normalise, _rotate, _attend, _gate = shared(norm_row), shared(rope_row), shared(attend_item), shared(silu_row)
+_multiply, _update = shared(multiply_task), shared(update_tile)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -47,91 +33,17 @@ def _project(stage: int, threads: int, x: int, y: int, rows: int, numbers: np.nd
     n, k, sites, slots = numbers[1], numbers[2], numbers[7], numbers[8]
     a = carray(i64_pointer(numbers[10]), (slots,), np.int64)
     spans = carray(i64_pointer(numbers[14]), (slots,), np.int64)
-    tasks = multiply_tasks(rows, n)
-    count = portion(tasks, threads)
-    first = take(stage, count)
-    while first < tasks:
-        last = min(first + count, tasks)
-        for task in range(first, last):
-            multiply_task(
-                task, x, y, rows, numbers[0], n, k, numbers[3], numbers[4], numbers[5], numbers[6], tiles, a, spans
-            )  # fmt: skip
-        finish(stage, last - first)
-        first = take(stage, count)
-    wait(stage, tasks)
+    _multiply(
+        stage, threads, multiply_tasks(rows, n),
+        x, y, rows, numbers[0], n, k, numbers[3], numbers[4], numbers[5], numbers[6], tiles, a, spans,
+    )  # fmt: skip
     if tiles.shape[0] == 0:
         return
-    stage += STAGE
     columns = carray(i64_pointer(numbers[9]), (sites + 1,), np.int64)
     b = carray(i64_pointer(numbers[11]), (sites, slots), np.int64)
     ranks = carray(i64_pointer(numbers[12]), (sites, slots), np.int64)
     scales = carray(f32_pointer(numbers[13]), (sites, slots), np.float32)
-    count = portion(tiles.shape[0], threads)
-    first = take(stage, count)
-    while first < tiles.shape[0]:
-        last = min(first + count, tiles.shape[0])
-        for tile in range(first, last):
-            update_tile(tile, x, k, y, n, k, columns, tiles, a, b, ranks, scales)
-        finish(stage, last - first)
-        first = take(stage, count)
-    wait(stage, tiles.shape[0])
-
-
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _rotate(
-    stage: int, threads: int, qkv: int, q_norm: int, k_norm: int, eps: float, cos: int, sin: int, k_cache: int,
-    v_cache: int, heads: int, kv_heads: int, dim: int, slots: np.ndarray, positions: np.ndarray,
-) -> None:  # fmt: skip
-    """The first half of `rope_attend`."""
-    rows, width = slots.shape[0], (heads + 2 * kv_heads) * dim
-    count = portion(rows, threads)
-    first = take(stage, count)
-    while first < rows:
-        last = min(first + count, rows)
-        for t in range(first, last):
-            angle = 2 * positions[t] * dim
-            rope_row(
-                qkv + 2 * t * width, q_norm, k_norm, eps, cos + angle, sin + angle, k_cache, v_cache, heads,
-                kv_heads, dim, slots[t],
-            )  # fmt: skip
-        finish(stage, last - first)
-        first = take(stage, count)
-    wait(stage, rows)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _attend(
-    stage: int, threads: int, qkv: int, out: int, k_cache: int, v_cache: int, heads: int, kv_heads: int, dim: int,
-    scale: float, window: int, items: np.ndarray, positions: np.ndarray, visible: np.ndarray, tables: np.ndarray,
-) -> None:  # fmt: skip
-    """The second half of `rope_attend`."""
-    width, group = (heads + 2 * kv_heads) * dim, heads // kv_heads
-    count = portion(items.shape[0], threads)
-    first = take(stage, count)
-    while first < items.shape[0]:
-        last = min(first + count, items.shape[0])
-        for item in range(first, last):
-            attend_item(
-                item, qkv, width, out, heads * dim, k_cache, v_cache, kv_heads, group, dim, scale, window,
-                items, positions, visible, tables,
-            )  # fmt: skip
-        finish(stage, last - first)
-        first = take(stage, count)
-    wait(stage, items.shape[0])
-
-
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _gate(stage: int, threads: int, gate_up: int, out: int, rows: int, width: int) -> None:
-    """out = silu(gate) * up, as `silu_mul`."""
-    count = portion(rows, threads)
-    first = take(stage, count)
-    while first < rows:
-        last = min(first + count, rows)
-        for t in range(first, last):
-            silu_row(gate_up + 4 * t * width, out + 2 * t * width, width)
-        finish(stage, last - first)
-        first = take(stage, count)
-    wait(stage, rows)
+    _update(stage + STAGE, threads, tiles.shape[0], x, k, y, n, k, columns, tiles, a, b, ranks, scales)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
@@ -183,26 +95,29 @@ def _run(
 ) -> None:  # fmt: skip
     """One thread's way through all stages."""
     normed, qkv, attended, change, gate_up, activated = buffers
+    width = (heads + 2 * kv_heads) * dim
     # Not the address alone from outside: numba would free the array after its last use there.
     stages = (counts.ctypes.data + STAGE - 1) // STAGE * STAGE
     for index in range(layers.shape[0]):
         layer = layers[index]
         at, s = PROJECTIONS, stages + index * _STAGES * STAGE
-        _normalise(s, threads, x, 0 if index == 0 else change, layer[0], normed, rows, hidden, eps)
+        added = 0 if index == 0 else change
+        _normalise(s, threads, rows, x, added, layer[0], normed, hidden, eps)
         _project(s + STAGE, threads, normed, qkv, rows, layer[at : at + PROJECTION], tiles)
         _rotate(
-            s + 3 * STAGE, threads, qkv, layer[2], layer[3], eps, cos, sin, layer[4], layer[5], heads, kv_heads,
-            dim, slots, positions,
+            s + 3 * STAGE, threads, rows,
+            qkv, layer[2], layer[3], eps, cos, sin, layer[4], layer[5], heads, kv_heads, dim, slots, positions,
         )  # fmt: skip
         _attend(
-            s + 4 * STAGE, threads, qkv, attended, layer[4], layer[5], heads, kv_heads, dim, scale, window,
+            s + 4 * STAGE, threads, items.shape[0],
+            qkv, width, attended, heads * dim, layer[4], layer[5], kv_heads, heads // kv_heads, dim, scale, window,
             items, positions, visible, tables,
         )  # fmt: skip
         at += PROJECTION
         _project(s + 5 * STAGE, threads, attended, change, rows, layer[at : at + PROJECTION], tiles)
-        _normalise(s + 7 * STAGE, threads, x, change, layer[1], normed, rows, hidden, eps)
+        _normalise(s + 7 * STAGE, threads, rows, x, change, layer[1], normed, hidden, eps)
         at += PROJECTION
         _project(s + 8 * STAGE, threads, normed, gate_up, rows, layer[at : at + PROJECTION], tiles)
-        _gate(s + 10 * STAGE, threads, gate_up, activated, rows, intermediate)
+        _gate(s + 10 * STAGE, threads, rows, gate_up, activated, intermediate)
         at += PROJECTION
         _project(s + 11 * STAGE, threads, activated, change, rows, layer[at : at + PROJECTION], tiles)

@@ -32,7 +32,7 @@ def _mean_square(row: np.ndarray) -> np.float32:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def norm_row(x: int, delta: int, weight: int, out: int, width: int, eps: float) -> None:
+def _norm(x: int, delta: int, weight: int, out: int, width: int, eps: float) -> None:
     row = carray(u16_pointer(x), width, np.uint16)
     if delta != 0:
         change = carray(u16_pointer(delta), width, np.uint16)
@@ -46,11 +46,17 @@ def norm_row(x: int, delta: int, weight: int, out: int, width: int, eps: float) 
         target[i] = bf16_from_f32(normed * f32_from_bf16(weights[i]))
 
 
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def norm_row(t: int, x: int, delta: int, weight: int, out: int, width: int, eps: float) -> None:
+    """Row t's part of `add_rms_norm`."""
+    step = 2 * t * width
+    _norm(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
+
+
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def _norm_rows(x: int, delta: int, weight: int, out: int, rows: int, width: int, eps: float) -> None:
     for t in prange(rows):
-        step = 2 * t * width
-        norm_row(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
+        norm_row(t, x, delta, weight, out, width, eps)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -60,15 +66,16 @@ def add_rms_norm(x: int, delta: int, weight: int, out: int, rows: int, width: in
         _norm_rows(x, delta, weight, out, rows, width, eps)
         return
     for t in range(rows):
-        step = 2 * t * width
-        norm_row(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
+        norm_row(t, x, delta, weight, out, width, eps)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def silu_row(gate_up: int, out: int, width: int) -> None:
-    gate = carray(u16_pointer(gate_up), width, np.uint16)
-    up = carray(u16_pointer(gate_up + 2 * width), width, np.uint16)
-    target = carray(u16_pointer(out), width, np.uint16)
+def silu_row(t: int, gate_up: int, out: int, width: int) -> None:
+    """Row t's part of `silu_mul`."""
+    step = 2 * t * width
+    gate = carray(u16_pointer(gate_up + 2 * step), width, np.uint16)
+    up = carray(u16_pointer(gate_up + 2 * step + 2 * width), width, np.uint16)
+    target = carray(u16_pointer(out + step), width, np.uint16)
     for i in range(width):
         value = f32_from_bf16(gate[i])
         small = exp_nonpositive(-abs(value))
@@ -79,7 +86,7 @@ def silu_row(gate_up: int, out: int, width: int) -> None:
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
 def _silu_rows(gate_up: int, out: int, rows: int, width: int) -> None:
     for t in prange(rows):
-        silu_row(gate_up + 4 * t * width, out + 2 * t * width, width)
+        silu_row(t, gate_up, out, width)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -89,7 +96,7 @@ def silu_mul(gate_up: int, out: int, rows: int, width: int) -> None:
         _silu_rows(gate_up, out, rows, width)
         return
     for t in range(rows):
-        silu_row(gate_up + 4 * t * width, out + 2 * t * width, width)
+        silu_row(t, gate_up, out, width)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -106,15 +113,17 @@ def _rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray, dim: int) -> Non
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def rope_row(
-    row: int, q_norm: int, k_norm: int, eps: float, cos: int, sin: int, k_cache: int, v_cache: int, heads: int,
-    kv_heads: int, dim: int, slot: int,
+    t: int, qkv: int, q_norm: int, k_norm: int, eps: float, cos: int, sin: int, k_cache: int, v_cache: int,
+    heads: int, kv_heads: int, dim: int, slots: np.ndarray, positions: np.ndarray,
 ) -> None:  # fmt: skip
-    cosine = carray(u16_pointer(cos), dim, np.uint16)
-    sine = carray(u16_pointer(sin), dim, np.uint16)
+    """Row t's part of `rope_attend`, but for the attention."""
+    row, angle, slot = qkv + 2 * t * (heads + 2 * kv_heads) * dim, 2 * positions[t] * dim, slots[t]
+    cosine = carray(u16_pointer(cos + angle), dim, np.uint16)
+    sine = carray(u16_pointer(sin + angle), dim, np.uint16)
     for h in range(heads + kv_heads):
         head, weight = row + 2 * h * dim, q_norm if h < heads else k_norm
         if weight != 0:
-            norm_row(head, 0, weight, head, dim, eps)
+            _norm(head, 0, weight, head, dim, eps)
         _rotate(carray(u16_pointer(head), dim, np.uint16), cosine, sine, dim)
     block, offset = slot // BLOCK, slot % BLOCK
     page = 2 * block * kv_heads * dim * BLOCK
@@ -144,13 +153,8 @@ def _rope_rows(
     slots: np.ndarray,
     positions: np.ndarray,
 ) -> None:
-    width = (heads + 2 * kv_heads) * dim
     for t in prange(slots.shape[0]):
-        angle = 2 * positions[t] * dim
-        rope_row(
-            qkv + 2 * t * width, q_norm, k_norm, eps, cos + angle, sin + angle, k_cache, v_cache, heads, kv_heads,
-            dim, slots[t],
-        )  # fmt: skip
+        rope_row(t, qkv, q_norm, k_norm, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -183,11 +187,9 @@ def rope_attend(
         _rope_rows(qkv, q_norm, k_norm, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions)
     else:
         for t in range(slots.shape[0]):
-            angle = 2 * positions[t] * dim
             rope_row(
-                qkv + 2 * t * width, q_norm, k_norm, eps, cos + angle, sin + angle, k_cache, v_cache, heads,
-                kv_heads, dim, slots[t],
-            )  # fmt: skip
+                t, qkv, q_norm, k_norm, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions
+            )
     attend(
         qkv, width, out, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim, scale, window,
         items, positions, visible, tables,

@@ -5,9 +5,9 @@ So nobody waits for a thread that has no task: one that the system has put aside
 core, holds up the task that it is in and nothing else, and finds the later stages done when it returns.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -52,30 +52,28 @@ def _yield(typingctx: Any) -> Any:
     return types.int32(), codegen
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def portion(total: int, threads: int) -> int:
-    """Tasks to take at once of a stage's `total`: few enough that threads end together, not more takes than pay."""
-    return max(1, total // (3 * threads))
+def shared(work: Callable[..., None]) -> Callable[..., None]:
+    """Make `run(stage, threads, tasks, *arguments)`, for compiled code: `work(task, *arguments)` of each of so many
+    tasks, by so many threads that all call this with the same address `stage`; returns once all are done.
+    """
 
+    # A function of its own for each kind of work: numba keeps nothing on disk that is given functions.
+    @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    def run(stage: int, threads: int, tasks: int, *arguments: Any) -> None:
+        # Few enough at once that threads end together, not more takes than pay.
+        count = max(1, tasks // (3 * threads))
+        first = _add(stage, count)
+        while first < tasks:
+            last = min(first + count, tasks)
+            for task in range(first, last):
+                work(task, *arguments)
+            _add(stage + 8, last - first)
+            first = _add(stage, count)
+        looks = 0
+        while _read(stage + 8) < tasks:
+            looks += 1
+            if looks > _SPINS:
+                _yield()
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def take(stage: int, count: int) -> np.int64:
-    """Take the next `count` tasks; returns the first of them, which may lie past the stage's last."""
-    first: np.int64 = _add(stage, count)
-    return first
-
-
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def finish(stage: int, count: int) -> None:
-    """Tell that so many tasks are done."""
-    _add(stage + 8, count)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def wait(stage: int, total: int) -> None:
-    """Return once all `total` tasks are done."""
-    looks = 0
-    while _read(stage + 8) < total:
-        looks += 1
-        if looks > _SPINS:
-            _yield()
+    made: Callable[..., None] = run
+    return made
