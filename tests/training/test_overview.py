@@ -44,3 +44,12 @@ def test_counts(
     assert (found.trained, found.context, found.served_as) == (trained, context, served_as)
     if products is not None:
         assert found.products == products
+
+
+def test_what_needs_too_large_a_rank_is_not_served(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]
+) -> None:
+    found = overview("oft", METHODS["oft"], str(tiny_model("llama")))
+    assert found.served_as == "LowRank" and found.products > LORA
+    monkeypatch.setattr("onebase_adapters.methods.general.MOST_RANK", 8)
+    assert overview("oft", METHODS["oft"], str(tiny_model("llama"))).served_as == "not: merged only"

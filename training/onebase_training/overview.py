@@ -1,6 +1,7 @@
 """What each method costs on a base, measured: it is put on a base of one layer and on one of two, and written.
 
 Everything is linear in the number of layers, so the rest is arithmetic; the base's real weights are not needed.
+Parameters are moved at random first: methods begin with no change, or with less of it than they come to.
 """
 
 import copy
@@ -23,6 +24,7 @@ from onebase_training.methods import Method
 
 _STEPS = 100
 """Length of the run that some methods' schedules are made for."""
+_MOVE = 0.02
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ def _of(name: str, method: Method, folder: Path, depth: int) -> Overview:
     config = TrainConfig(data=(), output=Path("unused"), method=name, device="cpu")
     attached = method.attach(base, config, _STEPS)
     extra = list(attached.extra.parameters()) if attached.extra is not None else []
-    trained = sum(p.numel() for p in [*attached.model.parameters(), *extra] if p.requires_grad)
+    moving = [p for p in [*attached.model.parameters(), *extra] if p.requires_grad]
+    trained = sum(p.numel() for p in moving)
+    with torch.no_grad():
+        for parameter in moving:
+            parameter += _MOVE * torch.randn_like(parameter)
     with tempfile.TemporaryDirectory() as scratch:
         attached.save(Path(scratch))
         size = sum(path.stat().st_size for path in Path(scratch).glob("*.safetensors"))
@@ -73,8 +79,7 @@ def _of(name: str, method: Method, folder: Path, depth: int) -> Overview:
         try:
             lowered = load_adapter(Path(scratch), name, base.shape, weights)
         except AdapterError:
-            # It changes nothing yet, or is a whole model.
-            return Overview(trained, size, 0, context, "a base" if name == "full" else "LowRank, by factorisation")
+            return Overview(trained, size, 0, context, "a base" if name == "full" else "not: merged only")
     kinds = ", ".join(dict.fromkeys(type(primitive).__name__ for primitive in lowered.primitives))
     products = 0 if context else lowered.parameters
     return Overview(trained, size, products, context, kinds)

@@ -72,7 +72,14 @@ METHODS: dict[str, Method] = {
     "loha": Method(
         "Hadamard products of low ranks", 5e-3, delta(peft.LoHaConfig, 8, alpha=16), expanded=True, rank=8
     ),
-    "lokr": Method("Kronecker products", 3e-3, delta(peft.LoKrConfig, 8, alpha=16), expanded=True, rank=8),
+    "lokr": Method(
+        # Of two factors of rank 8: a whole one would make changes of more rank than is served.
+        "Kronecker products",
+        3e-3,
+        delta(peft.LoKrConfig, 8, alpha=16, decompose_both=True),
+        expanded=True,
+        rank=8,
+    ),
     "vera": Method("scales of fixed random matrices", 3e-2, delta(peft.VeraConfig, 128), expanded=True),
     "oft": Method("rotations", 1e-3, delta(peft.OFTConfig, oft_block_size=32), expanded=True),
     "hra": Method("reflections", hra.LEARNING_RATE, hra.attach, expanded=True, rank=hra.RANK),
