@@ -76,7 +76,7 @@ class Clock:
             (fused.cpu, "add_low_rank", "adapters"),
             (fused, "rope_attend", "attention"),
             (fused, "add_rms_norm", "norms"),
-            (fused, "silu_mul", "gate"),
+            (fused, "gate_mul", "gate"),
             (Screen, "best", "head"),
             (InputEmbedding, "__call__", "inputs"),
             (served, "make_batch", "layout"),

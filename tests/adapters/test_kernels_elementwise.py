@@ -5,23 +5,33 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 from torch.nn.functional import silu
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.cpu import backend
 from onebase_adapters.kernels.cpu.attention import NO_WINDOW, exp_nonpositive
-from onebase_adapters.kernels.cpu.elementwise import SERIAL_ROWS, add_rms_norm, rope_attend, silu_mul
+from onebase_adapters.kernels.cpu.elementwise import SERIAL_ROWS, add_rms_norm, gate_mul, rope_attend
 from support.batches import deal_pages, make_batch, random_bf16
 
 rows_and_width = {"rows": st.integers(1, 3 * SERIAL_ROWS), "width": st.integers(1, 200)}
 
 
-def norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    *,
+    behind: torch.Tensor | None = None,
+    gemma: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + delta, its norm), by our kernel."""
     x, out = x.clone(), torch.empty_like(x)
-    pointer = 0 if delta is None else delta.data_ptr()
-    add_rms_norm(x.data_ptr(), pointer, weight.data_ptr(), out.data_ptr(), *x.shape, 1e-5)
+    delta = None if delta is None else delta.clone()
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (delta, behind)]
+    add_rms_norm(x.data_ptr(), *pointers, weight.data_ptr(), gemma, out.data_ptr(), *x.shape, 1e-5)
     return x, out
 
 
@@ -46,27 +56,43 @@ def test_a_rows_norm_does_not_depend_on_how_many_there_are(rows: int, width: int
         assert torch.equal(alone[0], together[row])
 
 
-def gate(gate_up: torch.Tensor) -> torch.Tensor:
+@given(**rows_and_width, added=st.booleans())
+def test_the_norms_before_and_behind_are_gemmas(rows: int, width: int, added: bool) -> None:
+    x, delta = random_bf16(1, rows, width), random_bf16(2, rows, width)
+    modules = [Gemma3RMSNorm(width, 1e-5) for _ in range(2)]
+    for seed, module in enumerate(modules):
+        module.weight.data = random_bf16(3 + seed, width)
+    behind, before = (module.weight for module in modules)
+    summed, normed = norm(x, delta if added else None, before, behind=behind, gemma=True)
+    right = x + modules[0](delta) if added else x
+    torch.testing.assert_close(summed, right, rtol=2**-7, atol=1e-2)
+    torch.testing.assert_close(normed, modules[1](summed), rtol=2**-7, atol=1e-6)
+
+
+def gate(gate_up: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=torch.bfloat16)
-    silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width)
+    gate_mul(gate_up.data_ptr(), gelu, out.data_ptr(), rows, width)
     return out
 
 
-@given(**rows_and_width)
-def test_the_gate_is_silu_times_up(rows: int, width: int) -> None:
+@given(**rows_and_width, gelu=st.booleans())
+def test_the_gate_is_the_activation_times_up(rows: int, width: int, gelu: bool) -> None:
     gate_up = random_bf16(1, rows, 2 * width, scale=4)
-    found = gate(gate_up)
-    torch.testing.assert_close(found, silu(gate_up[:, :width]) * gate_up[:, width:], rtol=2**-7, atol=1e-6)
+    found = gate(gate_up, gelu=gelu)
+    activated = functional.gelu(gate_up[:, :width], approximate="tanh") if gelu else silu(gate_up[:, :width])
+    torch.testing.assert_close(found, activated * gate_up[:, width:], rtol=2**-7, atol=1e-5)
     for row in range(rows):
-        assert torch.equal(gate(gate_up[row : row + 1])[0], found[row])
+        assert torch.equal(gate(gate_up[row : row + 1], gelu=gelu)[0], found[row])
 
 
-def test_the_gate_takes_very_large_numbers() -> None:
+@pytest.mark.parametrize("gelu", [False, True])
+def test_the_gate_takes_very_large_numbers(gelu: bool) -> None:
     values = [0.0, -0.0, 100.0, -100.0, 1e30, -1e30, torch.inf, torch.nan]
     gate_up = torch.tensor([values + [1.0] * len(values)]).bfloat16()
-    expected = silu(gate_up[:, : len(values)])
-    torch.testing.assert_close(gate(gate_up), expected, rtol=2**-7, atol=1e-7, equal_nan=True)
+    numbers = gate_up[:, : len(values)]
+    expected = functional.gelu(numbers, approximate="tanh") if gelu else silu(numbers)
+    torch.testing.assert_close(gate(gate_up, gelu=gelu), expected, rtol=2**-7, atol=1e-7, equal_nan=True)
 
 
 def test_the_exponential_is_within_two_units_of_the_last_place() -> None:
@@ -105,7 +131,7 @@ def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(tokens: int,
     out = torch.empty(tokens, heads, dim, dtype=torch.bfloat16)
     norms = [weight.data_ptr() if by_head else 0 for weight in weights]
     rope_attend(
-        qkv.data_ptr(), *norms, 1e-5, cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
+        qkv.data_ptr(), *norms, False, 1e-5, cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
         caches[0].data_ptr(), caches[1].data_ptr(), heads, kv_heads, dim, 0.25, NO_WINDOW,
         batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
     )  # fmt: skip

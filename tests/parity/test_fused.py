@@ -14,7 +14,7 @@ from support.peers import check_as_exact, logits
 from support.serving import Feeder, Stream, put
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3"])
 def test_fused_layers_give_what_transformers_layers_give(
     family: str,
     served: Callable,

@@ -78,8 +78,8 @@ FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
         decoder_start_token_id=0,
     ),
 }  # fmt: skip
-"""By name, from the size of the vocabulary. `llama`, `mistral`, `qwen2`, `qwen3` and `phi3` run on the fused
-layers, `llama-odd` on no fast kernel."""
+"""By name, from the size of the vocabulary. `llama`, `mistral`, `qwen2`, `qwen3`, `phi3` and `gemma3` run on the
+fused layers, `llama-odd` on no fast kernel."""
 
 TARGETS: dict[str, Sequence[str]] = {
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),

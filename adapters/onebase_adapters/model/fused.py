@@ -6,6 +6,8 @@ against. Projections that share an input run as one product. Only where it is ex
 """
 
 import logging
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,8 @@ from onebase_adapters.kernels import Kernels
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
 from onebase_adapters.kernels.cpu import backend as cpu
 from onebase_adapters.kernels.cpu.attention import NO_WINDOW
-from onebase_adapters.kernels.cpu.decoder import run_layers
-from onebase_adapters.kernels.cpu.elementwise import add_rms_norm, rope_attend, silu_mul
+from onebase_adapters.kernels.cpu.decoder import COS, SIN, run_layers
+from onebase_adapters.kernels.cpu.elementwise import add_rms_norm, gate_mul, rope_attend
 from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
 from onebase_adapters.model.linear import SiteTables, add_bottlenecks
 from onebase_adapters.model.paged import PagedKV
@@ -39,14 +41,36 @@ _JOINED = (
     ("mlp", ("gate_up_proj",)),
     ("mlp", ("down_proj",)),
 )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a class of transformers' differs from Llama."""
+
+    projections: tuple[tuple[str, tuple[str, ...]], ...] = _APART
+    """The modules of its four projections."""
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    """Before attention and MLP."""
+    behind: tuple[str, str] = ("", "")
+    """Norms of what attention and MLP give, where there are."""
+    gemma: bool = False
+    """Norms' weights are stored as what exceeds 1 and multiply in float32, and the activation is gelu."""
+
+
+_GEMMA3 = _Kind(
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    behind=("post_attention_layernorm", "post_feedforward_layernorm"),
+    gemma=True,
+)
 _MODELS = {
-    "LlamaForCausalLM": _APART,
-    "MistralForCausalLM": _APART,
-    "Qwen2ForCausalLM": _APART,
-    "Qwen3ForCausalLM": _APART,
-    "Phi3ForCausalLM": _JOINED,
+    "LlamaForCausalLM": _Kind(),
+    "MistralForCausalLM": _Kind(),
+    "Qwen2ForCausalLM": _Kind(),
+    "Qwen3ForCausalLM": _Kind(),
+    "Phi3ForCausalLM": _Kind(_JOINED),
+    "Gemma3ForCausalLM": _GEMMA3,
 }
-"""transformers' classes whose arithmetic is exactly this file's, and the modules of their four projections."""
+"""transformers' classes whose arithmetic is exactly this file's."""
 
 _LEAST_ANGLES = 2048
 """Positions whose angles are computed at first."""
@@ -74,15 +98,25 @@ class Scratch:
 class Angles:
     """The rotary embedding's cosines and sines by position, computed once by transformers' own module."""
 
-    def __init__(self, rotary: Any) -> None:
-        self._rotary = rotary
+    def __init__(self, rotary: Any, layer_type: str | None) -> None:
+        """`layer_type`: whose, where a model's layers have several."""
+        self._rotary = rotary if layer_type is None else partial(rotary, layer_type=layer_type)
         self._known = 0
+
+    @staticmethod
+    def layer_type(rotary: Any, attention: Any) -> str | None:
+        """Which of the model's rotations a layer takes; None where there is one."""
+        return attention.layer_type if isinstance(rotary.rope_type, dict) else None
 
     @staticmethod
     def fit(rotary: Any, dim: int) -> bool:
         """Whether they are for whole heads, and depend on the position alone: in other kinds also on how long the
         longest sequence is."""
-        return rotary.rope_type in ("default", "linear", "llama3", "yarn") and 2 * len(rotary.inv_freq) == dim
+        several = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
+        frequencies = [getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq") for kind in several]
+        return {*several.values()} <= {"default", "linear", "llama3", "yarn"} and all(
+            2 * len(each) == dim for each in frequencies
+        )
 
     def __call__(self, positions: np.ndarray, like: torch.Tensor) -> tuple[int, int]:
         """Addresses of [positions, dim] in the dtype of `like`, as far as these positions."""
@@ -123,15 +157,24 @@ class FusedLayer:
     """x + attention(norm(x)), then + mlp(norm(...)). What a layer adds last is left for the next one to add."""
 
     def __init__(
-        self, layer: Any, projections: list[Projection], bottlenecks: list[BottleneckTable], cache: PagedKV
+        self,
+        layer: Any,
+        kind: _Kind,
+        before: Any,
+        projections: list[Projection],
+        bottlenecks: list[BottleneckTable],
+        cache: PagedKV,
     ) -> None:
+        """`before`: the layer whose output it reads, None for the first."""
         attention = layer.self_attn
         config = attention.config
         self._qkv, self._o, self._gate_up, self._down = projections
         self._after_attention, self._after_mlp = bottlenecks
-        self._norms = (layer.input_layernorm.weight.data_ptr(), layer.post_attention_layernorm.weight.data_ptr())
-        by_head = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-        self._head_norms = tuple(norm.weight.data_ptr() if norm is not None else 0 for norm in by_head)
+        self._norms = tuple(_weight(layer, name) for name in kind.norms)
+        behind_attention, behind_mlp = kind.behind
+        self._behind = (_weight(before, behind_mlp), _weight(layer, behind_attention))
+        self._head_norms = (_weight(attention, "q_norm"), _weight(attention, "k_norm"))
+        self._gemma = kind.gemma
         self._eps = config.rms_norm_eps
         self._cache = (cache.k[attention.layer_idx].data_ptr(), cache.v[attention.layer_idx].data_ptr())
         self._heads = (config.num_attention_heads, cache.kv_heads, cache.dim)
@@ -140,16 +183,16 @@ class FusedLayer:
 
     @property
     def numbers(self) -> list[int]:
-        """As `run_layers` reads them."""
-        found = [*self._norms, *self._head_norms, *self._cache]
+        """As `run_layers` reads them; the angles' addresses are yet to come."""
+        found = [*self._norms, *self._behind, *self._head_norms, *self._cache, self._window, 0, 0]
         for projection in (self._qkv, self._o, self._gate_up, self._down):
             found += projection.numbers
         return found
 
     @property
-    def attention(self) -> tuple[int, int, int, float, int]:
-        """Heads, key-value heads, dim; scale and window."""
-        return *self._heads, self._scale, self._window
+    def settings(self) -> tuple[float, int, int, int, float, bool]:
+        """What layers have in common: epsilon; heads, key-value heads, dim; scale; whether it is Gemma."""
+        return self._eps, *self._heads, self._scale, self._gemma
 
     def __call__(
         self, x: torch.Tensor, first: bool, cos: int, sin: int, buffers: list[torch.Tensor], batch: Batch
@@ -157,21 +200,27 @@ class FusedLayer:
         """`x` [T, hidden] is changed in place; what the layer before left in the buffer `change` is added to it
         first, unless there was none (`first`)."""
         rows, hidden = x.shape
-        owners = batch.owners
+        owners, gemma = batch.owners, self._gemma
         normed, qkv, attended, change, gate_up, activated = buffers
         at_x, at_change, at_normed = x.data_ptr(), change.data_ptr(), normed.data_ptr()
-        add_rms_norm(at_x, 0 if first else at_change, self._norms[0], at_normed, rows, hidden, self._eps)
+        add_rms_norm(
+            at_x, 0 if first else at_change, self._behind[0], self._norms[0], gemma, at_normed, rows, hidden,
+            self._eps,
+        )  # fmt: skip
         self._qkv(normed, qkv, owners)
         rope_attend(
-            qkv.data_ptr(), *self._head_norms, self._eps, cos, sin, attended.data_ptr(), *self._cache, *self._heads,
-            self._scale, self._window, batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
+            qkv.data_ptr(), *self._head_norms, gemma, self._eps, cos, sin, attended.data_ptr(), *self._cache,
+            *self._heads, self._scale, self._window,
+            batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
         )  # fmt: skip
         self._o(attended, change, owners)
         if owners.bottleneck:
             add_bottlenecks(normed, change, owners, self._after_attention, cpu)
-        add_rms_norm(at_x, at_change, self._norms[1], at_normed, rows, hidden, self._eps)
+        add_rms_norm(
+            at_x, at_change, self._behind[1], self._norms[1], gemma, at_normed, rows, hidden, self._eps
+        )  # fmt: skip
         self._gate_up(normed, gate_up, owners)
-        silu_mul(gate_up.data_ptr(), activated.data_ptr(), rows, activated.shape[1])
+        gate_mul(gate_up.data_ptr(), gemma, activated.data_ptr(), rows, activated.shape[1])
         self._down(activated, change, owners)
         if owners.bottleneck:
             add_bottlenecks(normed, change, owners, self._after_mlp, cpu)
@@ -181,35 +230,45 @@ class FusedModel:
     """A decoder's forward pass over a flat batch, without embedding and LM head."""
 
     def __init__(self, model: Any, layers: list[FusedLayer], scratch: Scratch) -> None:
-        decoder = model.model
-        self._angles = Angles(decoder.rotary_emb)
-        self._norm = decoder.norm
+        decoder, kind = model.model, _MODELS[type(model).__name__]
+        self._norms = (_weight(decoder.layers[-1], kind.behind[1]), decoder.norm.weight.data_ptr(), kind.gemma)
         self._layers = layers
         self._scratch = scratch
         self._numbers = np.array([layer.numbers for layer in layers], np.int64)
+        types = [Angles.layer_type(decoder.rotary_emb, layer.self_attn) for layer in decoder.layers]
+        different = list(dict.fromkeys(types))
+        self._angles = [Angles(decoder.rotary_emb, layer_type) for layer_type in different]
+        self._angles_of = np.array([different.index(layer_type) for layer_type in types])
 
     def __call__(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states [n, hidden] of the batch's sample rows, ready for the LM head, from its embeddings
         [T, hidden], which are used up."""
-        cos, sin = self._angles(batch.positions, hidden)
+        angles = np.array([angles(batch.positions, hidden) for angles in self._angles], np.int64)[self._angles_of]
         buffers = self._scratch(len(hidden))
+        settings = self._layers[0].settings
         if batch.owners.affine or batch.owners.bottleneck:
-            for number, layer in enumerate(self._layers):
+            for number, (layer, (cos, sin)) in enumerate(zip(self._layers, angles.tolist(), strict=True)):
                 layer(hidden, number == 0, cos, sin, buffers, batch)
         else:
+            self._numbers[:, [COS, SIN]] = angles
             addresses = np.array([buffer.data_ptr() for buffer in buffers], np.int64)
             run_layers(
-                get_num_threads(), self._numbers, hidden.data_ptr(), *hidden.shape, buffers[5].shape[1],
-                self._norm.variance_epsilon, *self._layers[0].attention, cos, sin, addresses, batch.owners.tiles,
+                get_num_threads(), self._numbers, hidden.data_ptr(), *hidden.shape, buffers[5].shape[1], *settings,
+                addresses, batch.owners.tiles,
                 batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
             )  # fmt: skip
         wanted, change = hidden[batch.sample_rows], buffers[3][batch.sample_rows]
         normed = torch.empty_like(wanted)
         add_rms_norm(
-            wanted.data_ptr(), change.data_ptr(), self._norm.weight.data_ptr(), normed.data_ptr(), len(wanted),
-            wanted.shape[1], self._norm.variance_epsilon,
-        )  # fmt: skip
+            wanted.data_ptr(), change.data_ptr(), *self._norms, normed.data_ptr(), *wanted.shape, settings[0]
+        )
         return normed
+
+
+def _weight(owner: Any, name: str) -> int:
+    """Address of a norm's weight, 0 where there is none."""
+    norm = getattr(owner, name, None)
+    return 0 if norm is None else norm.weight.data_ptr()
 
 
 def fuse(
@@ -221,7 +280,7 @@ def fuse(
     if lacking is not None:
         log.info("%s keeps transformers' own layers: %s", type(model).__name__, lacking)
         return None
-    config = model.config
+    config, kind = model.config, _MODELS[type(model).__name__]
     hidden, heads = config.hidden_size, config.num_attention_heads * cache.dim
     scratch = Scratch(
         hidden, heads + 2 * cache.kv_heads * cache.dim, heads, hidden,
@@ -231,17 +290,18 @@ def fuse(
     layers, sites, sublayers = [], [], []
     for index, layer in enumerate(model.model.layers):
         projections = []
-        for owner, names in _MODELS[type(model).__name__]:
+        for owner, names in kind.projections:
             group = [shape.sites[f"model.layers.{index}.{owner}.{name}"] for name in names]
             tables = SiteTables(group, slots, kernels, device)
             projections.append(Projection([layer.get_submodule(f"{owner}.{name}") for name in names], tables))
             sites.append(tables)
-        behind = [
+        bottlenecks = [
             BottleneckTable(f"model.layers.{index}.{owner}", slots, device, transposed=kernels.TRANSPOSED_DOWN)
             for owner in ("self_attn", "mlp")
         ]
-        layers.append(FusedLayer(layer, projections, behind, cache))
-        sublayers += behind
+        before = model.model.layers[index - 1] if index else None
+        layers.append(FusedLayer(layer, kind, before, projections, bottlenecks, cache))
+        sublayers += bottlenecks
     return FusedModel(model, layers, scratch), sites, sublayers
 
 
@@ -252,10 +312,14 @@ def _lacking_for_fusion(model: Any, kernels: Kernels, cache: PagedKV) -> str | N
         return f"fused ones are known for {', '.join(_MODELS)}"
     if not Angles.fit(model.model.rotary_emb, cache.dim):
         return "its rotary embedding depends on the longest sequence, or turns a part of each head"
+    config, gemma = model.config, _MODELS[type(model).__name__].gemma
+    wanted = "gelu_pytorch_tanh" if gemma else "silu"
+    if (found := getattr(config, "hidden_activation", None) or config.hidden_act) != wanted:
+        return f"the fused ones have {wanted}, not {found}"
+    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "use_bidirectional_attention", None):
+        return "the fused ones have no soft cap on scores, and look back only"
     if not all(_fusable(layer) for layer in model.model.layers):
-        return "the fused ones take bfloat16 with linear modules in 4 bits, in sizes that pack, and SiLU"
-    if len({_window(layer.self_attn) for layer in model.model.layers}) > 1:
-        return "they differ in how far back they see"
+        return "the fused ones take bfloat16 with linear modules in 4 bits, in sizes that pack"
     return None
 
 
@@ -267,8 +331,4 @@ def _window(attention: Any) -> int:
 
 def _fusable(layer: Any) -> bool:
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    return (
-        layer.self_attn.config.hidden_act == "silu"
-        and all(packable(linear) for linear in linears)
-        and layer.input_layernorm.weight.dtype == torch.bfloat16
-    )
+    return all(packable(linear) for linear in linears) and layer.input_layernorm.weight.dtype == torch.bfloat16

@@ -9,7 +9,7 @@ import numpy as np
 from numba import carray, njit, prange
 
 from onebase_adapters.kernels.cpu.attention import attend_item
-from onebase_adapters.kernels.cpu.elementwise import norm_row, rope_row, silu_row
+from onebase_adapters.kernels.cpu.elementwise import gate_row, norm_row, rope_row
 from onebase_adapters.kernels.cpu.lowrank import update_tile
 from onebase_adapters.kernels.cpu.matmul4bit import multiply_task, multiply_tasks
 from onebase_adapters.kernels.cpu.sharing import STAGE, shared
@@ -17,13 +17,17 @@ from onebase_adapters.kernels.cpu.vector import f32_pointer, i64_pointer
 
 PROJECTION = 15
 """Numbers of a projection in a layer's row: what `PackedLinear.numbers` and `LowRankTable.numbers` give."""
-PROJECTIONS = 6
-"""Where they begin, after the addresses of the layer's two norms' weights, of those of queries and keys, and of its
-keys and values."""
+FIRST_NORM, SECOND_NORM, BEHIND_LAST, BEHIND_ATTENTION, Q_NORM, K_NORM = range(6)
+"""Places in a layer's row of the addresses of its norms' weights, 0 for none: before attention and MLP; of what the
+layer before gives from its MLP, and this one from its attention; of queries and keys by head."""
+KEYS, VALUES, WINDOW, COS, SIN = range(6, 11)
+"""Of the addresses of its keys and values, how far back it sees, and of its rotation's angles."""
+PROJECTIONS = 11
+"""Where its four projections begin."""
 _STAGES = 13
 """Of a layer: four projections with two each; two norms, rotation, attention and gate."""
 
-_normalise, _rotate, _attend, _gate = shared(norm_row), shared(rope_row), shared(attend_item), shared(silu_row)
+_normalise, _rotate, _attend, _gate = shared(norm_row), shared(rope_row), shared(attend_item), shared(gate_row)
 _multiply, _update = shared(multiply_task), shared(update_tile)
 
 
@@ -59,9 +63,7 @@ def run_layers(
     kv_heads: int,
     dim: int,
     scale: float,
-    window: int,
-    cos: int,
-    sin: int,
+    gemma: bool,
     buffers: np.ndarray,
     tiles: np.ndarray,
     slots: np.ndarray,
@@ -71,7 +73,7 @@ def run_layers(
     tables: np.ndarray,
 ) -> None:
     """x [rows, hidden] through all layers by so many threads, but for the last one's MLP output, which is left in
-    the buffer `change`.
+    the buffer `change`. `gemma`: norms as in `add_rms_norm`, and gelu.
 
     `layers` [layers, PROJECTIONS + 4 * PROJECTION] int64; `buffers` [6] int64, addresses of normed, qkv, attended,
     change, gate_up and activated; the rest as in `rope_attend`.
@@ -79,8 +81,8 @@ def run_layers(
     counts = np.zeros(layers.shape[0] * _STAGES * STAGE // 8 + 8, np.int64)
     for _ in prange(threads):
         _run(
-            threads, counts, layers, x, rows, hidden, intermediate, eps, heads, kv_heads, dim, scale, window,
-            cos, sin, buffers, tiles, slots, items, positions, visible, tables,
+            threads, counts, layers, x, rows, hidden, intermediate, eps, heads, kv_heads, dim, scale, gemma,
+            buffers, tiles, slots, items, positions, visible, tables,
         )  # fmt: skip
 
 
@@ -89,7 +91,7 @@ def _run(
     threads: int,
     counts: np.ndarray,
     layers: np.ndarray, x: int, rows: int, hidden: int, intermediate: int, eps: float,
-    heads: int, kv_heads: int, dim: int, scale: float, window: int, cos: int, sin: int, buffers: np.ndarray,
+    heads: int, kv_heads: int, dim: int, scale: float, gemma: bool, buffers: np.ndarray,
     tiles: np.ndarray, slots: np.ndarray, items: np.ndarray, positions: np.ndarray, visible: np.ndarray,
     tables: np.ndarray,
 ) -> None:  # fmt: skip
@@ -101,23 +103,29 @@ def _run(
     for index in range(layers.shape[0]):
         layer = layers[index]
         at, s = PROJECTIONS, stages + index * _STAGES * STAGE
-        added = 0 if index == 0 else change
-        _normalise(s, threads, rows, x, added, layer[0], normed, hidden, eps)
+        added, k_cache, v_cache = 0 if index == 0 else change, layer[KEYS], layer[VALUES]
+        _normalise(
+            s, threads, rows, x, added, layer[BEHIND_LAST], layer[FIRST_NORM], gemma, normed, hidden, eps
+        )  # fmt: skip
         _project(s + STAGE, threads, normed, qkv, rows, layer[at : at + PROJECTION], tiles)
         _rotate(
             s + 3 * STAGE, threads, rows,
-            qkv, layer[2], layer[3], eps, cos, sin, layer[4], layer[5], heads, kv_heads, dim, slots, positions,
+            qkv, layer[Q_NORM], layer[K_NORM], gemma, eps, layer[COS], layer[SIN], k_cache, v_cache,
+            heads, kv_heads, dim, slots, positions,
         )  # fmt: skip
         _attend(
             s + 4 * STAGE, threads, items.shape[0],
-            qkv, width, attended, heads * dim, layer[4], layer[5], kv_heads, heads // kv_heads, dim, scale, window,
-            items, positions, visible, tables,
+            qkv, width, attended, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim, scale,
+            layer[WINDOW], items, positions, visible, tables,
         )  # fmt: skip
         at += PROJECTION
         _project(s + 5 * STAGE, threads, attended, change, rows, layer[at : at + PROJECTION], tiles)
-        _normalise(s + 7 * STAGE, threads, rows, x, change, layer[1], normed, hidden, eps)
+        _normalise(
+            s + 7 * STAGE, threads, rows,
+            x, change, layer[BEHIND_ATTENTION], layer[SECOND_NORM], gemma, normed, hidden, eps,
+        )  # fmt: skip
         at += PROJECTION
         _project(s + 8 * STAGE, threads, normed, gate_up, rows, layer[at : at + PROJECTION], tiles)
-        _gate(s + 10 * STAGE, threads, rows, gate_up, activated, intermediate)
+        _gate(s + 10 * STAGE, threads, rows, gate_up, gemma, activated, intermediate)
         at += PROJECTION
         _project(s + 11 * STAGE, threads, activated, change, rows, layer[at : at + PROJECTION], tiles)

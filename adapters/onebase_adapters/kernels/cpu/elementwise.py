@@ -4,6 +4,8 @@ They round to bfloat16 wherever transformers' eager modules do, so a fused layer
 Rows are independent; few rows run on the calling thread, because waking the others would cost more.
 """
 
+import math
+
 import numpy as np
 from numba import carray, njit, prange
 
@@ -13,6 +15,8 @@ from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, f3
 
 SERIAL_ROWS = 4
 """Up to so many rows are not worth a parallel region (about 3 microseconds)."""
+_TWO_ROOTS = np.float32(2 * math.sqrt(2 / math.pi))
+_CUBE = np.float32(0.044715)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -32,71 +36,91 @@ def _mean_square(row: np.ndarray) -> np.float32:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _norm(x: int, delta: int, weight: int, out: int, width: int, eps: float) -> None:
+def _norm(x: int, weight: int, gemma: bool, out: int, width: int, eps: float) -> None:
     row = carray(u16_pointer(x), width, np.uint16)
-    if delta != 0:
-        change = carray(u16_pointer(delta), width, np.uint16)
-        for i in range(width):
-            row[i] = bf16_from_f32(f32_from_bf16(row[i]) + f32_from_bf16(change[i]))
     scale = np.float32(1.0) / np.sqrt(_mean_square(row) + np.float32(eps))
     weights = carray(u16_pointer(weight), width, np.uint16)
     target = carray(u16_pointer(out), width, np.uint16)
-    for i in range(width):
-        normed = _round(f32_from_bf16(row[i]) * scale)
-        target[i] = bf16_from_f32(normed * f32_from_bf16(weights[i]))
+    if gemma:
+        for i in range(width):
+            target[i] = bf16_from_f32(f32_from_bf16(row[i]) * scale * (np.float32(1.0) + f32_from_bf16(weights[i])))
+    else:
+        for i in range(width):
+            normed = _round(f32_from_bf16(row[i]) * scale)
+            target[i] = bf16_from_f32(normed * f32_from_bf16(weights[i]))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def norm_row(t: int, x: int, delta: int, weight: int, out: int, width: int, eps: float) -> None:
+def norm_row(
+    t: int, x: int, delta: int, behind: int, weight: int, gemma: bool, out: int, width: int, eps: float
+) -> None:
     """Row t's part of `add_rms_norm`."""
     step = 2 * t * width
-    _norm(x + step, delta + step if delta != 0 else 0, weight, out + step, width, eps)
+    if delta != 0:
+        if behind != 0:
+            _norm(delta + step, behind, gemma, delta + step, width, eps)
+        row = carray(u16_pointer(x + step), width, np.uint16)
+        change = carray(u16_pointer(delta + step), width, np.uint16)
+        for i in range(width):
+            row[i] = bf16_from_f32(f32_from_bf16(row[i]) + f32_from_bf16(change[i]))
+    _norm(x + step, weight, gemma, out + step, width, eps)
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
-def _norm_rows(x: int, delta: int, weight: int, out: int, rows: int, width: int, eps: float) -> None:
+def _norm_rows(
+    x: int, delta: int, behind: int, weight: int, gemma: bool, out: int, rows: int, width: int, eps: float
+) -> None:
     for t in prange(rows):
-        norm_row(t, x, delta, weight, out, width, eps)
+        norm_row(t, x, delta, behind, weight, gemma, out, width, eps)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def add_rms_norm(x: int, delta: int, weight: int, out: int, rows: int, width: int, eps: float) -> None:
-    """x += delta (unless `delta` is 0), then out = RMSNorm(x) * weight; addresses of bfloat16 [rows, width]."""
+def add_rms_norm(
+    x: int, delta: int, behind: int, weight: int, gemma: bool, out: int, rows: int, width: int, eps: float
+) -> None:
+    """x += delta (unless `delta` is 0), then out = RMSNorm(x) * weight; addresses of bfloat16 [rows, width].
+
+    Before it is added, delta is normalised itself, in place, by the weight `behind` (unless that is 0). Weights are
+    rounded as in Llama, or with `gemma` are stored as what exceeds 1 and multiply in float32.
+    """
     if rows > SERIAL_ROWS:
-        _norm_rows(x, delta, weight, out, rows, width, eps)
+        _norm_rows(x, delta, behind, weight, gemma, out, rows, width, eps)
         return
     for t in range(rows):
-        norm_row(t, x, delta, weight, out, width, eps)
+        norm_row(t, x, delta, behind, weight, gemma, out, width, eps)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def silu_row(t: int, gate_up: int, out: int, width: int) -> None:
-    """Row t's part of `silu_mul`."""
+def gate_row(t: int, gate_up: int, gelu: bool, out: int, width: int) -> None:
+    """Row t's part of `gate_mul`."""
     step = 2 * t * width
     gate = carray(u16_pointer(gate_up + 2 * step), width, np.uint16)
     up = carray(u16_pointer(gate_up + 2 * step + 2 * width), width, np.uint16)
     target = carray(u16_pointer(out + step), width, np.uint16)
     for i in range(width):
         value = f32_from_bf16(gate[i])
-        small = exp_nonpositive(-abs(value))
-        sigmoid = (np.float32(1.0) if value >= 0 else small) / (np.float32(1.0) + small)
+        # gelu's (1 + tanh(z)) / 2 is the sigmoid of 2 z.
+        inner = _TWO_ROOTS * (value + _CUBE * value * value * value) if gelu else value
+        small = exp_nonpositive(-abs(inner))
+        sigmoid = (np.float32(1.0) if inner >= 0 else small) / (np.float32(1.0) + small)
         target[i] = bf16_from_f32(_round(value * sigmoid) * f32_from_bf16(up[i]))
 
 
 @njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
-def _silu_rows(gate_up: int, out: int, rows: int, width: int) -> None:
+def _gate_rows(gate_up: int, gelu: bool, out: int, rows: int, width: int) -> None:
     for t in prange(rows):
-        silu_row(t, gate_up, out, width)
+        gate_row(t, gate_up, gelu, out, width)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def silu_mul(gate_up: int, out: int, rows: int, width: int) -> None:
-    """out = silu(gate) * up; addresses of bfloat16, gate_up [rows, 2 * width] (gate first), out [rows, width]."""
+def gate_mul(gate_up: int, gelu: bool, out: int, rows: int, width: int) -> None:
+    """out = silu(gate) * up, or gelu by tanh in place of silu; addresses of bfloat16, gate_up [rows, 2 * width]
+    (gate first), out [rows, width]."""
     if rows > SERIAL_ROWS:
-        _silu_rows(gate_up, out, rows, width)
+        _gate_rows(gate_up, gelu, out, rows, width)
         return
     for t in range(rows):
-        silu_row(t, gate_up, out, width)
+        gate_row(t, gate_up, gelu, out, width)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -113,8 +137,8 @@ def _rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray, dim: int) -> Non
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def rope_row(
-    t: int, qkv: int, q_norm: int, k_norm: int, eps: float, cos: int, sin: int, k_cache: int, v_cache: int,
-    heads: int, kv_heads: int, dim: int, slots: np.ndarray, positions: np.ndarray,
+    t: int, qkv: int, q_norm: int, k_norm: int, gemma: bool, eps: float, cos: int, sin: int, k_cache: int,
+    v_cache: int, heads: int, kv_heads: int, dim: int, slots: np.ndarray, positions: np.ndarray,
 ) -> None:  # fmt: skip
     """Row t's part of `rope_attend`, but for the attention."""
     row, angle, slot = qkv + 2 * t * (heads + 2 * kv_heads) * dim, 2 * positions[t] * dim, slots[t]
@@ -123,7 +147,7 @@ def rope_row(
     for h in range(heads + kv_heads):
         head, weight = row + 2 * h * dim, q_norm if h < heads else k_norm
         if weight != 0:
-            _norm(head, 0, weight, head, dim, eps)
+            _norm(head, weight, gemma, head, dim, eps)
         _rotate(carray(u16_pointer(head), dim, np.uint16), cosine, sine, dim)
     block, offset = slot // BLOCK, slot % BLOCK
     page = 2 * block * kv_heads * dim * BLOCK
@@ -142,6 +166,7 @@ def _rope_rows(
     qkv: int,
     q_norm: int,
     k_norm: int,
+    gemma: bool,
     eps: float,
     cos: int,
     sin: int,
@@ -154,7 +179,9 @@ def _rope_rows(
     positions: np.ndarray,
 ) -> None:
     for t in prange(slots.shape[0]):
-        rope_row(t, qkv, q_norm, k_norm, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions)
+        rope_row(
+            t, qkv, q_norm, k_norm, gemma, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions
+        )
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -162,6 +189,7 @@ def rope_attend(
     qkv: int,
     q_norm: int,
     k_norm: int,
+    gemma: bool,
     eps: float,
     cos: int,
     sin: int,
@@ -184,11 +212,27 @@ def rope_attend(
     [T, heads * dim]; cos and sin [positions, dim]. Addresses of bfloat16; see `attend`."""
     width = (heads + 2 * kv_heads) * dim
     if slots.shape[0] > SERIAL_ROWS:
-        _rope_rows(qkv, q_norm, k_norm, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions)
+        _rope_rows(
+            qkv, q_norm, k_norm, gemma, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions
+        )
     else:
         for t in range(slots.shape[0]):
             rope_row(
-                t, qkv, q_norm, k_norm, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions
+                t,
+                qkv,
+                q_norm,
+                k_norm,
+                gemma,
+                eps,
+                cos,
+                sin,
+                k_cache,
+                v_cache,
+                heads,
+                kv_heads,
+                dim,
+                slots,
+                positions,
             )
     attend(
         qkv, width, out, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim, scale, window,
