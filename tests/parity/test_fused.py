@@ -7,14 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import IA3Config
 
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.model.served import ServedModel
+from support.methods import save_bottleneck, save_method
+from support.models import targets
 from support.peers import check_as_exact, logits
 from support.serving import Feeder, Stream, put
 
+FUSED = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3"]
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3"])
+
+@pytest.mark.parametrize("family", FUSED)
 def test_fused_layers_give_what_transformers_layers_give(
     family: str,
     served: Callable,
@@ -51,3 +56,39 @@ def test_all_layers_in_one_call_give_the_bits_of_layer_by_layer(
     monkeypatch.setattr(it.model, "_traits", replace(traits, bottleneck=np.ones_like(traits.bottleneck)))
     monkeypatch.setattr("onebase_adapters.model.fused.run_layers", None)
     assert torch.equal(logits_of(), at_once)
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_bottlenecks_and_factors_change_fused_layers_as_they_change_transformers(
+    family: str,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    prompt: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layer by layer, with norms behind the sublayers, and biases that are rescaled with their product."""
+    folder = tiny_model(family)
+    projections = [name for name in targets(family) if name in ("qkv_proj", "k_proj", "v_proj", "down_proj")]
+    factors = IA3Config(target_modules=projections, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    adapters = [
+        save_bottleneck(tmp_path / "houlsby", "houlsby", "relu", 8),
+        save_bottleneck(tmp_path / "parallel", "parallel", "relu", 8),
+        save_method(tmp_path / "ia3", folder, factors),
+    ]
+    tokens = prompt(60, 3)
+
+    def found() -> list[torch.Tensor]:
+        model = ServedModel.load(BaseSpec(str(folder), device="cpu"), slots=4, blocks=512)
+        assert (model._fused is None) == unfused
+        return Feeder(model).logits(
+            [Stream(tokens, slot) for slot in [0, *(put(model, each) for each in adapters)]]
+        )
+
+    unfused = False
+    ours = found()
+    monkeypatch.setattr("onebase_adapters.model.served.fuse", lambda *_: None)
+    unfused = True
+    plain = found()
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert (mine - theirs).norm() < 0.03 * theirs.norm()
+    assert all((mine - ours[0]).norm() > 0.1 * ours[0].norm() for mine in ours[1:])
