@@ -4,21 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onebase_adapters.base import BaseSpec
+from onebase_adapters.primitives import Template
 from onebase_training.data import Example
-from onebase_training.hard_prompt import Template
 from onebase_training.serving_cost import serving_cost
+from onebase_training.templates import write_template
 
 EXAMPLES = [Example(number, prompt=f"What is {number}?", completion=" 1") for number in range(3)]
 
 
 def test_a_hard_prompt_costs_its_text(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
     spec = BaseSpec(str(tiny_model("llama")), device="cpu")
-    Template(before="one two three\n\n").save(tmp_path, spec.model)
+    write_template(Template(before="one two three\n\n"), tmp_path, spec.model)
     cost = serving_cost(tmp_path, spec, EXAMPLES)
     assert cost.context > 3
     assert cost.times is not None
     assert 0.2 < cost.times < 20
-    Template(before="one two three\n\n" * 2).save(tmp_path, spec.model)
+    write_template(Template(before="one two three\n\n" * 2), tmp_path, spec.model)
     assert serving_cost(tmp_path, spec, EXAMPLES).context == 2 * cost.context
 
 
