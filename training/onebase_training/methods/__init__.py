@@ -73,10 +73,10 @@ METHODS: dict[str, Method] = {
         "Hadamard products of low ranks", 5e-3, delta(peft.LoHaConfig, 8, alpha=16), expanded=True, rank=8
     ),
     "lokr": Method(
-        # Of two factors of rank 8: a whole one would make changes of more rank than is served.
+        # A first factor of up to 16 by 16: with the second's rank of 8 the change has no more rank than is served.
         "Kronecker products",
         3e-3,
-        delta(peft.LoKrConfig, 8, alpha=16, decompose_both=True),
+        delta(peft.LoKrConfig, 8, alpha=16, decompose_factor=16),
         expanded=True,
         rank=8,
     ),
