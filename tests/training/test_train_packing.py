@@ -143,7 +143,7 @@ def test_attention_over_several_blocks_and_a_prefix_is_plain_attention(causal: b
     ("lengths", "options", "tokens"),
     [
         ([9, 11], {}, 256),
-        ([20, 40], {}, 480),
+        ([60, 80], {}, 560),
         ([200, 300], {}, 1024),
         ([20, 40], {"batch_tokens": 77}, 77),
         ([20, 40], {"batch_size": 4}, 1024),

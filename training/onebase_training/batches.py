@@ -15,11 +15,11 @@ from onebase_adapters.layout import Layout
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded
 
-_EXAMPLES, _FEWEST_TOKENS, _MOST_TOKENS = 16, 256, 1024
+_EXAMPLES, _FEWEST_TOKENS, _MOST_TOKENS = 8, 256, 1024
 
 
 def tokens_of_pass(lengths: Sequence[int], config: TrainConfig) -> int:
-    """`config.batch_tokens`, or what suits examples of these lengths: 16 of the mean length, within 256 and 1024,
+    """`config.batch_tokens`, or what suits examples of these lengths: 8 of the mean length, within 256 and 1024,
     so that short ones make many steps, too. Where `batch_size` counts the step, 1024: it only bounds memory."""
     if config.batch_tokens is not None:
         return config.batch_tokens

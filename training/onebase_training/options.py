@@ -13,7 +13,7 @@ EvalFraction = Annotated[float, typer.Option(help="Share of the data that is hel
 Format = Annotated[str | None, typer.Option(help="The data's format; default: seen from its columns.")]
 MaxLength = Annotated[int, typer.Option(help="Most tokens of an example.")]
 BatchTokens = Annotated[
-    int | None, typer.Option(help="Tokens of one forward pass; default: 16 examples' on average, 256 to 1024.")
+    int | None, typer.Option(help="Tokens of one forward pass; default: 8 examples' on average, 256 to 1024.")
 ]
 MetricExamples = Annotated[int, typer.Option(help="Held-out examples to generate for the metric.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of one of them.")]
