@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from onebase_adapters.stops import first_stop
 from onebase_training.batches import pack
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded
@@ -145,9 +146,8 @@ def sample(tokenizer: Any, example: Encoded, written: Sequence[int]) -> Sample:
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
-    """As the server does: the stop text that is complete first counts, the longer of two that end together."""
-    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
-    return text[: min(found)[1]] if found else text
+    found = first_stop(text, stops)
+    return text if found is None else text[: found[1]]
 
 
 def ends_of(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

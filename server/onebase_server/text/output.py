@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from onebase_adapters.stops import first_stop
 from onebase_server.text.detokenize import Detokenizer
 
 
@@ -54,10 +55,8 @@ class OutputText:
         if not text or not self._stops or self.tokens <= self._min_tokens:
             return text
         text = self._held + text
-        # The stop string that is complete first counts; of two that end together, the longer.
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            end, start, self.stop = min(found)
+        if found := first_stop(text, self._stops):
+            end, start, self.stop = found
             return text[: end if self._include_stop else start]
         keep = self._beginning_of_a_stop(text)
         self._held = text[len(text) - keep :]
