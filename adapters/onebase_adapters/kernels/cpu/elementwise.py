@@ -218,22 +218,9 @@ def rope_attend(
     else:
         for t in range(slots.shape[0]):
             rope_row(
-                t,
-                qkv,
-                q_norm,
-                k_norm,
-                gemma,
-                eps,
-                cos,
-                sin,
-                k_cache,
-                v_cache,
-                heads,
-                kv_heads,
-                dim,
-                slots,
+                t, qkv, q_norm, k_norm, gemma, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots,
                 positions,
-            )
+            )  # fmt: skip
     attend(
         qkv, width, out, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim, scale, window,
         items, positions, visible, tables,

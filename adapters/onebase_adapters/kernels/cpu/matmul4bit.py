@@ -169,9 +169,8 @@ class PackedLinear:
     def _join_biases(modules: Sequence[Any]) -> torch.Tensor | None:
         if all(module.bias is None for module in modules):
             return None
-        zeros = (torch.zeros(module.out_features) for module in modules)
-        found = [zero if module.bias is None else module.bias for module, zero in zip(modules, zeros, strict=True)]
-        return torch.cat([bias.detach().bfloat16() for bias in found])
+        found = (torch.zeros(each.out_features) if each.bias is None else each.bias.detach() for each in modules)
+        return torch.cat([bias.bfloat16() for bias in found])
 
     @property
     def numbers(self) -> list[int]:
