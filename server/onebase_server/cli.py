@@ -1,6 +1,5 @@
 """`onebase serve`: the command line, resolved to one ServerConfig. What is heavy is imported once it is needed."""
 
-import enum
 import os
 import sys
 from pathlib import Path
@@ -9,28 +8,13 @@ from typing import Annotated
 import typer
 
 from onebase_adapters.base import DEFAULT_BASE, BaseSpec
+from onebase_adapters.base.spec import Quantization
 from onebase_adapters.errors import ConfigError
 from onebase_adapters.paths import data_home
 from onebase_server.config import ServerConfig
 from onebase_server.engine.config import EngineConfig
 from onebase_server.jobs.runner import JobSettings
-
-
-class Quantization(enum.StrEnum):
-    """How the base's linear layers are held."""
-
-    NF4 = "nf4"
-    FP4 = "fp4"
-    NONE = "none"
-
-
-class LogLevel(enum.StrEnum):
-    """What is logged."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
+from onebase_server.logs import LogLevel
 
 
 def serve(
@@ -64,7 +48,7 @@ def serve(
     ] = None,
     quantization: Annotated[
         Quantization, typer.Option(help="4-bit format of the base; none keeps bfloat16.")
-    ] = Quantization.NF4,
+    ] = "nf4",
     double_quant: Annotated[bool, typer.Option(help="Quantise the 4-bit scales, too.")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
@@ -79,7 +63,7 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=0, help="Most requests that wait; more get 429.")] = 1024,
     max_adapters: Annotated[int, typer.Option(min=1, help="Most adapters resident at once.")] = 256,
     prefix_cache: Annotated[bool, typer.Option(help="Reuse the cache of common beginnings.")] = True,
-    log_level: Annotated[LogLevel, typer.Option(help="info has a line for each request.")] = LogLevel.WARNING,
+    log_level: Annotated[LogLevel, typer.Option(help="info has a line for each request.")] = "warning",
     log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON lines.")] = False,
     otlp_endpoint: Annotated[
         str | None, typer.Option(help="Send OpenTelemetry traces to this collector, e.g. http://localhost:4318.")
@@ -90,7 +74,7 @@ def serve(
     if job_memory is not None and sys.platform != "linux":
         raise ConfigError("--job-memory is Linux's: nothing here would keep to it.", field="job_memory")
     engine = EngineConfig(
-        base=BaseSpec(model, quantization.value, double_quant, device),
+        base=BaseSpec(model, quantization, double_quant, device),
         max_model_len=max_model_len,
         cache_gib=cache_gib,
         max_batch_tokens=max_batch_tokens,
@@ -98,7 +82,7 @@ def serve(
         max_waiting=max_waiting,
         max_adapters=max_adapters,
         reuse_prefixes=prefix_cache,
-        log_level=log_level.value,
+        log_level=log_level,
         log_format="json" if log_json else "text",
         threads=threads,
     )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
+LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 
 _request: ContextVar[dict[str, Any] | None] = ContextVar("request", default=None)
@@ -39,7 +40,7 @@ def fields(**values: Any) -> dict[str, dict[str, Any]]:
     return {"fields": values}
 
 
-def configure_logging(level: str, form: LogFormat, *, process: str | None = None) -> None:
+def configure_logging(level: LogLevel, form: LogFormat, *, process: str | None = None) -> None:
     """Set up the root logger, on the standard error output. `level` is a name as logging has it, in any case;
     `process` stands in each line."""
     handler = logging.StreamHandler()

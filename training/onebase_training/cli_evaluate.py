@@ -1,46 +1,36 @@
 """`onebase evaluate`: the command line."""
 
-import enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from onebase_adapters.base.catalog import DEFAULT_BASE
-from onebase_training import options
-
-
-class Quantization(enum.StrEnum):
-    """How the base's linear layers are held."""
-
-    NF4 = "nf4"
-    FP4 = "fp4"
-    NONE = "none"
+from onebase_adapters.base import DEFAULT_BASE, BaseSpec
+from onebase_adapters.base.spec import Quantization
 
 
 def evaluate(
     adapter: Annotated[Path | None, typer.Argument(help="The adapter's folder; none: the base.")] = None,
     *,
     data: Annotated[Path, typer.Option(help="Examples, in any format that training reads.")],
-    model: options.Model = DEFAULT_BASE,
-    quantization: Annotated[Quantization, typer.Option(help="Of the base, as it is served.")] = Quantization.NF4,
-    format: options.Format = None,
+    model: Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")] = DEFAULT_BASE,
+    quantization: Annotated[Quantization, typer.Option(help="Of the base, as it is served.")] = "nf4",
+    format: Annotated[str | None, typer.Option(help="The data's; default: seen from its columns.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens of an example.")] = 1024,
     metric_examples: Annotated[int, typer.Option(min=0, help="Examples to generate for the metric.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one of them.")] = 128,
-    device: options.Device = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
     samples: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Write all of it as JSON to this file.")] = None,
 ) -> None:
     """Score an adapter and its base on data, by the code that serves them."""
     from rich.console import Console
 
-    from onebase_adapters.base import BaseSpec
     from onebase_training.evaluate_served import EvaluateConfig, evaluate_served
     from onebase_training.evaluate_show import show, write
     from onebase_training.terminal import watched
 
-    base = BaseSpec(model, quantization.value, device=device)
+    base = BaseSpec(model, quantization, device=device)
     config = EvaluateConfig(data, base, adapter, format, max_length, metric_examples, max_new_tokens)
     with watched() as progress:
         scored = evaluate_served(config, progress)

@@ -15,40 +15,41 @@ Choice = Literal["auto", "always", "never"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run's result, and where it goes. Fields of None take the method's default."""
+    """Everything that decides a run's result, and where it goes. Its fields are the options of `onebase train`, see
+    `onebase_training.options`."""
 
     data: Path | tuple[Path, ...]
-    """Training examples, of one file or of several tasks; see `onebase data check` for the formats."""
+    """Training examples; of several tasks if given several times. `onebase data check` knows the formats."""
     output: Path
     """Folder of the result. Must not exist, unless `overwrite` or `resume` says what to do with it."""
     method: str = "qlora"
-    """A name in `onebase_training.methods.METHODS`."""
+    """See `onebase methods`."""
     model: str = DEFAULT_BASE
     """The base: catalog name, folder, or hub id."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`, or `auto`: cuda where there is one."""
     eval_data: Path | None = None
-    """Held-out examples. None: `eval_fraction` of `data` is held out."""
+    """Held-out examples. Default: `eval_fraction` of `data` is held out."""
     eval_fraction: float = 0.1
     """Share of `data` that is held out, in (0, 1)."""
     format: str | None = None
-    """The data's format; None: recognised from its columns."""
+    """The data's format; default: recognised from its columns."""
     max_length: int = 1024
     """Most tokens of one example; never more than the base's context."""
     too_long: Literal["error", "skip", "cut"] = "error"
     """What happens to an example of more tokens."""
 
     rank: int | None = None
-    """Of updates that have one. None: the method's default."""
+    """Of updates that have one. Default: the method's."""
     alpha: float | None = None
-    """LoRA's scale is alpha / rank. None: twice the rank."""
+    """LoRA's scale is alpha / rank. Default: twice the rank."""
     dropout: float = 0.0
     """On the input of low-rank updates, in [0, 1)."""
     targets: tuple[str, ...] = ()
-    """Ends of the names of the modules that get an update, e.g. `q_proj`. Empty: all linear layers but the head
-    (QLoRA, section 4: needed to match full fine-tuning), or what the method names."""
+    """Ends of the names of the modules that get an update, e.g. `q_proj`. Default: all linear layers but the
+    head (QLoRA, section 4: needed to match full fine-tuning), or what the method names."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Other ranks for some modules: ends of their names, as regular expressions, to ranks."""
+    """Other ranks for some modules: ends of their names, as regular expressions, to ranks, e.g. q_proj=32."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Other alphas, likewise."""
     modules_to_save: tuple[str, ...] = ()
@@ -65,11 +66,11 @@ class TrainConfig:
     """For `prompt_init="text"`; repeated or cut to `prompt_length` tokens."""
     places: tuple[int, ...] = ()
     """Where P-tuning's tokens stand, one number each: k before the prompt's k-th token, -1 after its last one.
-    Empty: all `prompt_length` in front."""
+    Default: all `prompt_length` in front."""
     encoder: Literal["lstm", "mlp", "none"] | None = None
     """What makes virtual tokens or a prefix from learned vectors while training; folded away when written."""
     encoder_size: int | None = None
-    """Its hidden width. None: the base's."""
+    """Its hidden width. Default: the base's."""
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
     """Of bottleneck adapters: behind attention and MLP, behind the MLP, or beside it."""
@@ -87,14 +88,14 @@ class TrainConfig:
     head: bool = False
     """Train a classifier on labels or tags in place of the language model's head. On encoders always."""
     pooling: Literal["first", "last", "mean"] | None = None
-    """What a text's classifier reads. None: the last token of decoders, the mean over encoders' tokens."""
+    """What a text's classifier reads of an encoder. Default: the mean. Of a decoder it is the last token."""
     candidates: Path | None = None
     """Wordings for `hard-prompt`, JSON lines of {"before", "after"} or {"messages"}, with {"stop": [texts]} if the
-    usual line break is not to end an answer. None: some usual ones."""
+    usual line break is not to end an answer. Default: some usual ones."""
 
     label_words: Mapping[str, str] = field(default_factory=dict)
-    """What labels or tags are called to the model, e.g. {"0": "negative"}: words that it knows teach it faster than
-    numbers or codes. Served answers are these words, too."""
+    """What labels or tags are called to the model, e.g. 0=negative,1=positive: words that it knows teach it
+    faster than numbers or codes. Served answers are these words, too."""
 
     epochs: float = 3.0
     """Passes over the training part."""
@@ -104,16 +105,17 @@ class TrainConfig:
     """Seconds of training after which the run ends, wherever its schedule is."""
     batch_tokens: int | None = None
     """Tokens of one forward pass. Examples are packed whole, without padding, and do not see each other;
-    an encoder-decoder's are padded, which counts. None: by the data, see `batches.tokens_of_pass`."""
+    an encoder-decoder's are padded, which counts. Default: 8 examples of the mean length, within 256
+    and 1024 tokens."""
     accumulate: int = 1
     """Forward passes in one optimiser step."""
     batch_size: int | None = None
     """Examples in one optimiser step, counted instead of tokens: in as many passes as keep each, on average, within
-    `batch_tokens`. None: what fits into `accumulate` passes of `batch_tokens`."""
+    `batch_tokens`. Default: what fits into `accumulate` passes of `batch_tokens`."""
     learning_rate: float | None = None
-    """Peak. None: the method's default, whose source stands in its file."""
+    """Peak. Default: the method's."""
     head_learning_rate: float | None = None
-    """Peak of a classifier's. None: see `onebase_training.heads`."""
+    """A classifier's peak. Default: 3e-3."""
     learning_rate_multiplier: float = 1.0
     """Of both peaks."""
     schedule: Schedule = "cosine"
@@ -128,7 +130,7 @@ class TrainConfig:
     """Of initialisation, order, split and dropout."""
 
     eval_every: int | None = None
-    """Steps between evaluations, at each of which a checkpoint is written. None: eight in a run."""
+    """Steps between evaluations, at each of which a checkpoint is written. Default: eight in a run."""
     patience: int = 3
     """Evaluations in a row without a better held-out loss after which the run stops. 0: never."""
     metric_examples: int = 64

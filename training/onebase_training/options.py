@@ -1,22 +1,95 @@
-"""Options that several of the training commands have: each with one help text."""
+"""The training commands' options: a field of TrainConfig is an option, and its docstring is the help.
 
+A command names the fields that it offers and is given one TrainConfig, so each setting is told in one place.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from functools import wraps
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from rich.markup import escape
 
-Data = Annotated[list[Path], typer.Option(help="Training examples; may be given several times.")]
-MethodName = Annotated[str, typer.Option(help="See `onebase methods`.")]
-Model = Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")]
-EvalData = Annotated[Path | None, typer.Option(help="Held-out examples; default: a part of the data.")]
-EvalFraction = Annotated[float, typer.Option(help="Share of the data that is held out.")]
-Format = Annotated[str | None, typer.Option(help="The data's format; default: seen from its columns.")]
-MaxLength = Annotated[int, typer.Option(help="Most tokens of an example.")]
-BatchTokens = Annotated[
-    int | None, typer.Option(help="Tokens of one forward pass; default: 8 examples' on average, 256 to 1024.")
-]
-MetricExamples = Annotated[int, typer.Option(help="Held-out examples to generate for the metric.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of one of them.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+from onebase_adapters.errors import ConfigError
+from onebase_training.config import TrainConfig
+
+Command = Callable[..., None]
+_FORMS = {tuple: "A,B,...", Mapping: "NAME=VALUE,..."}
+"""How values of these types are written."""
+
+
+def takes_settings(*names: str, **defaults: Any) -> Callable[[Command], Command]:
+    """Make of `command(config, *, ...)` what typer calls: options for TrainConfig's fields `names` (none: for all)
+    stand in the place of `config`, with `defaults` where the command's are not the trainer's."""
+    hints, docs = get_type_hints(TrainConfig), _docs(TrainConfig)
+    defaults = {field.name: field.default for field in fields(TrainConfig)} | defaults
+    chosen = names or tuple(hints)
+
+    def decorate(command: Command) -> Command:
+        _, *own = inspect.signature(command).parameters.values()
+        options = [_option(name, hints[name], docs[name], defaults[name]) for name in chosen]
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            given = {name: values.pop(name) for name in chosen}
+            read = {name: _read(name, hints[name], value) for name, value in given.items() if value is not None}
+            command(TrainConfig(**read), **values)
+
+        run.__annotations__ = {option.name: option.annotation for option in [*options, *own]}
+        run.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _docs(config: type) -> dict[str, str]:
+    """The docstrings below a class's fields, which Python keeps in the source alone."""
+    docs = {}
+    for field, doc in pairwise(ast.walk(ast.parse(inspect.getsource(config)))):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+            docs[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(doc.value))
+    return docs
+
+
+def _option(name: str, hint: Any, doc: str, default: Any) -> inspect.Parameter:
+    """What typer reads. Without a value, the field keeps TrainConfig's own default."""
+    form = _FORMS.get(get_origin(hint))
+    if form is not None:
+        hint, default = str | None, None
+    elif default is MISSING:
+        default = inspect.Parameter.empty
+    if name == "data":
+        hint = list[Path]
+    flags = [f"--{name.replace('_', '-')}"] if hint is bool else []  # no --no-...
+    option = typer.Option(*flags, help=escape(doc), metavar=form)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
+    )
+
+
+def _read(name: str, hint: Any, value: Any) -> Any:
+    """The field's value, of the option's. Raises ConfigError."""
+    if isinstance(value, list):
+        return tuple(value)
+    kind, types = get_origin(hint), get_args(hint)
+    if kind not in _FORMS:
+        return value
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    try:
+        if kind is tuple:
+            return tuple(types[0](part) for part in parts)
+        return {key: types[1](text) for key, text in map(_pair, parts)}
+    except ValueError as error:
+        raise ConfigError(f"{name} must read {_FORMS[kind]}, found {value!r}.", field=name) from error
+
+
+def _pair(part: str) -> tuple[str, str]:
+    key, _, text = part.partition("=")
+    if not key or not text:
+        raise ValueError(part)
+    return key, text

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from onebase_adapters.base.spec import BaseSpec
-from onebase_server.logs import LogFormat
+from onebase_server.logs import LogFormat, LogLevel
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class EngineConfig:
     head: Literal["screened", "bf16", "nf4"] = "screened"
     """How greedy tokens are found: from all logits (`bf16`), the same tokens through a 4-bit screen that leaves
     few for the full product (`screened`), or from a 4-bit head alone (`nf4`: quickest, costs quality)."""
-    log_level: str = "warning"
+    log_level: LogLevel = "warning"
     """Of this process and the API's; `info` has a line for each request."""
     log_format: LogFormat = "text"
     threads: int | None = None
