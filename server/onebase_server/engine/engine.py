@@ -20,12 +20,12 @@ from onebase_adapters.base.shape import cache_shape
 from onebase_adapters.batch import Chunk
 from onebase_adapters.errors import AdapterError, ConfigError
 from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.layout import NO_LAYOUT
 from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
 from onebase_adapters.model.seq2seq import EncoderDecoder
 from onebase_adapters.model.served import ServedModel
 from onebase_adapters.packages import Progress
 from onebase_adapters.primitives import LoweredAdapter
+from onebase_server.engine.aside import Aside
 from onebase_server.engine.config import EngineConfig
 from onebase_server.engine.grammar import GrammarError, Grammars
 from onebase_server.engine.kv_cache import BlockPool
@@ -39,9 +39,6 @@ from onebase_server.engine.sequence import Sequence
 from onebase_server.logs import fields
 
 log = logging.getLogger(__name__)
-
-_PATIENCE_STEPS = 64
-"""So long the oldest request aside waits for a slot; then no younger one may keep a slot in use before it."""
 
 
 def _nothing() -> None:
@@ -87,10 +84,7 @@ class Engine:
             wake,
         )
         self._sequences: dict[str, Sequence] = {}
-        self._aside: list[Sequence] = []
-        self._oldest: Sequence | None = None
-        """Of those aside, and the step at which it became that."""
-        self._oldest_since = 0
+        self._aside = Aside(self.residency)
         self._arrivals = 0
         self._steps = 0
         self._prompt_tokens = 0
@@ -135,7 +129,7 @@ class Engine:
         if request.sampling.grammar is not None:
             sequence.grammar = self._grammars.start(request.sampling.grammar)
         self._sequences[request.id] = sequence
-        self._aside.append(sequence)
+        self._aside.add(sequence)
         return None
 
     def read_adapter(self, digest: str, folder: str) -> Future[LoweredAdapter]:
@@ -237,45 +231,20 @@ class Engine:
     def _call_in_those_aside(self) -> list[Output]:
         """Queue the sequences whose grammar is compiled and whose adapter has become resident."""
         outputs = []
-        waiting, self._aside = self._aside, []
-        impatient = self._impatient(waiting)
-        for sequence in waiting:
-            digest = sequence.request.adapter
-            if impatient is not None and digest not in (None, impatient):
-                self._aside.append(sequence)
-                continue
-            try:
-                if sequence.grammar is not None and not sequence.grammar.ready:
-                    self._aside.append(sequence)
-                    continue
-                parts = sequence.request.parts
-                resident = self.residency.acquire(digest, parts) if digest is not None else (0, NO_LAYOUT)
-            except (AdapterError, GrammarError) as error:
+        for sequence, outcome in self._aside.settle(self._steps):
+            if isinstance(outcome, AdapterError | GrammarError):
                 del self._sequences[sequence.request.id]
                 whose = "composition" if sequence.request.parts else "adapter"
-                kind = "grammar" if isinstance(error, GrammarError) else whose
-                outputs.append(_failure(sequence.request.id, kind, error.message))
+                kind = "grammar" if isinstance(outcome, GrammarError) else whose
+                outputs.append(_failure(sequence.request.id, kind, outcome.message))
                 continue
-            if resident is None:
-                self._aside.append(sequence)
-                continue
-            sequence.place(*resident, self.info.vocab)
+            sequence.place(*outcome, self.info.vocab)
             refusal = self._too_large(sequence.prompt_tokens + sequence.request.most_tokens)
             self.scheduler.add(sequence)
             if refusal is not None:  # only now, with the adapter's virtual tokens
                 self._end(sequence)
                 outputs.append(_failure(sequence.request.id, *refusal))
-        self.residency.drop_read({sequence.request.adapter or "" for sequence in self._aside})
         return outputs
-
-    def _impatient(self, waiting: Items[Sequence]) -> str | None:
-        """The adapter of the oldest one aside, if it has waited too long for a slot."""
-        oldest = waiting[0] if waiting else None
-        if oldest is not self._oldest:
-            self._oldest, self._oldest_since = oldest, self._steps
-        digest = oldest.request.adapter if oldest else None
-        waited = self._steps - self._oldest_since
-        return digest if digest and waited >= _PATIENCE_STEPS and self.residency.lacks_slot(digest) else None
 
     def _emit(self, sequence: Sequence, choice: Choice) -> Output:
         first = sequence.generated == 0
