@@ -89,6 +89,26 @@ def test_a_run_learns_and_writes_an_adapter_that_reads_back(method: str, config:
     assert [row["step"] for row in history if "loss" in row] == list(range(1, result.steps + 1))
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_a_classifications_best_checkpoint_is_told_by_its_answers(
+    head: bool, config: TrainConfig, tmp_path: Path
+) -> None:
+    rows = [{"text": f"{index} {ANIMALS[index % 4]}", "label": ANIMALS[index % 4]} for index in range(96)]
+    for name, part in (("train", rows[:72]), ("held", rows[72:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    files = {"data": tmp_path / "train.jsonl", "eval_data": tmp_path / "held.jsonl"}
+    events: list[Event] = []
+    result = train(
+        replace(config, **files, head=head, epochs=8, learning_rate=1e-2, metric_examples=24), events.append
+    )
+    best = [event for event in events if isinstance(event, Evaluated) and event.best][-1]
+    assert result.after.score is not None
+    assert result.after.score.metric == "accuracy"
+    assert best.accuracy == pytest.approx(result.after.score.value)  # of greedy answers
+    assert best.loss == pytest.approx(result.after.loss, rel=1e-5)
+    assert best.accuracy > 0.3
+
+
 def test_steps_of_so_many_examples_and_a_multiple_of_the_methods_rate(config: TrainConfig) -> None:
     """72 examples of some 10 tokens: 12 steps of 6, each in passes of at most 40 tokens on average, or in one."""
 

@@ -24,7 +24,7 @@ def fake(config: TrainConfig, progress: Progress) -> TrainResult:
     assert config.learning_rate is not None
     loss = 1 + abs(config.learning_rate - 3e-3)
     for step in range(1, 9):
-        progress(Evaluated(step, loss, best=True))
+        progress(Evaluated(step, loss, None, best=True))
     marks = Evaluation(loss, None, [])
     return TrainResult(config.output, marks, marks, 8, 1, 1.0, 1.0, 1, "done", {}, [], [])
 

@@ -111,6 +111,10 @@ class Collator:
         made = {"input_ids": row, "bounds": bounds, "rows": rows, "labels": labels}
         return {name: torch.tensor(value, dtype=torch.int64) for name, value in made.items()}
 
+    def learned(self, example: Encoded) -> int:
+        """Labels that an example brings into a batch."""
+        return sum(label != NO_LOSS for label in self.arrange(example)[1][self.ahead :])
+
     def arrange(self, example: Encoded) -> tuple[list[int], list[int]]:
         """An example's tokens and labels, with the virtual tokens in their places."""
         if not self.places:

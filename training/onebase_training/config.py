@@ -132,7 +132,8 @@ class TrainConfig:
     eval_every: int | None = None
     """Steps between evaluations, at each of which a checkpoint is written. Default: eight in a run."""
     patience: int = 3
-    """Evaluations in a row without a better held-out loss after which the run stops. 0: never."""
+    """So many evaluations after the best one the run stops. 0: never. The best has the lowest held-out loss; of a
+    classification, it is the last whose accuracy is within a standard error of the highest."""
     metric_examples: int = 64
     """Held-out examples that are generated for the task's metric, before and after. 0: none."""
     max_new_tokens: int = 128

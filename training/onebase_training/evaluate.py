@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from onebase_adapters.stops import first_stop
@@ -46,7 +47,7 @@ class Evaluation:
 
 def evaluate(model: Trained, examples: Sequence[Encoded], tokenizer: Any, config: TrainConfig) -> Evaluation:
     """Loss and metric of the model as it stands."""
-    loss = held_out_loss(model, examples, config.batch_tokens)
+    loss = measure(model, examples, config.batch_tokens).loss
     if not config.metric_examples:
         samples: list[Sample] = []
     elif model.attached.head is not None:
@@ -73,18 +74,30 @@ def gain(before: Evaluation, after: Evaluation) -> Score | None:
     return difference(before.score.metric, ours, base, [mine.expected for mine, _ in both])
 
 
+@dataclass(frozen=True)
+class Measured:
+    """How well a model continues held-out examples, each token after the right ones before it."""
+
+    loss: float
+    """Mean per learned token, in nats."""
+    wrong: int
+    """Examples of which some learned token is not the likeliest: those that greedy decoding answers otherwise."""
+
+
 @torch.no_grad()
-def held_out_loss(model: Trained, examples: Sequence[Encoded], pass_tokens: int | None = None) -> float:
-    """Mean loss per learned token, in nats. Leaves the model in the mode it was in. Takes less memory than training
-    with passes of as many tokens."""
+def measure(model: Trained, examples: Sequence[Encoded], pass_tokens: int | None = None) -> Measured:
+    """Leaves the model in the mode it was in. Takes less memory than training with passes of as many tokens."""
     training = model.training
     model.eval()
-    total, count = 0.0, 0
-    for batch in _batches(model, examples, pass_tokens):
-        total += float(model(**batch))
-        count += batch["labels"].numel()
+    total, count, wrong = 0.0, 0, 0
+    for batch, learned in _batches(model, examples, pass_tokens):
+        labels = batch.pop("labels")
+        logits = model(**batch)
+        total += float(cross_entropy(logits, labels, reduction="sum"))
+        count += labels.numel()
+        wrong += sum(not bool(hits.all()) for hits in (logits.argmax(-1) == labels).split(learned))
     model.train(training)
-    return total / count
+    return Measured(total / count, wrong)
 
 
 @torch.no_grad()
@@ -98,7 +111,7 @@ def classify(
     training = model.training
     model.eval()
     found: list[int] = []
-    for batch in _batches(model, examples, pass_tokens):
+    for batch, _ in _batches(model, examples, pass_tokens):
         labels = batch.pop("labels")
         found += model.logits(**batch).argmax(-1).tolist()[: labels.numel()]
     model.train(training)
@@ -113,11 +126,14 @@ def classify(
 
 def _batches(
     model: Trained, examples: Sequence[Encoded], pass_tokens: int | None
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[tuple[dict[str, torch.Tensor], list[int]]]:
+    """Batches, and how many labels each of their examples has."""
     lengths = [model.length(one) for one in examples]
     for indices in pack(range(len(examples)), lengths, pass_tokens or _PASS_TOKENS, padded=model.paired):
-        batch = model.collate([examples[index] for index in indices])
-        yield {name: value.to(model.device) for name, value in batch.items()}
+        chosen = [examples[index] for index in indices]
+        batch = model.collate(chosen)
+        learned = [model.collate.learned(example) for example in chosen]
+        yield {name: value.to(model.device) for name, value in batch.items()}, learned
 
 
 def generate_samples(

@@ -32,6 +32,8 @@ class Evaluated:
     step: int
     loss: float
     """Mean over its learned tokens, in nats."""
+    accuracy: float | None
+    """Share of a classification's examples that are answered rightly; None of other tasks."""
     best: bool
 
 

@@ -17,7 +17,7 @@ from onebase_adapters.methods.template import read_template
 from onebase_adapters.primitives import Template
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Example
-from onebase_training.evaluate import held_out_loss
+from onebase_training.evaluate import measure
 from onebase_training.events import Progress, Stage
 from onebase_training.model import Trained
 from onebase_training.templates import encode_with, raw
@@ -48,7 +48,7 @@ def choose(model: Trained, base: LoadedBase, dataset: Dataset, config: TrainConf
         for template in candidates:
             encoded = encode_with(template, judges[:count], base.tokenizer, limit)
             if encoded is not None:
-                scored.append((held_out_loss(model, encoded), template))
+                scored.append((measure(model, encoded).loss, template))
         if not scored:
             raise DataError(f"No candidate leaves room for the prompts in {limit} tokens.", field="max_length")
         scored.sort(key=lambda pair: pair[0])

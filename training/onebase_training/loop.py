@@ -30,11 +30,12 @@ from onebase_training.checkpoints import STATE_FILE, keep_only, restore, save_tr
 from onebase_training.config import TrainConfig
 from onebase_training.data import Encoded
 from onebase_training.distributed import ALONE, Ranks, deepspeed_settings
-from onebase_training.evaluate import held_out_loss
+from onebase_training.evaluate import measure
 from onebase_training.events import Evaluated, Progress, Step
 from onebase_training.methods import find_method
+from onebase_training.metrics import default_metric
 from onebase_training.model import Trained
-from onebase_training.stopping import Stopped, early_stop
+from onebase_training.stopping import Stopped, best_evaluation, early_stop
 
 Plan = list[list[int]]
 
@@ -59,9 +60,10 @@ class Loop(Trainer):  # type: ignore[misc]
         self._progress = progress
         self._pass_tokens = config.batch_tokens
         self._head_rate = config.head_learning_rate
+        self._classifies = default_metric([one.example for one in held_out]) == "accuracy"
         steps = count_steps(plan, config, ranks)
         tokens = [sum(model.length(examples[index]) for index in batch) for batch in plan]
-        self.watch = Watch(config, ranks, progress, tokens)
+        self.watch = Watch(config, ranks, progress, tokens, len(held_out))
         super().__init__(
             model=model,
             args=training_arguments(config, work, steps, model.device),
@@ -112,18 +114,26 @@ class Loop(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Called by the Trainer at its evaluation steps."""
-        loss = held_out_loss(self.model, self.eval_dataset, self._pass_tokens)
+        measured = measure(self.model, self.eval_dataset, self._pass_tokens)
         fsdp.reshard(self.model)
-        metrics = {"eval_loss": loss}
+        metrics = {"eval_loss": measured.loss}
+        if self._classifies:
+            metrics["eval_accuracy"] = 1 - measured.wrong / len(self.eval_dataset)
         self.log(metrics)
-        best = self.state.best_metric is None or loss < self.state.best_metric
-        self._progress(Evaluated(self.state.global_step, loss, best))
+        log = self.state.log_history
+        best = best_evaluation(log, len(self.eval_dataset)) == sum("eval_loss" in row for row in log) - 1
+        if best:
+            self.state.best_global_step = self.state.global_step
+        self._progress(Evaluated(self.state.global_step, measured.loss, metrics.get("eval_accuracy"), best))
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
     # Checkpoints
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        return bool(self.state.best_global_step == self.state.global_step)  # as `evaluate` has found
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A folder that appears whole; then the older ones that are not the best go."""
@@ -198,8 +208,6 @@ def training_arguments(config: TrainConfig, work: Path, steps: int, device: torc
         save_strategy="steps",
         save_steps=interval,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
         use_cpu=device.type == "cpu",
         disable_tqdm=True,
         report_to="none",
@@ -221,8 +229,12 @@ def _optimizer(config: TrainConfig, device: torch.device) -> str:
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Tells of progress, and ends a run early or at its time limit."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, progress: Progress, batch_tokens: Sequence[int]) -> None:
+    def __init__(
+        self, config: TrainConfig, ranks: Ranks, progress: Progress, batch_tokens: Sequence[int], held_out: int
+    ) -> None:
         self._config = config
+        self._held_out = held_out
+        """Examples."""
         self._batches = config.accumulate * ranks.world
         """Of a step."""
         self._progress = progress
@@ -268,7 +280,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         )
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        reason = early_stop(state.log_history, self._config.patience)
+        reason = early_stop(state.log_history, self._held_out, self._config.patience)
         if reason is not None and state.global_step < state.max_steps:
             self.stopped = reason
             control.should_save = control.should_training_stop = True

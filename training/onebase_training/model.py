@@ -69,9 +69,11 @@ class Trained(nn.Module):
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
-    def forward(self, labels: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
-        """The batch's summed loss in nats, a float32 scalar. Shapes as `collate` makes them."""
-        return cross_entropy(self.logits(**batch), labels, reduction="sum")
+    def forward(self, labels: torch.Tensor | None = None, **batch: torch.Tensor) -> torch.Tensor:
+        """The batch's summed loss in nats, a float32 scalar; without labels its `logits`. Shapes as `collate` makes
+        them."""
+        logits = self.logits(**batch)
+        return logits if labels is None else cross_entropy(logits, labels, reduction="sum")
 
     def logits(self, **batch: torch.Tensor) -> torch.Tensor:
         """float32 [M, vocab] or [M, classes] of a batch's `rows`."""

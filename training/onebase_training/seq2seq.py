@@ -53,6 +53,9 @@ class PairCollator(Collator):
             "labels": torch.tensor([label for _, label in learned]),
         }
 
+    def learned(self, example: Encoded) -> int:
+        return sum(label != NO_LOSS for label in example.labels[example.prompt_length :])
+
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, longest] int64 with zeros behind the shorter rows, and 1 where there is no padding."""

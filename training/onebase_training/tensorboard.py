@@ -28,6 +28,8 @@ def also_tensorboard(progress: Progress, folder: Path | None) -> Iterator[Progre
             writer.add_scalar("train/tokens_per_second", event.tokens_per_second, event.step)
         elif isinstance(event, Evaluated):
             writer.add_scalar("held_out/loss", event.loss, event.step)
+            if event.accuracy is not None:
+                writer.add_scalar("held_out/accuracy", event.accuracy, event.step)
 
     try:
         yield both

@@ -36,7 +36,9 @@ def watched(console: Console | None = None) -> Iterator[Progress]:
             bar.console.print(event.text, highlight=False)
         elif isinstance(event, Evaluated):
             best = ", the best so far" if event.best else ""
-            bar.console.print(f"step {event.step}: held-out loss {event.loss:.4f}{best}", highlight=False)
+            accuracy = "" if event.accuracy is None else f", accuracy {event.accuracy:.3f}"
+            text = f"step {event.step}: held-out loss {event.loss:.4f}{accuracy}{best}"
+            bar.console.print(text, highlight=False)
         else:
             if task is None:
                 task = bar.add_task("training", total=event.steps, loss=0.0, speed=0.0, left="")

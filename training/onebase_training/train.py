@@ -200,7 +200,7 @@ def _fit(
     )
     checkpoint = last_checkpoint(workspace.folder) if config.resume else None
     done = step_of(checkpoint) if checkpoint else 0
-    over = early_stop(history(workspace.folder), config.patience) if checkpoint else None
+    over = early_stop(history(workspace.folder), len(held_out), config.patience) if checkpoint else None
     if checkpoint and (over or done >= steps):  # killed after its last step
         restore(model, best_checkpoint(checkpoint))
         fsdp.hold(model)
