@@ -98,7 +98,7 @@ def test_the_stock_client_trains_and_calls_the_result(
     assert messages[0] == "The job is queued."
     assert messages[-1] == "The result is registered as support."
     assert "Step 4/5: training loss=0.2500" in messages
-    assert "Step 4: validation loss=0.1250" in messages
+    assert "Step 4: validation loss=0.1250, accuracy=0.500" in messages
     assert "a library's print" not in messages
     assert {event.type for event in events} == {"message", "metrics"}
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))

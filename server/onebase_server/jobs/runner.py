@@ -249,6 +249,8 @@ class JobRunner:
             case "evaluated":
                 data = {"step": event["step"], "valid_loss": event["loss"], "best": event["best"]}
                 message = f"Step {event['step']}: validation loss={event['loss']:.4f}"
+                if (accuracy := event.get("accuracy")) is not None:
+                    message += f", accuracy={accuracy:.3f}"
                 await self._tell(job_id, message, kind="metrics", data=data)
 
     async def _last_step(self, job_id: str) -> int:
