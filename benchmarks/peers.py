@@ -2,6 +2,7 @@
 the very same NF4 base."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def prefill_seconds(model: Any, prompt: torch.Tensor) -> float:
 
 def with_adapters(base: LoadedBase, folders: Sequence[Path]) -> Any:
     """The base as PEFT wraps it, with all the adapters loaded under their folders' names."""
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT's own
     model = PeftModel.from_pretrained(base.model, folders[0], adapter_name=folders[0].name)
     for folder in folders[1:]:
         model.load_adapter(folder, adapter_name=folder.name)
