@@ -24,13 +24,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from examples.prepare import prepare
 from onebase_adapters.base import BaseSpec, load_base
-from onebase_training.batches import plan_batches
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
+from onebase_training.data.batches import plan_batches
 from onebase_training.events import silent
-from onebase_training.loop import Loop
+from onebase_training.fitting.loop import Loop
 from onebase_training.methods import find_method, lora
-from onebase_training.model import Trained
+from onebase_training.model.trained import Trained
 from onebase_training.prepare import load_for_training
 
 BATCH_TOKENS = 1024

@@ -26,7 +26,7 @@ class Recipe:
     rows: Callable[[Sequence[Path]], Iterator[Row]]
     """Makes the records of the fetched files, in the order of `files`."""
     metric: str
-    """What tells best whether an adapter has learned it; a name in `onebase_training.metrics`."""
+    """What tells best whether an adapter has learned it; a name in `onebase_training.evaluation.metrics`."""
     held_out: float = 0.1
     """The fraction of the rows that eval.jsonl gets."""
     group: Callable[[Row], str] | None = None

@@ -345,7 +345,7 @@ async def test_the_real_trainer(tmp_path: Path, tiny_model: Callable[[str], Path
 def test_settings_are_those_of_the_trainer() -> None:
     import inspect
 
-    from onebase_training.cli import train
+    from onebase_training.commands.train import train
     from onebase_training.methods import METHODS as TRAINED
 
     assert set(METHODS) <= set(TRAINED)

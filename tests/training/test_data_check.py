@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from onebase_adapters.errors import DataError
+from onebase_training.commands import data as data_cli
 from onebase_training.data import Dataset, Example, Turn
-from onebase_training.data import cli as data_cli
 from onebase_training.data.check import Check, TooLong, check
 from onebase_training.data.show import show, token_texts
 

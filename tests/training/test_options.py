@@ -11,11 +11,11 @@ import typer
 from typer.testing import CliRunner, Result
 
 from onebase_adapters.errors import ConfigError
-from onebase_training.cli import train
-from onebase_training.cli_compare import compare
-from onebase_training.cli_tune import tune
+from onebase_training.commands.compare import compare
+from onebase_training.commands.options import takes_settings
+from onebase_training.commands.train import train
+from onebase_training.commands.tune import tune
 from onebase_training.config import TrainConfig
-from onebase_training.options import takes_settings
 
 NEEDED = ["--data", "d.jsonl", "--output", "o"]
 

@@ -12,7 +12,8 @@ from examples.recipes import RECIPES, Row
 from onebase_adapters.errors import ConfigError
 from onebase_adapters.packages import PackagedFile
 from onebase_training.data import read_dataset
-from onebase_training.metrics import METRICS, default_metric
+from onebase_training.data.task import default_metric
+from onebase_training.evaluation.metrics import METRICS
 
 
 def headlines() -> str:

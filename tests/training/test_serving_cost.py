@@ -6,8 +6,8 @@ from pathlib import Path
 from onebase_adapters.base import BaseSpec
 from onebase_adapters.primitives import Template
 from onebase_training.data import Example
-from onebase_training.serving_cost import serving_cost
-from onebase_training.templates import write_template
+from onebase_training.data.templates import write_template
+from onebase_training.evaluation.serving_cost import serving_cost
 
 EXAMPLES = [Example(number, prompt=f"What is {number}?", completion=" 1") for number in range(3)]
 

@@ -9,15 +9,15 @@ import pytest
 from safetensors.torch import load_file
 
 from onebase_adapters.errors import ConfigError
-from onebase_training.compare import choose, compare, known_before
-from onebase_training.compare_files import Entry
-from onebase_training.compare_show import render, table_rows
+from onebase_training.comparison.compare import choose, compare, known_before
+from onebase_training.comparison.files import Entry
+from onebase_training.comparison.show import render, table_rows
 from onebase_training.config import TrainConfig
-from onebase_training.evaluate import Evaluation, Sample
+from onebase_training.evaluation.evaluate import Evaluation, Sample
+from onebase_training.evaluation.metrics import score
+from onebase_training.evaluation.serving_cost import ServingCost
 from onebase_training.events import Event, Stage
-from onebase_training.metrics import score
 from onebase_training.result import TrainResult
-from onebase_training.serving_cost import ServingCost
 from onebase_training.train import train
 
 

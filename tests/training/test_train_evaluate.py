@@ -9,7 +9,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from onebase_adapters.errors import AdapterError, DataError
-from onebase_training.cli_evaluate import evaluate
+from onebase_training.commands.evaluate import evaluate
 from onebase_training.config import TrainConfig
 from onebase_training.train import train
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from onebase_training.config import TrainConfig
-from onebase_training.fast_lora import speed_up
+from onebase_training.methods.fast_lora import speed_up
 
 CONFIG = TrainConfig(data=Path("-"), output=Path("-"))
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from onebase_adapters.errors import ConfigError
-from onebase_training import fsdp
 from onebase_training.config import TrainConfig
 from onebase_training.events import Evaluated, Event, silent
-from onebase_training.loop import Loop
+from onebase_training.fitting import fsdp
+from onebase_training.fitting.loop import Loop
 from onebase_training.train import train
 
 

@@ -14,9 +14,9 @@ from onebase_adapters.model.served import ServedModel
 from onebase_adapters.primitives import Template
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Example, Turn
-from onebase_training.evaluate import sample
-from onebase_training.evaluate_served import EvaluateConfig, evaluate_served
-from onebase_training.templates import encode_with
+from onebase_training.data.templates import encode_with
+from onebase_training.evaluation.evaluate import sample
+from onebase_training.evaluation.evaluate_served import EvaluateConfig, evaluate_served
 from onebase_training.train import train
 
 

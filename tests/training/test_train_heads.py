@@ -15,7 +15,7 @@ from onebase_adapters.base import BaseSpec
 from onebase_adapters.base.load import quiet_loading
 from onebase_adapters.errors import ConfigError, DataError
 from onebase_training.config import TrainConfig
-from onebase_training.evaluate_served import EvaluateConfig, evaluate_served
+from onebase_training.evaluation.evaluate_served import EvaluateConfig, evaluate_served
 from onebase_training.methods import METHODS
 from onebase_training.train import train
 from support.tokenizer import save_tokenizer

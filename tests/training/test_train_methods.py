@@ -9,7 +9,7 @@ import pytest
 
 from onebase_adapters.base import BaseSpec
 from onebase_training.config import TrainConfig
-from onebase_training.evaluate_served import EvaluateConfig, evaluate_served
+from onebase_training.evaluation.evaluate_served import EvaluateConfig, evaluate_served
 from onebase_training.methods import METHODS
 from onebase_training.result import TrainResult
 from onebase_training.train import train

@@ -8,7 +8,7 @@ from bitsandbytes.optim import AdamW as PagedAdamW
 from transformers import Trainer
 
 from onebase_training.config import TrainConfig
-from onebase_training.loop import training_arguments
+from onebase_training.fitting.loop import training_arguments
 
 
 @pytest.mark.parametrize(

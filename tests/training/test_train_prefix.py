@@ -9,12 +9,12 @@ import torch
 
 from onebase_adapters.base import BaseSpec, load_base
 from onebase_adapters.errors import ConfigError
-from onebase_training.attention import PACKED_ATTENTION
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded, Example
 from onebase_training.methods import prefix_tuning
-from onebase_training.methods.attached import Attached
-from onebase_training.model import Trained
+from onebase_training.model.attached import Attached
+from onebase_training.model.attention import PACKED_ATTENTION
+from onebase_training.model.trained import Trained
 
 
 def config(folder: Path, **options: Any) -> TrainConfig:

@@ -12,7 +12,7 @@ from onebase_training.config import TrainConfig
 from onebase_training.data import Example, encode
 from onebase_training.events import silent
 from onebase_training.methods import find_method, lora
-from onebase_training.model import Trained
+from onebase_training.model.trained import Trained
 from onebase_training.prepare import load_for_training
 from onebase_training.train import train
 

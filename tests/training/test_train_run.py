@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from onebase_adapters.errors import ConfigError, DataError
 from onebase_adapters.files import check_base, read_adapter
 from onebase_training.config import TrainConfig
-from onebase_training.dequantize import dequantize, keep_unpacked
 from onebase_training.events import Evaluated, Event, Stage, Step
-from onebase_training.model import Trained
-from onebase_training.terminal import json_lines
+from onebase_training.model.dequantize import dequantize, keep_unpacked
+from onebase_training.model.trained import Trained
+from onebase_training.show.terminal import json_lines
 from onebase_training.train import train
 
 ANIMALS = ("cat", "dog", "cow", "owl", "ant", "bee", "fox", "hen")
@@ -179,7 +179,7 @@ def test_recomputed_activations_change_no_adapter(config: TrainConfig) -> None:
 def test_a_batch_that_cannot_fit_is_refused_before_training(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onebase_training.estimate.free_memory", lambda _: 1 << 16)
+    monkeypatch.setattr("onebase_training.fitting.estimate.free_memory", lambda _: 1 << 16)
     with pytest.raises(ConfigError, match="batch-tokens"):
         train(config)
     assert left_behind(config) == []

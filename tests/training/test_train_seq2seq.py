@@ -16,11 +16,11 @@ from onebase_adapters.batch import Chunk
 from onebase_adapters.errors import ConfigError
 from onebase_adapters.methods import load_adapter
 from onebase_server.engine.engine import Engine
-from onebase_training.batches import pack
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
-from onebase_training.methods.attached import Attached
-from onebase_training.model import Trained
+from onebase_training.data.batches import pack
+from onebase_training.model.attached import Attached
+from onebase_training.model.trained import Trained
 from onebase_training.train import train
 from support.engines import Driver, engine_config
 

@@ -16,7 +16,7 @@ Choice = Literal["auto", "always", "never"]
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run's result, and where it goes. Its fields are the options of `onebase train`, see
-    `onebase_training.options`."""
+    `onebase_training.commands.options`."""
 
     data: Path | tuple[Path, ...]
     """Training examples; of several tasks if given several times. `onebase data check` knows the formats."""

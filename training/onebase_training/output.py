@@ -10,8 +10,8 @@ from typing import Any
 
 from onebase_adapters.format import SIDECAR_FILE
 from onebase_adapters.paths import staged_directory
-from onebase_training.report import render_report
 from onebase_training.result import TrainResult
+from onebase_training.show.report import render_report
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"

@@ -6,16 +6,16 @@ from onebase_adapters.base import BaseSpec, LoadedBase, load_base
 from onebase_adapters.errors import ConfigError, DataError
 from onebase_adapters.files import check_base, read_adapter
 from onebase_adapters.vocabulary import check_folder
-from onebase_training.attention import PACKED_ATTENTION
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded, encode, encode_for_head, read_dataset, read_datasets, split
 from onebase_training.data.check import Check
-from onebase_training.dequantize import dequantize, dequantized_bytes, keep_unpacked
-from onebase_training.estimate import free_memory
 from onebase_training.events import Progress, Stage
+from onebase_training.fitting.estimate import free_memory
 from onebase_training.methods import Method
-from onebase_training.methods.attached import Attached
-from onebase_training.seq2seq import PAIRED_METHODS
+from onebase_training.model.attached import Attached
+from onebase_training.model.attention import PACKED_ATTENTION
+from onebase_training.model.dequantize import dequantize, dequantized_bytes, keep_unpacked
+from onebase_training.model.seq2seq import PAIRED_METHODS
 
 
 def read_data(config: TrainConfig) -> tuple[Dataset, Dataset]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onebase_training.evaluate import Evaluation
-from onebase_training.stopping import Stopped
+from onebase_training.evaluation.evaluate import Evaluation
+from onebase_training.fitting.stopping import Stopped
 
 
 @dataclass(frozen=True)

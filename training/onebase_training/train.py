@@ -12,27 +12,27 @@ from transformers import set_seed
 
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError, DataError
-from onebase_training import fsdp, heads
-from onebase_training.batches import passes_of, plan_batches, plan_examples, tokens_of_pass
-from onebase_training.checkpoints import best_checkpoint, history, last_checkpoint, restore, step_of
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded
+from onebase_training.data.batches import passes_of, plan_batches, plan_examples, tokens_of_pass
 from onebase_training.data.check import check
-from onebase_training.distributed import Ranks, barrier, gathered, take_own_gpu, this_process
-from onebase_training.estimate import peak_memory, settle
-from onebase_training.evaluate import Evaluation, Sample, evaluate, mark
+from onebase_training.data.templates import encode_with, write_template
+from onebase_training.evaluation.evaluate import Evaluation, Sample, evaluate, mark
 from onebase_training.events import Progress, Stage, silent
-from onebase_training.hard_prompt import choose
-from onebase_training.heads import classes_of, with_head
-from onebase_training.loop import Loop, count_steps
-from onebase_training.methods import Attach, find_method
-from onebase_training.methods.attached import Attached
-from onebase_training.model import Trained, trainable_state
+from onebase_training.fitting import fsdp
+from onebase_training.fitting.checkpoints import best_checkpoint, history, last_checkpoint, restore, step_of
+from onebase_training.fitting.distributed import Ranks, barrier, gathered, take_own_gpu, this_process
+from onebase_training.fitting.estimate import peak_memory, settle
+from onebase_training.fitting.loop import Loop, count_steps
+from onebase_training.fitting.stopping import Stopped, early_stop
+from onebase_training.methods import Attach, find_method, heads
+from onebase_training.methods.hard_prompt import choose
+from onebase_training.methods.heads import classes_of, with_head
+from onebase_training.model.attached import Attached
+from onebase_training.model.trained import Trained, trainable_state
 from onebase_training.output import versions, write_result
 from onebase_training.prepare import check_room, describe, encode_part, load_for_training, read_data, start_from
 from onebase_training.result import TrainResult
-from onebase_training.stopping import Stopped, early_stop
-from onebase_training.templates import encode_with, write_template
 from onebase_training.workspace import Workspace, open_workspace
 
 _BEFORE_FILE = "before.json"

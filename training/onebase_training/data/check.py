@@ -9,7 +9,7 @@ from typing import Any
 from onebase_training.data.duplicates import groups
 from onebase_training.data.encode import NO_LOSS, Encoded, encode
 from onebase_training.data.examples import Dataset, Example
-from onebase_training.metrics import default_metric, is_classification
+from onebase_training.data.task import default_metric, is_classification
 
 Lines = tuple[int, ...]
 

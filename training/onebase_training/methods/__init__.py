@@ -23,8 +23,8 @@ from onebase_training.methods import (
     prompt_tuning,
     rslora,
 )
-from onebase_training.methods.attached import Attached
 from onebase_training.methods.deltas import delta
+from onebase_training.model.attached import Attached
 
 Attach = Callable[[LoadedBase, TrainConfig, int], Attached]
 

@@ -9,8 +9,8 @@ from peft import AdaLoraConfig
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
-from onebase_training.methods.attached import Attached
 from onebase_training.methods.peft_parts import is_transposed, put_peft, target_modules, task_type
+from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 5e-3
 """Measured, see DECISIONS.md: E begins at zero, and moves the update only by its product with P and Q."""

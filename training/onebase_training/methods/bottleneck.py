@@ -15,7 +15,7 @@ from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
 from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from onebase_training.config import TrainConfig
-from onebase_training.methods.attached import Attached
+from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-3
 """Measured, see DECISIONS.md. Houlsby et al. search 3e-5 to 3e-3."""

@@ -7,8 +7,8 @@ import peft
 
 from onebase_adapters.base import LoadedBase
 from onebase_training.config import TrainConfig
-from onebase_training.methods.attached import Attached
 from onebase_training.methods.peft_parts import attach_peft, target_names, task_type
+from onebase_training.model.attached import Attached
 
 Attach = Callable[[LoadedBase, TrainConfig, int], Attached]
 

@@ -3,8 +3,8 @@
 from onebase_adapters.base import LoadedBase
 from onebase_training.config import TrainConfig
 from onebase_training.methods import lora
-from onebase_training.methods.attached import Attached
 from onebase_training.methods.peft_parts import attach_peft
+from onebase_training.model.attached import Attached
 
 LEARNING_RATE = lora.LEARNING_RATE
 

@@ -7,7 +7,7 @@ import torch
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.base.load import quiet_loading
 from onebase_training.config import TrainConfig
-from onebase_training.methods.attached import Attached
+from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-4
 """Measured, see DECISIONS.md. Larger bases want less: 2e-5 is usual for 7B (LLaMA 2, section 3.1)."""

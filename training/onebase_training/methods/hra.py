@@ -12,8 +12,8 @@ from peft.tuners.hra import HRALinear
 
 from onebase_adapters.base import LoadedBase
 from onebase_training.config import TrainConfig
-from onebase_training.methods.attached import Attached
 from onebase_training.methods.deltas import delta
+from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-3
 """Measured, see DECISIONS.md."""

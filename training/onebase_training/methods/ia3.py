@@ -10,8 +10,8 @@ from peft.utils.constants import (
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
-from onebase_training.methods.attached import Attached
 from onebase_training.methods.peft_parts import attach_peft, is_transposed, task_type
+from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 3e-2
 """Measured, see DECISIONS.md. The paper has 3e-3, with Adafactor and 1000 steps."""

@@ -6,9 +6,9 @@ from peft import LoraConfig
 
 from onebase_adapters.base import LoadedBase
 from onebase_training.config import TrainConfig
-from onebase_training.fast_lora import speed_up
-from onebase_training.methods.attached import Attached
+from onebase_training.methods.fast_lora import speed_up
 from onebase_training.methods.peft_parts import attach_peft, is_transposed, target_modules, task_type
+from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-3
 """Measured, see DECISIONS.md. Larger bases want less: QLoRA has 2e-4 for 7B and 1e-4 from 33B on."""

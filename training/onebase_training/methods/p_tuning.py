@@ -8,8 +8,8 @@ from peft import PromptEncoderConfig
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
-from onebase_training.methods.attached import Attached
 from onebase_training.methods.peft_parts import put_peft, task_type
+from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 3e-3
 """Measured, see DECISIONS.md."""

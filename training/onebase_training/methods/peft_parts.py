@@ -16,7 +16,7 @@ from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
 from onebase_adapters.format import WEIGHTS_FILE
 from onebase_training.config import TrainConfig
-from onebase_training.methods.attached import Attached
+from onebase_training.model.attached import Attached
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from onebase_adapters.base import LoadedBase
 from onebase_adapters.factorise import refactorise
 from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from onebase_training.config import TrainConfig
-from onebase_training.fast_lora import speed_up
 from onebase_training.methods import lora
-from onebase_training.methods.attached import Attached
+from onebase_training.methods.fast_lora import speed_up
 from onebase_training.methods.peft_parts import put_peft
+from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 5e-4
 """Half of LoRA's: both matrices begin large, and move the update at once."""

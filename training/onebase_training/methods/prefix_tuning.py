@@ -14,9 +14,9 @@ from transformers import DynamicCache
 from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
-from onebase_training.methods.attached import Attached
 from onebase_training.methods.peft_parts import put_peft, task_type
 from onebase_training.methods.prompt_tuning import text_tokens
+from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-2
 """Measured, see DECISIONS.md: keys and values themselves are trained, and take far more than weights do."""

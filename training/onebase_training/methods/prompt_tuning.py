@@ -5,8 +5,8 @@ from peft import PromptTuningConfig, PromptTuningInit
 
 from onebase_adapters.base import LoadedBase
 from onebase_training.config import TrainConfig
-from onebase_training.methods.attached import Attached
 from onebase_training.methods.peft_parts import put_peft, task_type
+from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 3e-2
 """Measured, see DECISIONS.md. The paper has 0.3, with Adafactor and far larger bases."""

@@ -2,10 +2,10 @@
 
 from onebase_adapters.base import LoadedBase
 from onebase_training.config import TrainConfig
-from onebase_training.fast_lora import speed_up
 from onebase_training.methods import lora
-from onebase_training.methods.attached import Attached
+from onebase_training.methods.fast_lora import speed_up
 from onebase_training.methods.peft_parts import attach_peft
+from onebase_training.model.attached import Attached
 
 
 def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from onebase_training.batches import pack
-from onebase_training.model import Trained
-from onebase_training.seq2seq import answers
+from onebase_training.data.batches import pack
+from onebase_training.model.seq2seq import answers
+from onebase_training.model.trained import Trained
 
 _BATCH_TOKENS = 4096
 """Of the sequences that are written at once, at the longest that they may become: what their cache holds."""

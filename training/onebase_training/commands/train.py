@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from onebase_adapters.base.catalog import DEFAULT_BASE
+from onebase_training.commands.options import takes_settings
 from onebase_training.config import TrainConfig
-from onebase_training.options import takes_settings
 
 
 @takes_settings()
@@ -23,10 +22,10 @@ def train(
     ] = False,
 ) -> None:
     """Train an adapter from a data file."""
-    from onebase_training.checkpoints import last_checkpoint, step_of
-    from onebase_training.distributed import this_process
-    from onebase_training.tensorboard import also_tensorboard
-    from onebase_training.terminal import json_lines, show, watched
+    from onebase_training.fitting.checkpoints import last_checkpoint, step_of
+    from onebase_training.fitting.distributed import this_process
+    from onebase_training.show.tensorboard import also_tensorboard
+    from onebase_training.show.terminal import json_lines, show, watched
     from onebase_training.train import train as run
     from onebase_training.workspace import Workspace
 
@@ -51,31 +50,3 @@ def _stopped(saved: Path | None, step: int, command: Sequence[str]) -> str:
         return "Stopped before the first checkpoint: nothing is kept."
     again = [Path(command[0]).name, *(word for word in command[1:] if word not in ("--overwrite", "--resume"))]
     return f"Stopped. Step {step} is saved, in {saved}. This goes on from it:\n  {shlex.join([*again, '--resume'])}"
-
-
-def methods(
-    model: Annotated[str, typer.Option(help="The base that they would be trained on.")] = DEFAULT_BASE,
-) -> None:
-    """List the methods, and what each costs on a base with its default settings."""
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Table
-
-    from onebase_training.methods import METHODS
-    from onebase_training.overview import overview
-
-    console = Console()
-    table = Table("method", "what it is", "trained", "file", "per token", "context", "served as", title=model)
-    for name, method in track(METHODS.items(), "measuring", console=console, transient=True):
-        found = overview(name, method, model)
-        table.add_row(
-            name,
-            method.about,
-            f"{found.trained:,}",
-            f"{found.file_bytes / 2**20:.2f} MiB",
-            f"{found.products / 1e6:.2f} M" if found.products else "-",
-            str(found.context) if found.context else "its text" if method.attach is None else "-",
-            found.served_as,
-        )
-    console.print(table)
-    console.print("per token: multiplications beside the base's; context: tokens that each request gives up")

@@ -21,8 +21,8 @@ from onebase_adapters.model.served import ServedModel
 from onebase_adapters.model.weights import ModelWeights
 from onebase_adapters.primitives import Head, LoweredAdapter, Template
 from onebase_training.data import Example, encode, encode_for_head
-from onebase_training.served import ServedRows
-from onebase_training.templates import encode_with
+from onebase_training.data.templates import encode_with
+from onebase_training.evaluation.served import ServedRows
 
 STREAMS = 16
 """Most requests of the batch."""

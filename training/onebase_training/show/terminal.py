@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from onebase_training.evaluate import gain
+from onebase_training.evaluation.evaluate import gain
 from onebase_training.events import Evaluated, Event, Progress, Stage
 from onebase_training.result import TrainResult
 

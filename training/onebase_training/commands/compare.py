@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from onebase_training.commands.options import takes_settings
 from onebase_training.config import TrainConfig
-from onebase_training.options import takes_settings
 
 
 @takes_settings(
@@ -22,8 +22,8 @@ def compare(
     from rich.console import Console
 
     from onebase_adapters.paths import disk_errors
-    from onebase_training import compare as comparison
-    from onebase_training import compare_show
+    from onebase_training.comparison import compare as comparison
+    from onebase_training.comparison import show as compare_show
     from onebase_training.events import Event, Stage
 
     names = [name.strip() for name in methods.split(",") if name.strip()]

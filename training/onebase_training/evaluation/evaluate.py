@@ -9,12 +9,13 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from onebase_adapters.stops import first_stop
-from onebase_training.batches import pack
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded
-from onebase_training.generate import generate
-from onebase_training.metrics import Score, default_metric, difference, score
-from onebase_training.model import Trained
+from onebase_training.data.batches import pack
+from onebase_training.data.task import default_metric
+from onebase_training.evaluation.generate import generate
+from onebase_training.evaluation.metrics import Score, difference, score
+from onebase_training.model.trained import Trained
 
 _PASS_TOKENS = 1024
 """Of a pass that measures a loss, where nothing else is said."""

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from onebase_adapters.paths import disk_errors
-from onebase_training.evaluate import Evaluation, gain
-from onebase_training.evaluate_served import Scored
-from onebase_training.metrics import Score
+from onebase_training.evaluation.evaluate import Evaluation, gain
+from onebase_training.evaluation.evaluate_served import Scored
+from onebase_training.evaluation.metrics import Score
 
 
 def show(scored: Scored, console: Console, samples: int) -> None:

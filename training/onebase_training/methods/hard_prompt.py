@@ -17,10 +17,10 @@ from onebase_adapters.methods.template import read_template
 from onebase_adapters.primitives import Template
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Example
-from onebase_training.evaluate import measure
+from onebase_training.data.templates import encode_with, raw
+from onebase_training.evaluation.evaluate import measure
 from onebase_training.events import Progress, Stage
-from onebase_training.model import Trained
-from onebase_training.templates import encode_with, raw
+from onebase_training.model.trained import Trained
 
 _SHOTS = (1, 2, 4, 8)
 _DRAWS = 2

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.paths import disk_errors
-from onebase_training import fsdp
-from onebase_training.distributed import Ranks, barrier, gathered
-from onebase_training.model import Trained, trainable_state
+from onebase_training.fitting import fsdp
+from onebase_training.fitting.distributed import Ranks, barrier, gathered
+from onebase_training.model.trained import Trained, trainable_state
 
 STATE_FILE = "trainer_state.json"
 _TRAINED_FILE = "trained.safetensors"

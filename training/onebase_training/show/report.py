@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment
 
-from onebase_training.evaluate import gain
-from onebase_training.metrics import Score
+from onebase_training.evaluation.evaluate import gain
+from onebase_training.evaluation.metrics import Score
 from onebase_training.result import TrainResult
 
 _SAMPLES = 8
@@ -18,7 +18,7 @@ _WIDTH, _HEIGHT, _LEFT = 800, 260, 48
 
 def render_report(result: TrainResult, hashes: Mapping[str, str]) -> str:
     """The page's HTML. `hashes` has the digest of each file written."""
-    template = (files("onebase_training") / "report.html.jinja").read_text(encoding="utf-8")
+    template = (files("onebase_training.show") / "report.html.jinja").read_text(encoding="utf-8")
     notes = result.notes
     lengths = sorted(result.lengths)
     data = {**notes["data"], "tokens": sum(lengths)}

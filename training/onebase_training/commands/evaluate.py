@@ -26,9 +26,9 @@ def evaluate(
     """Score an adapter and its base on data, by the code that serves them."""
     from rich.console import Console
 
-    from onebase_training.evaluate_served import EvaluateConfig, evaluate_served
-    from onebase_training.evaluate_show import show, write
-    from onebase_training.terminal import watched
+    from onebase_training.evaluation.evaluate_served import EvaluateConfig, evaluate_served
+    from onebase_training.evaluation.show import show, write
+    from onebase_training.show.terminal import watched
 
     base = BaseSpec(model, quantization, device=device)
     config = EvaluateConfig(data, base, adapter, format, max_length, metric_examples, max_new_tokens)

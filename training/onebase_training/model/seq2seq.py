@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from onebase_training.batches import Collator
 from onebase_training.data import NO_LOSS, Encoded
+from onebase_training.model.collate import Collator
 
 if TYPE_CHECKING:
-    from onebase_training.model import Trained
+    from onebase_training.model.trained import Trained
 
 PAIRED_METHODS = ("lora", "qlora", "prompt-tuning")
 """What an encoder-decoder is trained with."""

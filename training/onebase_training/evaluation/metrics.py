@@ -5,8 +5,6 @@ all). So the bootstrap resamples rows by one matrix product, for F1 and perplexi
 compared after outer space is stripped and inner space is made single.
 """
 
-import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onebase_adapters.errors import DataError
-from onebase_training.data.examples import Example
+from onebase_training.data.task import json_fields
 from onebase_training.data.words import compared_words
 
 Floats = NDArray[np.float64]
@@ -112,29 +110,6 @@ def spans(tags: Sequence[str]) -> set[tuple[int, int, str]]:
     return found
 
 
-def default_metric(examples: Sequence[Example]) -> str:
-    """The metric of `METRICS` that fits these examples, by their answers.
-
-    Tags: entity F1. JSON objects: F1 of their fields. Few different answers (a classification): accuracy, or macro
-    F1 where one of them is more than three quarters. Short ones: exact match. Longer ones: ROUGE-L.
-    """
-    if any(example.words for example in examples):
-        return "entity_f1"
-    if all(_fields(example.answer) for example in examples):
-        return "field_f1"
-    if is_classification(examples):
-        answers = Counter(example.answer.strip() for example in examples)
-        return "macro_f1" if 4 * max(answers.values()) > 3 * len(examples) else "accuracy"
-    lengths = sorted(len(compared_words(example.answer, unspaced=1)) for example in examples)
-    return "exact_match" if lengths[len(lengths) // 2] <= 30 else "rouge_l"
-
-
-def is_classification(examples: Sequence[Example]) -> bool:
-    """Whether the answers are labels: called so, or few different ones."""
-    answers = {example.answer.strip() for example in examples}
-    return all(example.label is not None for example in examples) or 10 * len(answers) <= len(examples)
-
-
 def _mean_of(one: Callable[[str, str], float]) -> "Metric":
     def metric(predictions: Sequence[str], references: Sequence[str]) -> tuple[Floats, Combine]:
         values = [one(mine, wanted) for mine, wanted in zip(predictions, references, strict=True)]
@@ -156,19 +131,9 @@ def _field_f1(predictions: Sequence[str], references: Sequence[str]) -> tuple[Fl
     """Micro F1 of the fields of JSON objects, by key and value; what is no object has none."""
     rows = []
     for mine, wanted in zip(predictions, references, strict=True):
-        ours, theirs = _fields(mine), _fields(wanted)
+        ours, theirs = json_fields(mine), json_fields(wanted)
         rows.append((len(ours & theirs), len(ours), len(theirs)))
     return np.array(rows, dtype=np.float64), _f1
-
-
-def _fields(text: str) -> set[tuple[str, str]]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return set()
-    if not isinstance(value, dict):
-        return set()
-    return {(key, json.dumps(inner, sort_keys=True)) for key, inner in value.items()}
 
 
 def _macro_f1(predictions: Sequence[str], references: Sequence[str]) -> tuple[Floats, Combine]:

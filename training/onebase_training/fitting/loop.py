@@ -25,17 +25,17 @@ from transformers import (
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from onebase_adapters.errors import ConfigError
-from onebase_training import fsdp
-from onebase_training.checkpoints import STATE_FILE, keep_only, restore, save_trained, staged_checkpoint
 from onebase_training.config import TrainConfig
 from onebase_training.data import Encoded
-from onebase_training.distributed import ALONE, Ranks, deepspeed_settings
-from onebase_training.evaluate import measure
+from onebase_training.data.task import default_metric
+from onebase_training.evaluation.evaluate import measure
 from onebase_training.events import Evaluated, Progress, Step
+from onebase_training.fitting import fsdp
+from onebase_training.fitting.checkpoints import STATE_FILE, keep_only, restore, save_trained, staged_checkpoint
+from onebase_training.fitting.distributed import ALONE, Ranks, deepspeed_settings
+from onebase_training.fitting.stopping import Stopped, best_evaluation, early_stop
 from onebase_training.methods import find_method
-from onebase_training.metrics import default_metric
-from onebase_training.model import Trained
-from onebase_training.stopping import Stopped, best_evaluation, early_stop
+from onebase_training.model.trained import Trained
 
 Plan = list[list[int]]
 

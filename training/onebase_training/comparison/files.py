@@ -9,10 +9,10 @@ from typing import Any
 from onebase_adapters.errors import ConfigError
 from onebase_adapters.paths import disk_errors
 from onebase_training.config import TrainConfig
-from onebase_training.evaluate import Evaluation, Sample
-from onebase_training.metrics import Score
-from onebase_training.serving_cost import ServingCost
-from onebase_training.stopping import Stopped
+from onebase_training.evaluation.evaluate import Evaluation, Sample
+from onebase_training.evaluation.metrics import Score
+from onebase_training.evaluation.serving_cost import ServingCost
+from onebase_training.fitting.stopping import Stopped
 
 COMPARISON_FILE = "compare.json"
 

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from onebase_adapters.base.shape import decoder_start
-from onebase_training.attention import PACKED_ATTENTION, Bounds, Packing
-from onebase_training.batches import Collator
 from onebase_training.data import Encoded
-from onebase_training.methods.attached import Attached
-from onebase_training.seq2seq import PairCollator
+from onebase_training.model.attached import Attached
+from onebase_training.model.attention import PACKED_ATTENTION, Bounds, Packing
+from onebase_training.model.collate import Collator
+from onebase_training.model.seq2seq import PairCollator
 
 
 class Trained(nn.Module):

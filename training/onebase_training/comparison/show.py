@@ -10,10 +10,10 @@ from jinja2 import Environment
 from rich.console import Console
 from rich.table import Table
 
-from onebase_training.compare import Choice
-from onebase_training.compare_files import Entry
-from onebase_training.evaluate import gain
-from onebase_training.metrics import Score
+from onebase_training.comparison.compare import Choice
+from onebase_training.comparison.files import Entry
+from onebase_training.evaluation.evaluate import gain
+from onebase_training.evaluation.metrics import Score
 
 Cost = Callable[[Entry], float | None]
 
@@ -40,7 +40,7 @@ def show(entries: Sequence[Entry], choice: Choice, console: Console) -> None:
 
 def render(entries: Sequence[Entry], choice: Choice, title: str) -> str:
     """The page's HTML, which needs no other file."""
-    template = (files("onebase_training") / "compare.html.jinja").read_text(encoding="utf-8")
+    template = (files("onebase_training.comparison") / "compare.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
         title=title,

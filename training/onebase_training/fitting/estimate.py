@@ -11,7 +11,7 @@ import torch
 from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded
-from onebase_training.model import Trained, trainable_state
+from onebase_training.model.trained import Trained, trainable_state
 
 _PROBE_TOKENS = 256
 _HEADROOM = 1.5

@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 
 from onebase_adapters.base import BaseSpec
 from onebase_adapters.errors import ConfigError
-from onebase_training.compare_files import Entry, open_comparison, write_comparison
+from onebase_training.comparison.files import Entry, open_comparison, write_comparison
 from onebase_training.config import TrainConfig
 from onebase_training.data import Example
-from onebase_training.evaluate import Evaluation, gain
+from onebase_training.evaluation.evaluate import Evaluation, gain
+from onebase_training.evaluation.serving_cost import STREAMS, serving_cost
 from onebase_training.events import Progress, Stage, silent
 from onebase_training.methods import find_method
 from onebase_training.prepare import read_data
 from onebase_training.result import TrainResult
-from onebase_training.serving_cost import STREAMS, serving_cost
 from onebase_training.workspace import Workspace
 
 Run = Callable[[TrainConfig, Evaluation | None], TrainResult]
@@ -146,7 +146,7 @@ def _surely_better(one: Entry, other: Entry) -> bool:
 
 def train_watched(config: TrainConfig, before: Evaluation | None) -> TrainResult:
     """`train`, shown in the terminal. At the module's top, where a new process finds it."""
-    from onebase_training.terminal import watched
+    from onebase_training.show.terminal import watched
     from onebase_training.train import train
 
     with watched() as progress:

@@ -11,8 +11,8 @@ from onebase_adapters.errors import ConfigError, DataError
 from onebase_adapters.format import WEIGHTS_FILE
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset
-from onebase_training.methods.attached import Attached, ClassHead
 from onebase_training.methods.peft_parts import rewrite
+from onebase_training.model.attached import Attached, ClassHead
 
 LEARNING_RATE = 3e-3
 """Measured, see DECISIONS.md: its inputs are hidden states, some of whose numbers are large (SmolLM2's reach 48).

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from onebase_training.commands.options import takes_settings
 from onebase_training.config import TrainConfig
-from onebase_training.options import takes_settings
 
 
 @takes_settings(
@@ -18,9 +18,9 @@ def tune(config: TrainConfig, *, trials: Annotated[int, typer.Option(min=1, help
     from rich.console import Console
     from rich.table import Table
 
-    from onebase_training import terminal
+    from onebase_training.comparison.tune import tune as search
+    from onebase_training.show import terminal
     from onebase_training.train import train
-    from onebase_training.tune import tune as search
     from onebase_training.workspace import open_workspace
 
     open_workspace(config)  # refuse before anything is tried

@@ -18,10 +18,10 @@ from onebase_adapters.model.served import ServedModel
 from onebase_adapters.primitives import Head, LoweredAdapter, Template
 from onebase_adapters.vocabulary import check_folder
 from onebase_training.data import NO_LOSS, Dataset, Encoded, encode, encode_for_head, read_dataset
-from onebase_training.evaluate import Evaluation, Sample, answer, ends_of, mark, sample
+from onebase_training.data.templates import encode_with
+from onebase_training.evaluation.evaluate import Evaluation, Sample, answer, ends_of, mark, sample
+from onebase_training.evaluation.served import ServedRows
 from onebase_training.events import Progress, Stage, silent
-from onebase_training.served import ServedRows
-from onebase_training.templates import encode_with
 
 _TOGETHER = 16
 """Sequences that are generated at once."""

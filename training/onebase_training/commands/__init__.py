@@ -1,0 +1,1 @@
+"""The command line: `onebase train`, `tune`, `compare`, `evaluate`, `methods` and `data`."""

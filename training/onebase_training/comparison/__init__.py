@@ -1,0 +1,1 @@
+"""Several runs on the same data: methods beside each other, and a search for settings."""
