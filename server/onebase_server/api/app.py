@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from onebase_adapters.errors import OneBaseError
-from onebase_server.api import (
+from onebase_server.api.endpoints import (
     adapters,
     chat,
     completions,

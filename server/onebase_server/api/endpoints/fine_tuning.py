@@ -10,8 +10,8 @@ from starlette.responses import Response
 from onebase_adapters.errors import AdapterExistsError, AdapterFormatError
 from onebase_adapters.registry import check_name
 from onebase_server.api.auth import require_admin
+from onebase_server.api.endpoints.files import page_of
 from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.files import page_of
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.fine_tuning import FineTuningRequest

@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from onebase_adapters.errors import OneBaseError
 from onebase_server.api.auth import Tenant
-from onebase_server.api.chat import Answer, Chat, prepare_chat
 from onebase_server.api.choices import Choice, run_all, usage_of
 from onebase_server.api.disconnect import unless_disconnected
+from onebase_server.api.endpoints.chat import Answer, Chat, prepare_chat
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.chat import ChatRequest

@@ -1,0 +1,1 @@
+"""The endpoints, one file for each topic: routes, and what is particular to them."""
