@@ -76,11 +76,11 @@ def test_values(options: list[str], field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "form"),
     [
-        ("--places", "0,x", "A,B,..."),
-        ("--rank-pattern", "q_proj", "NAME=VALUE,..."),
-        ("--rank-pattern", "q_proj=3.5", "NAME=VALUE,..."),
-        ("--label-words", "=x", "NAME=VALUE,..."),
-        ("--label-words", "a=", "NAME=VALUE,..."),
+        ("--places", "0,x", "INTEGER,..."),
+        ("--rank-pattern", "q_proj", "NAME=INTEGER,..."),
+        ("--rank-pattern", "q_proj=3.5", "NAME=INTEGER,..."),
+        ("--label-words", "=x", "NAME=TEXT,..."),
+        ("--label-words", "a=", "NAME=TEXT,..."),
     ],
 )
 def test_bad_forms_name_the_field(option: str, value: str, form: str) -> None:

@@ -19,7 +19,13 @@ from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
 
 Command = Callable[..., None]
-_FORMS = {tuple: "A,B,...", Mapping: "NAME=VALUE,..."}
+_FORMS: dict[Any, str] = {
+    tuple[str, ...]: "NAME,...",
+    tuple[int, ...]: "INTEGER,...",
+    Mapping[str, int]: "NAME=INTEGER,...",
+    Mapping[str, float]: "NAME=NUMBER,...",
+    Mapping[str, str]: "NAME=TEXT,...",
+}
 """How values of these types are written."""
 
 
@@ -58,7 +64,7 @@ def _docs(config: type) -> dict[str, str]:
 
 def _option(name: str, hint: Any, doc: str, default: Any) -> inspect.Parameter:
     """What typer reads. Without a value, the field keeps TrainConfig's own default."""
-    form = _FORMS.get(get_origin(hint))
+    form = _FORMS.get(hint)
     if form is not None:
         hint, default = str | None, None
     elif default is MISSING:
@@ -76,16 +82,16 @@ def _read(name: str, hint: Any, value: Any) -> Any:
     """The field's value, of the option's. Raises ConfigError."""
     if isinstance(value, list):
         return tuple(value)
-    kind, types = get_origin(hint), get_args(hint)
-    if kind not in _FORMS:
+    if hint not in _FORMS:
         return value
+    types = get_args(hint)
     parts = [part.strip() for part in value.split(",") if part.strip()]
     try:
-        if kind is tuple:
+        if get_origin(hint) is tuple:
             return tuple(types[0](part) for part in parts)
         return {key: types[1](text) for key, text in map(_pair, parts)}
     except ValueError as error:
-        raise ConfigError(f"{name} must read {_FORMS[kind]}, found {value!r}.", field=name) from error
+        raise ConfigError(f"{name} must read {_FORMS[hint]}, found {value!r}.", field=name) from error
 
 
 def _pair(part: str) -> tuple[str, str]:
