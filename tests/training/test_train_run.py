@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from onebase_adapters.errors import ConfigError, DataError
@@ -23,7 +24,7 @@ from onebase_training.config import TrainConfig
 from onebase_training.events import Evaluated, Event, Stage, Step
 from onebase_training.model.dequantize import dequantize, keep_unpacked
 from onebase_training.model.trained import Trained
-from onebase_training.show.terminal import json_lines
+from onebase_training.show.terminal import json_lines, show
 from onebase_training.train import train
 
 ANIMALS = ("cat", "dog", "cow", "owl", "ant", "bee", "fox", "hen")
@@ -314,6 +315,15 @@ def test_events_as_json_lines(config: TrainConfig) -> None:
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert {event["event"] for event in events} == {"stage", "step", "evaluated"}
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2]
+
+
+def test_the_end_shows_how_the_adapter_is_asked(config: TrainConfig) -> None:
+    written = io.StringIO()
+    result = train(replace(config, max_steps=1))
+    show(result, Console(file=written, width=200))
+    asked = result.after.samples[0]
+    assert f"to the prompt {asked.prompt!r} it answers {asked.generated!r}." in written.getvalue()
+    assert asked.prompt.endswith(" =")
 
 
 def test_the_time_limit_ends_the_run(config: TrainConfig) -> None:

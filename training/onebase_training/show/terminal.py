@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -14,6 +15,9 @@ from rich.table import Table
 from onebase_training.evaluation.evaluate import gain
 from onebase_training.events import Evaluated, Event, Progress, Stage
 from onebase_training.result import TrainResult
+
+_PROMPT = 200
+"""Characters of a prompt that are shown, its last ones."""
 
 
 @contextmanager
@@ -79,4 +83,9 @@ def show(result: TrainResult, console: Console | None = None) -> None:
         f"{result.parameters:,} parameters{ended}.",
         highlight=False,
     )
+    if after.samples and not result.notes["settings"]["head"]:
+        one = after.samples[0]
+        prompt = one.prompt if len(one.prompt) <= _PROMPT else "..." + one.prompt[-_PROMPT:]
+        line = escape(f"For example, to the prompt {prompt!r} it answers {one.generated!r}.")
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"Wrote {result.output}", highlight=False, soft_wrap=True)
