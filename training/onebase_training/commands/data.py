@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from onebase_adapters.base.catalog import DEFAULT_BASE
+from onebase_training.commands.options import Model
 
 app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 
@@ -20,7 +21,7 @@ def root() -> None:
 def check_files(
     files: Annotated[list[Path], typer.Argument(help="Data files; of several, each is a task.")],
     eval_data: Annotated[Path | None, typer.Option(help="Held-out data, to look for leakage.")] = None,
-    model: Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")] = DEFAULT_BASE,
+    model: Model = DEFAULT_BASE,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens of an example.")] = 1024,
     format: Annotated[str | None, typer.Option(help="The format; default: seen from the columns.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Examples to show token by token.")] = 3,

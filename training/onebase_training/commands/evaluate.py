@@ -7,13 +7,14 @@ import typer
 
 from onebase_adapters.base import DEFAULT_BASE, BaseSpec
 from onebase_adapters.base.spec import Quantization
+from onebase_training.commands.options import Model
 
 
 def evaluate(
     adapter: Annotated[Path | None, typer.Argument(help="The adapter's folder; none: the base.")] = None,
     *,
     data: Annotated[Path, typer.Option(help="Examples, in any format that training reads.")],
-    model: Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")] = DEFAULT_BASE,
+    model: Model = DEFAULT_BASE,
     quantization: Annotated[Quantization, typer.Option(help="Of the base, as it is served.")] = "nf4",
     format: Annotated[str | None, typer.Option(help="The data's; default: seen from its columns.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens of an example.")] = 1024,

@@ -19,6 +19,9 @@ from onebase_adapters.errors import ConfigError
 from onebase_training.config import TrainConfig
 
 Command = Callable[..., None]
+Model = Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")]
+"""Of the commands that train nothing."""
+
 _FORMS: dict[Any, str] = {
     tuple[str, ...]: "NAME,...",
     tuple[int, ...]: "INTEGER,...",
@@ -27,30 +30,6 @@ _FORMS: dict[Any, str] = {
     Mapping[str, str]: "NAME=TEXT,...",
 }
 """How values of these types are written."""
-
-
-def takes_settings(*names: str, **defaults: Any) -> Callable[[Command], Command]:
-    """Make of `command(config, *, ...)` what typer calls: options for TrainConfig's fields `names` (none: for all)
-    stand in the place of `config`, with `defaults` where the command's are not the trainer's."""
-    hints, docs = get_type_hints(TrainConfig), _docs(TrainConfig)
-    defaults = {field.name: field.default for field in fields(TrainConfig)} | defaults
-    chosen = names or tuple(hints)
-
-    def decorate(command: Command) -> Command:
-        _, *own = inspect.signature(command).parameters.values()
-        options = [_option(name, hints[name], docs[name], defaults[name]) for name in chosen]
-
-        @wraps(command)
-        def run(**values: Any) -> None:
-            given = {name: values.pop(name) for name in chosen}
-            read = {name: _read(name, hints[name], value) for name, value in given.items() if value is not None}
-            command(TrainConfig(**read), **values)
-
-        run.__annotations__ = {option.name: option.annotation for option in [*options, *own]}
-        run.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
-        return run
-
-    return decorate
 
 
 def _docs(config: type) -> dict[str, str]:
@@ -62,8 +41,35 @@ def _docs(config: type) -> dict[str, str]:
     return docs
 
 
-def _option(name: str, hint: Any, doc: str, default: Any) -> inspect.Parameter:
+_HINTS, _DOCS = get_type_hints(TrainConfig), _docs(TrainConfig)
+
+
+def takes_settings(*names: str, **defaults: Any) -> Callable[[Command], Command]:
+    """Make of `command(config, *, ...)` what typer calls: options for TrainConfig's fields `names` (none: for all)
+    stand in the place of `config`, with `defaults` where the command's are not the trainer's."""
+    defaults = {field.name: field.default for field in fields(TrainConfig)} | defaults
+    chosen = names or tuple(_HINTS)
+
+    def decorate(command: Command) -> Command:
+        _, *own = inspect.signature(command).parameters.values()
+        options = [_option(name, defaults[name]) for name in chosen]
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            given = {name: values.pop(name) for name in chosen}
+            read = {name: _read(name, value) for name, value in given.items() if value is not None}
+            command(TrainConfig(**read), **values)
+
+        run.__annotations__ = {option.name: option.annotation for option in [*options, *own]}
+        run.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _option(name: str, default: Any) -> inspect.Parameter:
     """What typer reads. Without a value, the field keeps TrainConfig's own default."""
+    hint = _HINTS[name]
     form = _FORMS.get(hint)
     if form is not None:
         hint, default = str | None, None
@@ -72,16 +78,17 @@ def _option(name: str, hint: Any, doc: str, default: Any) -> inspect.Parameter:
     if name == "data":
         hint = list[Path]
     flags = [f"--{name.replace('_', '-')}"] if hint is bool else []  # no --no-...
-    option = typer.Option(*flags, help=escape(doc), metavar=form)
+    option = typer.Option(*flags, help=escape(_DOCS[name]), metavar=form)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
     )
 
 
-def _read(name: str, hint: Any, value: Any) -> Any:
+def _read(name: str, value: Any) -> Any:
     """The field's value, of the option's. Raises ConfigError."""
     if isinstance(value, list):
         return tuple(value)
+    hint = _HINTS[name]
     if hint not in _FORMS:
         return value
     types = get_args(hint)
