@@ -62,7 +62,7 @@ def test_a_packed_row_has_the_losses_and_gradients_of_its_examples_alone(
     base.zero_grad()
 
     base.set_attn_implementation(attention)
-    trained = Trained(Attached(base, lambda _: None), torch.device("cpu"), mixed_precision=False)
+    trained = Trained(Attached(base, lambda _: None), torch.device("cpu"), arithmetic="float32")
     loss = trained(**trained.collate(examples))
     loss.backward()
     torch.testing.assert_close(loss, total)

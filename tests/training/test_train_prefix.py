@@ -34,7 +34,7 @@ def test_it_begins_as_if_the_text_had_been_read(
     def loss(attached: Attached, before: list[int]) -> torch.Tensor:
         ids = (*before, 7, 11, 5, 3)
         example = Encoded(ids, (NO_LOSS,) * (len(ids) - 3) + ids[-3:], Example(1), len(ids) - 3)
-        model = Trained(attached, base.device, mixed_precision=False)
+        model = Trained(attached, base.device, arithmetic="float32")
         with torch.no_grad():
             found: torch.Tensor = model(**model.collate([example, example]))
         return found

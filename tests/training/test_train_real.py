@@ -1,6 +1,7 @@
-"""The default base: what PEFT makes of the very same examples, and a short run that learns."""
+"""The default base: what PEFT makes of the very same examples, how far rounding leads, and a run that learns."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from onebase_adapters.base import BaseSpec, load_base
+from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
+from onebase_adapters.model.served import ServedModel
 from onebase_training.config import TrainConfig
-from onebase_training.data import Example, encode
+from onebase_training.data import Encoded, Example, encode
+from onebase_training.evaluation.served import ServedRows
 from onebase_training.events import silent
 from onebase_training.methods import find_method, lora
+from onebase_training.model.attached import Attached
+from onebase_training.model.frozen import hold
 from onebase_training.model.trained import Trained
 from onebase_training.prepare import load_for_training
 from onebase_training.train import train
@@ -23,25 +29,61 @@ BAD = ("awful", "terrible", "sad", "horrible", "nasty", "ugly", "boring", "bad",
 
 
 def test_a_packed_row_has_the_loss_that_peft_has_in_4_bits(tmp_path: Path) -> None:
+    """Both in float32, on the same 4-bit weights."""
     examples = [Example(1, prompt=f"The opposite of {word} is", completion=f" not {word}.") for word in GOOD]
     settings = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     base = load_base(BaseSpec(device="cpu"))
+    hold(base.model, torch.float32)
     torch.manual_seed(0)
     peer = get_peft_model(base.model, settings).train()
     encoded = encode(examples, base.tokenizer, max_length=64)
     total = 0.0
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad():
         for one in encoded:
             ids, labels = torch.tensor([one.input_ids]), torch.tensor([one.labels])
             total += float(peer(input_ids=ids, labels=labels).loss) * int((labels != -100).sum())
 
-    config = TrainConfig(data=tmp_path, output=tmp_path, rank=8, device="cpu")
+    config = TrainConfig(data=tmp_path, output=tmp_path, rank=8, device="cpu", arithmetic="float32")
     ours = load_for_training(config, find_method("qlora"), silent)
     torch.manual_seed(0)
-    model = Trained(lora.attach(ours, config, 1), ours.device).train()
+    model = Trained(lora.attach(ours, config, 1), ours.device, arithmetic="float32").train()
     with torch.no_grad():
         loss = float(model(**model.collate(encoded)))
-    assert loss == pytest.approx(total, rel=0.01)
+    assert loss == pytest.approx(total, rel=1e-4)
+
+
+@torch.no_grad()
+def test_server_and_trainer_stay_close_to_float32_on_the_same_weights(tmp_path: Path) -> None:
+    """Log-probabilities of a thousand tokens of ordinary text. Rounding to bfloat16 leads some 0.09 nats off (rms)
+    in torch's own pass, too; the trainer's float32 rounds nothing."""
+    register_attention()
+    served = load_base(BaseSpec(device="cpu"), attention=ATTENTION_NAME)
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
+    ids = served.tokenizer(text)["input_ids"][:1024]
+    parts = [tuple(ids[start : start + 256]) for start in range(0, len(ids), 256)]
+    rows = ServedRows(ServedModel(served, slots=1, blocks=ServedRows.blocks_for([256])), 0, 0)
+    by_server = torch.cat([logprobs(rows.logits(part, range(255)), part) for part in parts])
+
+    config = TrainConfig(data=tmp_path, output=tmp_path, device="cpu", arithmetic="float32")
+    base = load_for_training(config, find_method("qlora"), silent)
+    trained = Trained(Attached(base.model, lambda _: None), base.device, arithmetic="float32").eval()
+    found = []
+    for part in parts:
+        batch = trained.collate([Encoded(part, part, Example(1), 0)])
+        del batch["labels"]
+        found.append(logprobs(trained.logits(**batch), part))
+    by_trainer = torch.cat(found)
+
+    plain = load_base(BaseSpec(device="cpu"))
+    hold(plain.model, torch.float32)
+    exact = torch.cat([logprobs(plain.model(torch.tensor([part])).logits[0, :-1], part) for part in parts])
+    assert float((by_trainer - exact).square().mean().sqrt()) < 1e-3
+    assert float((by_server - exact).square().mean().sqrt()) < 0.12
+
+
+def logprobs(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """Of each token after the first, by the logits of the one before it."""
+    return logits.float().log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 
 def test_a_short_run_learns_and_its_adapter_loads_in_peft(tmp_path: Path) -> None:

@@ -12,17 +12,21 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from rich.console import Console
 from safetensors.torch import load_file
 
-from onebase_adapters.errors import ConfigError, DataError
+from onebase_adapters.base import BaseSpec, load_base
+from onebase_adapters.base.spec import Quantization
+from onebase_adapters.errors import AdapterMismatchError, ConfigError, DataError
 from onebase_adapters.files import check_base, read_adapter
-from onebase_training.config import TrainConfig
+from onebase_training.config import Arithmetic, TrainConfig
 from onebase_training.events import Evaluated, Event, Stage, Step
-from onebase_training.model.dequantize import dequantize, keep_unpacked
+from onebase_training.model.frozen import expand_in_passes, hold
 from onebase_training.model.trained import Trained
 from onebase_training.show.terminal import json_lines, show
 from onebase_training.train import train
@@ -136,9 +140,6 @@ def test_steps_of_so_many_examples_and_a_multiple_of_the_methods_rate(config: Tr
 
 
 def test_the_adapter_is_for_this_base_and_no_other(config: TrainConfig, tiny_model: Callable[[str], Path]) -> None:
-    from onebase_adapters.base import BaseSpec, load_base
-    from onebase_adapters.errors import AdapterMismatchError
-
     train(replace(config, max_steps=2))
     files = read_adapter(config.output)
     check_base(files, load_base(BaseSpec(config.model, device="cpu")).shape)
@@ -146,27 +147,67 @@ def test_the_adapter_is_for_this_base_and_no_other(config: TrainConfig, tiny_mod
         check_base(files, load_base(BaseSpec(str(tiny_model("qwen2")), device="cpu")).shape)
 
 
-def test_expanded_weights_are_those_of_the_4_bit_layers(tiny_model: Callable[[str], Path]) -> None:
-    from onebase_adapters.base import BaseSpec, load_base
-
-    spec = BaseSpec(str(tiny_model("llama")), device="cpu")
-    packed, plain = load_base(spec).model.train(), load_base(spec).model.train()
-    dequantize(plain)
-    keep_unpacked(packed)
-    x = torch.randn(1, 7, packed.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-    for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj"):
-        outputs = [model.get_submodule(name)(x) for model in (packed, plain)]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_expanded_weights_are_those_that_are_held(
+    tiny_model: Callable[[str], Path], dtype: torch.dtype, quantization: Quantization
+) -> None:
+    """Forth and back, in both arithmetics; and a held weight is the bfloat16 value of the 4-bit code."""
+    spec = BaseSpec(str(tiny_model("qwen2")), quantization, device="cpu")  # it has biases
+    expanded, held, loaded = (load_base(spec).model.train() for _ in range(3))
+    before = sum(value.nbytes for value in expanded.parameters())
+    expand_in_passes(expanded, dtype)
+    assert sum(value.nbytes for value in expanded.parameters()) < 1.05 * before
+    hold(held, dtype)
+    tokens = torch.arange(7)[None]
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj", "lm_head"):
+        x = torch.randn(1, 7, held.get_submodule(name).in_features, dtype=dtype, requires_grad=True)
+        outputs = [model.get_submodule(name)(x) for model in (expanded, held)]
         assert torch.equal(*outputs)
-        assert torch.equal(*(torch.autograd.grad(out.float().sum(), x)[0] for out in outputs))
+        gradients = [torch.autograd.grad(out.float().sum(), x)[0] for out in outputs]
+        assert torch.equal(*gradients)
+        weight = loaded.get_submodule(name).weight
+        state = getattr(weight, "quant_state", None)
+        values = weight if state is None else dequantize_4bit(weight.data, state)
+        assert torch.equal(held.get_submodule(name).weight, values.to(torch.bfloat16).to(dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours, theirs = (model(input_ids=tokens).logits for model in (expanded, held))
+    assert torch.equal(ours, theirs)
 
 
-def test_weights_kept_in_4_bit_train_to_the_same_adapter(config: TrainConfig) -> None:
-    config = replace(config, max_steps=6)
+@pytest.mark.parametrize("arithmetic", get_args(Arithmetic))
+def test_weights_kept_in_4_bit_train_to_the_same_adapter(config: TrainConfig, arithmetic: Arithmetic) -> None:
+    config = replace(config, max_steps=6, arithmetic=arithmetic)
     train(replace(config, dequantize="always"))
     expanded = tensors(config)
     train(replace(config, dequantize="never", overwrite=True))
     for name, value in tensors(config).items():
         torch.testing.assert_close(value, expanded[name], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_both_arithmetics_learn_alike(config: TrainConfig, method: str) -> None:
+    config = replace(config, method=method, max_steps=20, eval_every=5, learning_rate=0.002)
+    curves = []
+    for arithmetic in get_args(Arithmetic):
+        result = train(replace(config, arithmetic=arithmetic, overwrite=True))
+        assert result.notes["settings"]["arithmetic"] == arithmetic
+        curves.append([row["eval_loss"] for row in result.history if "eval_loss" in row])
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    assert curves[0] == pytest.approx(curves[1], rel=0.02)
+
+
+def test_a_resumed_run_keeps_its_arithmetic(config: TrainConfig) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, arithmetic="float32"), _stop_at_checkpoint)
+    with pytest.raises(ConfigError, match="arithmetic"):
+        train(replace(config, arithmetic="bf16", resume=True))
+    assert train(replace(config, resume=True)).notes["settings"]["arithmetic"] == "float32"
+
+
+def _stop_at_checkpoint(event: Event) -> None:
+    if isinstance(event, Step) and event.step == 11:
+        raise KeyboardInterrupt
 
 
 def test_recomputed_activations_change_no_adapter(config: TrainConfig) -> None:
@@ -277,7 +318,7 @@ def test_a_run_killed_after_an_early_stop_is_finished_and_not_continued(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("onebase_training.train.write_result", killed)
+        patch.setattr("onebase_training.train.write_adapter", killed)
         train(config)
     result = train(replace(config, resume=True))
     assert result.stopped in ("plateau", "over-fitting")
@@ -313,7 +354,7 @@ def test_events_as_json_lines(config: TrainConfig) -> None:
     with json_lines(stream) as progress:
         train(replace(config, max_steps=2, eval_every=2), progress)
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert {event["event"] for event in events} == {"stage", "step", "evaluated"}
+    assert {event["event"] for event in events} == {"stage", "part", "step", "evaluated"}
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2]
 
 

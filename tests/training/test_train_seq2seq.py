@@ -67,7 +67,7 @@ def test_a_padded_batch_has_the_loss_of_its_examples_alone(config: TrainConfig) 
     assert len({one.prompt_length for one in examples}) > 1
     with quiet_loading():
         model = AutoModelForSeq2SeqLM.from_pretrained(config.model, dtype=torch.float32).eval()
-    trained = Trained(Attached(model, lambda _: None), torch.device("cpu"), mixed_precision=False)
+    trained = Trained(Attached(model, lambda _: None), torch.device("cpu"), arithmetic="float32")
     total = torch.tensor(0.0)
     for one in examples:
         ids, labels = (

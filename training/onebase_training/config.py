@@ -11,6 +11,7 @@ from onebase_adapters.errors import ConfigError
 
 Schedule = Literal["cosine", "linear", "constant"]
 Choice = Literal["auto", "always", "never"]
+Arithmetic = Literal["bf16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,12 @@ class TrainConfig:
     max_new_tokens: int = 128
     """Most tokens generated for one of them."""
 
+    arithmetic: Arithmetic | None = None
+    """What products are computed in; trained parameters are float32 in both. Default: bfloat16 where the processor
+    multiplies it, float32 where it would emulate it, which a measured product decides."""
     dequantize: Choice = "auto"
-    """Hold the frozen 4-bit weights as the bfloat16 values that they stand for, instead of making those anew in
-    every step. The same numbers, faster; `auto` does so where a quarter of the free memory is enough."""
+    """Hold the frozen weights as plain matrices of the arithmetic, instead of making those anew for every product.
+    The same numbers, faster; `auto` does so for bfloat16 where a quarter of the free memory is enough."""
     checkpointing: Choice = "auto"
     """Recompute activations in the backward pass (Chen et al. 2016). `auto`: where memory needs it."""
     deepspeed: Literal["none", "zero2", "zero3"] = "none"
@@ -211,6 +215,11 @@ class TrainConfig:
     def spread(self) -> bool:
         """Whether a library spreads the run's state over processes."""
         return self.fsdp or self.deepspeed != "none"
+
+    @property
+    def spread_weights(self) -> bool:
+        """Whether it spreads the base's weights, too."""
+        return self.fsdp or self.deepspeed == "zero3"
 
     @property
     def files(self) -> tuple[Path, ...]:

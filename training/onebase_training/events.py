@@ -12,6 +12,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Part:
+    """So much of the stage that was told last is done."""
+
+    done: int
+    of: int
+    unit: str
+    """What is counted, in the plural."""
+
+
+@dataclass(frozen=True)
 class Step:
     """An optimiser step is done."""
 
@@ -37,7 +47,7 @@ class Evaluated:
     best: bool
 
 
-Event = Stage | Step | Evaluated
+Event = Stage | Part | Step | Evaluated
 Progress = Callable[[Event], None]
 
 

@@ -1,15 +1,17 @@
-"""The result on disk: a PEFT folder, with our notes beside the weights. It appears whole or not at all."""
+"""The result on disk: a PEFT folder, with our notes beside the weights.
+
+It is written in two steps into a folder that appears whole or not at all, because what is written is measured, too.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from onebase_adapters.format import SIDECAR_FILE
-from onebase_adapters.paths import staged_directory
 from onebase_training.result import TrainResult
 from onebase_training.show.report import render_report
 
@@ -18,9 +20,14 @@ REPORT_FILE = "report.html"
 _SAMPLES = 8
 
 
-def write_result(result: TrainResult, save: Callable[[Path], None]) -> None:
-    """Write the folder: what `save` writes (the adapter's or the model's files), `onebase.json`, `metrics.json` and
-    `report.html`. Raises StorageError."""
+def write_adapter(folder: Path, save: Callable[[Path], None], notes: Mapping[str, Any]) -> None:
+    """What can be served: what `save` writes (the adapter's or the model's files), and `onebase.json`."""
+    save(folder)
+    _write(folder / SIDECAR_FILE, notes)
+
+
+def write_marks(folder: Path, result: TrainResult) -> None:
+    """What became known of it since: metrics in `onebase.json`, `metrics.json` and `report.html`."""
     both = {"before": result.before, "after": result.after}
     marks = {name: one.marks for name, one in both.items()}
     details = {
@@ -28,12 +35,11 @@ def write_result(result: TrainResult, save: Callable[[Path], None]) -> None:
         "samples": {name: [asdict(sample) for sample in one.samples[:_SAMPLES]] for name, one in both.items()},
         "history": list(result.history),
     }
-    with staged_directory(result.output) as scratch:
-        save(scratch)
-        hashes = {path.name: _sha256(path) for path in sorted(scratch.iterdir()) if path.is_file()}
-        _write(scratch / SIDECAR_FILE, {**result.notes, "metrics": marks})
-        _write(scratch / METRICS_FILE, {**marks, **details})
-        (scratch / REPORT_FILE).write_text(render_report(result, hashes), encoding="utf-8")
+    written = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != SIDECAR_FILE]
+    hashes = {path.name: _sha256(path) for path in written}
+    _write(folder / SIDECAR_FILE, {**result.notes, "metrics": marks})
+    _write(folder / METRICS_FILE, {**marks, **details})
+    (folder / REPORT_FILE).write_text(render_report(result, hashes), encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

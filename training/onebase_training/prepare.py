@@ -1,8 +1,11 @@
 """What a run needs before it trains: data in two parts, the base in the method's format, token ids."""
 
+from dataclasses import replace
+
 import torch
 
 from onebase_adapters.base import BaseSpec, LoadedBase, load_base
+from onebase_adapters.base.load import resolve_device
 from onebase_adapters.errors import ConfigError, DataError
 from onebase_adapters.files import check_base, read_adapter
 from onebase_adapters.vocabulary import check_folder
@@ -12,10 +15,12 @@ from onebase_training.data.check import Check
 from onebase_training.events import Progress, Stage
 from onebase_training.fitting.estimate import free_memory
 from onebase_training.methods import Method
+from onebase_training.model.arithmetic import DTYPES, choose_arithmetic
 from onebase_training.model.attached import Attached
 from onebase_training.model.attention import PACKED_ATTENTION
-from onebase_training.model.dequantize import dequantize, dequantized_bytes, keep_unpacked
+from onebase_training.model.frozen import expand_in_passes, held_bytes, hold
 from onebase_training.model.seq2seq import PAIRED_METHODS
+from onebase_training.workspace import Workspace
 
 
 def read_data(config: TrainConfig) -> tuple[Dataset, Dataset]:
@@ -31,6 +36,15 @@ def read_data(config: TrainConfig) -> tuple[Dataset, Dataset]:
     if config.eval_data is None:
         return split(dataset, eval_fraction=config.eval_fraction, seed=config.seed)
     return dataset, read_dataset(config.eval_data, format=config.format).with_words(config.label_words)
+
+
+def with_arithmetic(config: TrainConfig, workspace: Workspace, progress: Progress) -> TrainConfig:
+    """With the arithmetic that suits the processor, or that the run to resume began with. Raises BaseModelError."""
+    if config.resume and config.arithmetic is None:
+        return replace(config, arithmetic=workspace.notes()["settings"].get("arithmetic", "bf16"))
+    arithmetic, reason = choose_arithmetic(config.arithmetic, resolve_device(config.device))
+    progress(Stage(f"arithmetic: {arithmetic} ({reason})"))
+    return replace(config, arithmetic=arithmetic)
 
 
 def describe(found: Check) -> list[str]:
@@ -69,20 +83,21 @@ def load_for_training(config: TrainConfig, method: Method, progress: Progress) -
         )
     if base.device.type == "cpu" and not base.shape.encoder_decoder:
         base.model.set_attn_implementation(PACKED_ATTENTION)
-    extra = dequantized_bytes(base.model)
-    expanded = method.expanded or config.fsdp or config.deepspeed == "zero3"
+    dtype = DTYPES[config.arithmetic or "bf16"]
+    extra = held_bytes(base.model, dtype)
+    expanded = method.expanded or config.spread_weights or bool(config.modules_to_save)
     if expanded and extra and config.dequantize == "never":
         raise ConfigError(
             f"{config.method} needs the base's weights expanded here.",
             field="dequantize",
         )
-    roomy = config.dequantize == "auto" and extra * 4 <= free_memory(base.device)
+    roomy = config.dequantize == "auto" and dtype == torch.bfloat16 and extra * 4 <= free_memory(base.device)
     if extra and (expanded or config.dequantize == "always" or roomy):
-        dequantize(base.model)
-        progress(Stage(f"4-bit weights held as bfloat16 while training: the same values, {extra >> 20} MiB more"))
+        hold(base.model, dtype)
+        progress(Stage(f"frozen weights held as {config.arithmetic}: the same values, {extra >> 20} MiB more"))
     elif extra:
-        keep_unpacked(base.model)
-        progress(Stage("4-bit weights are expanded anew in each step"))
+        expand_in_passes(base.model, dtype)
+        progress(Stage(f"frozen weights are expanded to {config.arithmetic} for each product"))
     return base
 
 

@@ -7,17 +7,20 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import set_seed
 
-from onebase_adapters.base import LoadedBase
-from onebase_adapters.errors import ConfigError, DataError
+from onebase_adapters.base import BaseSpec, LoadedBase
+from onebase_adapters.errors import AdapterError, ConfigError, DataError
+from onebase_adapters.paths import staged_directory
 from onebase_training.config import TrainConfig
 from onebase_training.data import Dataset, Encoded
 from onebase_training.data.batches import passes_of, plan_batches, plan_examples, tokens_of_pass
 from onebase_training.data.check import check
 from onebase_training.data.templates import encode_with, write_template
-from onebase_training.evaluation.evaluate import Evaluation, Sample, evaluate, mark
+from onebase_training.evaluation.answers import model_answers, served_answers
+from onebase_training.evaluation.evaluate import Evaluation, Sample, classify, mark, measure
 from onebase_training.events import Progress, Stage, silent
 from onebase_training.fitting import fsdp
 from onebase_training.fitting.checkpoints import best_checkpoint, history, last_checkpoint, restore, step_of
@@ -30,8 +33,16 @@ from onebase_training.methods.hard_prompt import choose
 from onebase_training.methods.heads import classes_of, with_head
 from onebase_training.model.attached import Attached
 from onebase_training.model.trained import Trained, trainable_state
-from onebase_training.output import versions, write_result
-from onebase_training.prepare import check_room, describe, encode_part, load_for_training, read_data, start_from
+from onebase_training.output import versions, write_adapter, write_marks
+from onebase_training.prepare import (
+    check_room,
+    describe,
+    encode_part,
+    load_for_training,
+    read_data,
+    start_from,
+    with_arithmetic,
+)
 from onebase_training.result import TrainResult
 from onebase_training.workspace import Workspace, open_workspace
 
@@ -69,6 +80,7 @@ def _train(
     config = _with_peaks(
         config.resolved(learning_rate=method.learning_rate, head_learning_rate=heads.LEARNING_RATE)
     )
+    config = with_arithmetic(config, workspace, progress)
     dataset, held_out = read_data(config)
     base = load_for_training(config, method, progress)
     limit = min(config.max_length, base.shape.context)
@@ -93,7 +105,9 @@ def _train(
         fitted = _fit(method.attach, base, dataset, examples, evaluation, config, workspace, progress, ranks)
 
     progress(Stage("measuring the result"))
-    after = evaluate(fitted.model, fitted.held_out, base.tokenizer, config)
+    model = fitted.model
+    loss = measure(model, fitted.held_out, config.batch_tokens, progress).loss
+    fsdp.reshard(model)
     sizes = {"format": dataset.format, "examples": len(dataset), "held_out_examples": len(held_out)}
     sizes |= {"near_duplicates": sum(map(len, found.duplicates)), "leaks": len(found.leaks)}
     base_notes = {"model": config.model, "fingerprint": base.shape.fingerprint, "quantization": method.quantization}
@@ -103,12 +117,12 @@ def _train(
         "data": {**digests, **sizes},
         "settings": config.settings(),
         "versions": versions(),
-        **fitted.model.attached.notes,
+        **model.attached.notes,
     }
     result = TrainResult(
         output=workspace.output,
         before=before,
-        after=after,
+        after=Evaluation(loss, None, []),
         steps=fitted.steps,
         parameters=fitted.parameters,
         tokens_per_second=fitted.tokens_per_second,
@@ -119,11 +133,55 @@ def _train(
         history=history(workspace.folder),
         lengths=[len(example.input_ids) for example in examples],
     )
-    with gathered(fitted.model), fsdp.whole(fitted.model):
+    answers = _model_answers(model, fitted.held_out, base, config, progress)
+    with gathered(model), fsdp.whole(model):
         if ranks.first:
-            write_result(result, fitted.model.attached.save)
+            with staged_directory(workspace.output) as folder:
+                write_adapter(folder, model.attached.save, notes)
+                if answers is None:
+                    answers = _answers_of(folder, fitted, base, config, ranks, progress)
+                result = replace(result, after=Evaluation(loss, mark(answers, fitted.held_out), answers))
+                write_marks(folder, result)
     barrier()
     return result
+
+
+def _model_answers(
+    model: Trained, examples: Sequence[Encoded], base: LoadedBase, config: TrainConfig, progress: Progress
+) -> list[Sample] | None:
+    """What the trained model itself answers; None: that is for the code that serves it. All processes must call."""
+    if not config.metric_examples:
+        return []
+    if model.attached.head is not None:
+        return classify(model, examples, base.tokenizer, config.batch_tokens)
+    if not model.paired:
+        return None
+    some = examples[: config.metric_examples]
+    return model_answers(model, some, base.tokenizer, max_new_tokens=config.max_new_tokens, progress=progress)
+
+
+def _answers_of(
+    folder: Path, fitted: "_Fitted", base: LoadedBase, config: TrainConfig, ranks: Ranks, progress: Progress
+) -> list[Sample]:
+    """What users of the written folder will be answered."""
+    some, limit = fitted.held_out[: config.metric_examples], config.max_new_tokens
+    whole = config.method == "full"
+    spec = BaseSpec(str(folder) if whole else config.model, device=config.device)
+    adapter = None if whole or find_method(config.method).attach is None else folder
+    try:
+        return served_answers(spec, adapter, some, max_new_tokens=limit, progress=progress)
+    except AdapterError as error:
+        if ranks.world > 1:
+            progress(Stage(f"no metric, since this adapter is not served: {error}"))
+            return []
+        progress(Stage(f"answers by transformers, since this adapter is not served: {error}"))
+        return model_answers(fitted.model, some, base.tokenizer, max_new_tokens=limit, progress=progress)
+
+
+def _trained(attached: Attached, base: LoadedBase, config: TrainConfig) -> Trained:
+    return Trained(
+        attached, base.device, first_position=base.shape.first_position, arithmetic=config.arithmetic or "bf16"
+    )
 
 
 def _with_peaks(config: TrainConfig) -> TrainConfig:
@@ -180,9 +238,10 @@ def _fit(
     if config.head:
         attached = with_head(attached, base, dataset, config)
     check_room(attached, base, max(lengths))
-    model = Trained(attached, base.device, first_position=base.shape.first_position)
+    model = _trained(attached, base, config)
     parameters = sum(value.numel() for value in trainable_state(model).values())
     planned = plan[: steps * config.accumulate * ranks.world]
+    progress(Stage("measuring what a step takes"))
     estimate, recomputed = settle(model, examples, planned, config)
     progress(Stage(f"{parameters:,} parameters to train, {steps} steps, {estimate}"))
     if recomputed:
@@ -215,14 +274,14 @@ def _choose(
     base: LoadedBase, dataset: Dataset, held_out: Dataset, config: TrainConfig, progress: Progress
 ) -> _Fitted:
     start = time.monotonic()
-    model = Trained(Attached(base.model, lambda _: None), base.device)
+    model = _trained(Attached(base.model, lambda _: None), base, config)
     template = choose(model, base, dataset, config, progress)
     seconds = time.monotonic() - start
     encoded = encode_with(template, held_out.examples, base.tokenizer, base.shape.context)
     if encoded is None:
         raise DataError("The chosen prompt leaves no room for the longest held-out example.", field="max_length")
     saved = Attached(base.model, lambda folder: write_template(template, folder, base.shape.name))
-    return _Fitted(Trained(saved, base.device), encoded, 0, 0, 0.0, seconds, "done")
+    return _Fitted(_trained(saved, base, config), encoded, 0, 0, 0.0, seconds, "done")
 
 
 def _before(
@@ -245,10 +304,16 @@ def _before(
     if config.head:
         set_seed(config.seed)
         attached = with_head(attached, base, dataset, config)
-    plain = Trained(attached, base.device, first_position=base.shape.first_position)
-    before = evaluate(plain, held_out, base.tokenizer, config)
+    plain = _trained(attached, base, config)
+    loss = measure(plain, held_out, config.batch_tokens, progress).loss
+    answers = _model_answers(plain, held_out, base, config, progress)
     if not ranks.first:
-        return before
+        return Evaluation(loss, None, [])
+    if answers is None:
+        some = held_out[: config.metric_examples]
+        spec = BaseSpec(config.model, device=config.device)
+        answers = served_answers(spec, None, some, max_new_tokens=config.max_new_tokens, progress=progress)
+    before = Evaluation(loss, mark(answers, held_out), answers)
     samples = [(sample.prompt, sample.expected, sample.generated) for sample in before.samples]
     partial = stored.with_suffix(".partial")
     partial.write_text(json.dumps({"loss": before.loss, "samples": samples}))

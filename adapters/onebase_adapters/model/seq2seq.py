@@ -16,6 +16,7 @@ from onebase_adapters.base.load import LoadedBase
 from onebase_adapters.base.shape import cache_shape
 from onebase_adapters.batch import Chunk, Context, Owners, Traits
 from onebase_adapters.kernels import Kernels, choose_kernels
+from onebase_adapters.kernels.cpu.plain_product import replace_emulated
 from onebase_adapters.model.batching import make_batch, make_owners
 from onebase_adapters.model.head import LogitScores, Scores
 from onebase_adapters.model.linear import hook_linears
@@ -57,6 +58,7 @@ class EncoderDecoder(AdapterSlots):
     def __init__(self, base: LoadedBase, *, slots: int) -> None:
         """`slots`: most adapters resident at once."""
         super().__init__(base, slots)
+        replace_emulated(base.model)
         self._model = base.model
         self._kernels = choose_kernels(
             base.device, base.model.dtype, cache_shape(base.model.config).dim,

@@ -11,6 +11,7 @@ from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.batch import Chunk, Context
 from onebase_adapters.kernels import Kernels, choose_kernels
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
+from onebase_adapters.kernels.cpu.plain_product import replace_emulated
 from onebase_adapters.model.batching import make_batch
 from onebase_adapters.model.fused import FusedModel, fuse
 from onebase_adapters.model.head import HeadKind, HiddenScores, LogitScores, Scores, Screen, nf4_copy
@@ -30,6 +31,7 @@ class ServedModel(AdapterSlots):
     def __init__(self, base: LoadedBase, *, slots: int, blocks: int, head: HeadKind = "screened") -> None:
         """`slots`: most adapters resident at once; `blocks`: size of the cache; `head`: see `HeadKind`."""
         super().__init__(base, slots)
+        replace_emulated(base.model)
         self._model = base.model
         self._device = base.device
         self._context = Context()

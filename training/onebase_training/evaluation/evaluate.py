@@ -9,12 +9,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from onebase_adapters.stops import first_stop
-from onebase_training.config import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded
 from onebase_training.data.batches import pack
 from onebase_training.data.task import default_metric
-from onebase_training.evaluation.generate import generate
 from onebase_training.evaluation.metrics import Score, difference, score
+from onebase_training.events import Part, Progress, silent
 from onebase_training.model.trained import Trained
 
 _PASS_TOKENS = 1024
@@ -46,18 +45,6 @@ class Evaluation:
         return {"loss": self.loss} | ({self.score.metric: self.score.value} if self.score else {})
 
 
-def evaluate(model: Trained, examples: Sequence[Encoded], tokenizer: Any, config: TrainConfig) -> Evaluation:
-    """Loss and metric of the model as it stands."""
-    loss = measure(model, examples, config.batch_tokens).loss
-    if not config.metric_examples:
-        samples: list[Sample] = []
-    elif model.attached.head is not None:
-        samples = classify(model, examples, tokenizer, config.batch_tokens)
-    else:
-        samples = generate_samples(model, examples[: config.metric_examples], tokenizer, config)
-    return Evaluation(loss, mark(samples, examples), samples)
-
-
 def mark(samples: Sequence[Sample], examples: Sequence[Encoded]) -> Score | None:
     """The samples' score by the metric that fits `examples`."""
     if not samples:
@@ -86,12 +73,16 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(model: Trained, examples: Sequence[Encoded], pass_tokens: int | None = None) -> Measured:
+def measure(
+    model: Trained, examples: Sequence[Encoded], pass_tokens: int | None = None, progress: Progress = silent
+) -> Measured:
     """Leaves the model in the mode it was in. Takes less memory than training with passes of as many tokens."""
     training = model.training
     model.eval()
-    total, count, wrong = 0.0, 0, 0
+    total, count, wrong, seen = 0.0, 0, 0, 0
     for batch, learned in _batches(model, examples, pass_tokens):
+        progress(Part(seen, len(examples), "held-out examples"))
+        seen += len(learned)
         labels = batch.pop("labels")
         logits = model(**batch)
         total += float(cross_entropy(logits, labels, reduction="sum"))
@@ -135,24 +126,6 @@ def _batches(
         batch = model.collate(chosen)
         learned = [model.collate.learned(example) for example in chosen]
         yield {name: value.to(model.device) for name, value in batch.items()}, learned
-
-
-def generate_samples(
-    model: Trained, examples: Sequence[Encoded], tokenizer: Any, config: TrainConfig
-) -> list[Sample]:
-    """Greedy answers, each with a little more room than the wanted one took."""
-    if not examples:
-        return []
-    ends = ends_of(model.model, tokenizer)
-    limits = [min(config.max_new_tokens, len(answer(example)) + 8) for example in examples]
-    arranged = [model.collate.arrange(example)[0] for example in examples]
-    starts = [
-        tokens[: len(tokens) - (len(example.input_ids) - example.prompt_length)]
-        for tokens, example in zip(arranged, examples, strict=True)
-    ]
-    made = generate(model, starts, max_new_tokens=limits, ends=ends)
-
-    return [sample(tokenizer, example, written) for example, written in zip(examples, made, strict=True)]
 
 
 def sample(tokenizer: Any, example: Encoded, written: Sequence[int]) -> Sample:

@@ -19,14 +19,10 @@ from onebase_adapters.primitives import Head, LoweredAdapter, Template
 from onebase_adapters.vocabulary import check_folder
 from onebase_training.data import NO_LOSS, Dataset, Encoded, encode, encode_for_head, read_dataset
 from onebase_training.data.templates import encode_with
-from onebase_training.evaluation.evaluate import Evaluation, Sample, answer, ends_of, mark, sample
+from onebase_training.evaluation.answers import room, write_answers
+from onebase_training.evaluation.evaluate import Evaluation, Sample, ends_of, mark
 from onebase_training.evaluation.served import ServedRows
-from onebase_training.events import Progress, Stage, silent
-
-_TOGETHER = 16
-"""Sequences that are generated at once."""
-_VIRTUAL = 1024
-"""Room for an adapter's virtual tokens. Pages that nobody writes take no memory."""
+from onebase_training.events import Part, Progress, Stage, silent
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,7 @@ def evaluate_served(config: EvaluateConfig, progress: Progress = silent) -> Scor
     register_attention()
     base = load_base(config.base, attention=ATTENTION_NAME, progress=lambda text: progress(Stage(text)))
     limit = min(config.max_length, base.shape.context)
-    longest = limit + config.max_new_tokens + _VIRTUAL
-    model = ServedModel(base, slots=1, blocks=ServedRows.blocks_for([longest] * _TOGETHER))
+    model = ServedModel(base, slots=1, blocks=room(limit + config.max_new_tokens))
     lowered = None
     if config.adapter is not None:
         check_folder(config.adapter, base.tokenizer.get_vocab())
@@ -79,11 +74,11 @@ def evaluate_served(config: EvaluateConfig, progress: Progress = silent) -> Scor
     if head is None:
         progress(Stage("measuring the base"))
         examples = encode(dataset.examples, base.tokenizer, max_length=limit)
-        plain = _write(ServedRows(model, 0, 0), Layout(), examples, config, model)
+        plain = _write(ServedRows(model, 0, 0), Layout(), examples, config, model, progress)
     if lowered is None:
         return Scored(plain, None)
     progress(Stage("measuring the adapter"))
-    return Scored(plain, _measure(model, lowered, head, dataset, config, limit))
+    return Scored(plain, _measure(model, lowered, head, dataset, config, limit, progress))
 
 
 def _measure(
@@ -93,13 +88,14 @@ def _measure(
     dataset: Dataset,
     config: EvaluateConfig,
     limit: int,
+    progress: Progress,
 ) -> Evaluation:
     tokenizer = model.base.tokenizer
     rows = ServedRows(model, model.put(lowered), lowered.layout.prefix)
     if head is not None:
         classes = list(head.labels)
         labelled = encode_for_head(dataset.examples, tokenizer, classes, max_length=limit)
-        return _classify(rows, lowered.layout, head, labelled, model)
+        return _classify(rows, lowered.layout, head, labelled, model, progress)
     found = lowered.one(Template)
     if found is None:
         examples = encode(dataset.examples, tokenizer, max_length=limit)
@@ -108,16 +104,22 @@ def _measure(
         if shown is None:
             raise AdapterFormatError("The template leaves no room for the longest example.", field="adapter")
         examples = shown
-    return _write(rows, lowered.layout, examples, config, model)
+    return _write(rows, lowered.layout, examples, config, model, progress)
 
 
 def _write(
-    rows: ServedRows, layout: Layout, examples: Sequence[Encoded], config: EvaluateConfig, model: ServedModel
+    rows: ServedRows,
+    layout: Layout,
+    examples: Sequence[Encoded],
+    config: EvaluateConfig,
+    model: ServedModel,
+    progress: Progress,
 ) -> Evaluation:
     """Loss of what the examples say, and the score of what the model writes instead."""
     vocab, tokenizer = model.shape.vocab, model.base.tokenizer
     total, learned = 0.0, 0
-    for one in examples:
+    for number, one in enumerate(examples):
+        progress(Part(number, len(examples), "examples"))
         end = one.prompt_length
         order = layout.arrange(range(end), end)  # places of the prompt, and virtual tokens from `end` on
         tokens = [one.input_ids[at] if at < end else vocab + at - end for at in order] + list(one.input_ids[end:])
@@ -129,21 +131,22 @@ def _write(
         learned += len(places)
     ends = ends_of(model.base.model, tokenizer)
     chosen = examples[: config.metric_examples]
-    samples: list[Sample] = []
-    for start in range(0, len(chosen), _TOGETHER):
-        group = chosen[start : start + _TOGETHER]
-        prompts = [layout.arrange(one.input_ids[: one.prompt_length], vocab) for one in group]
-        made = rows.greedy(prompts, [min(config.max_new_tokens, len(answer(one)) + 8) for one in group], ends)
-        samples += [sample(tokenizer, one, written) for one, written in zip(group, made, strict=True)]
+    samples = write_answers(rows, layout, chosen, tokenizer, ends, config.max_new_tokens, progress)
     return Evaluation(total / learned, mark(samples, examples), samples)
 
 
 def _classify(
-    rows: ServedRows, layout: Layout, head: Head, examples: Sequence[Encoded], model: ServedModel
+    rows: ServedRows,
+    layout: Layout,
+    head: Head,
+    examples: Sequence[Encoded],
+    model: ServedModel,
+    progress: Progress,
 ) -> Evaluation:
     total, learned = 0.0, 0
     samples = []
-    for one in examples:
+    for number, one in enumerate(examples):
+        progress(Part(number, len(examples), "examples"))
         # A classifier's virtual tokens stand before the text, or after it.
         tokens = layout.arrange(one.input_ids, model.shape.vocab)
         own = [at for at, token in enumerate(tokens) if token < model.shape.vocab]

@@ -26,6 +26,11 @@ class ServedRows:
         self._slot = slot
         self._prefix = prefix
 
+    @property
+    def vocab(self) -> int:
+        """Where the ids of virtual tokens begin."""
+        return self._model.shape.vocab
+
     @staticmethod
     def blocks_for(lengths: Sequence[int]) -> int:
         """Pages for sequences of so many tokens each."""

@@ -114,7 +114,7 @@ class Loop(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Called by the Trainer at its evaluation steps."""
-        measured = measure(self.model, self.eval_dataset, self._pass_tokens)
+        measured = measure(self.model, self.eval_dataset, self._pass_tokens, self._progress)
         fsdp.reshard(self.model)
         metrics = {"eval_loss": measured.loss}
         if self._classifies:

@@ -84,7 +84,7 @@ METHODS: dict[str, Method] = {
     "oft": Method("rotations", 1e-3, delta(peft.OFTConfig, oft_block_size=32), expanded=True),
     "hra": Method("reflections", hra.LEARNING_RATE, hra.attach, expanded=True, rank=hra.RANK),
     "hard-prompt": Method("wording and examples, chosen among candidates", None, None),
-    "full": Method("all weights", full.LEARNING_RATE, full.attach, "none"),
+    "full": Method("all weights", full.LEARNING_RATE, full.attach, "none", expanded=True),
 }
 
 

@@ -5,6 +5,7 @@ update is added by the matrix product itself, forth and back. The numbers are PE
 that no longer happen in between.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,40 +13,43 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from onebase_training.config import TrainConfig
+from onebase_training.model.frozen import FrozenLinear
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x [N, in], frozen weight [out, in] and bias [out], a [r, in], b [out, r] -> x W^T + bias + scale (x a^T) b^T.
+    """x [N, in], frozen W [out, in] and bias [out], a [r, in], b [out, r] -> x W^T + bias + scale (x a^T) b^T.
 
-    Computes in the weight's dtype; a and b are float32, and so are their gradients.
+    `expand` gives W, forth and back. Computes in W's dtype; a and b are float32, and so are their gradients.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        expand: Callable[[], torch.Tensor],
         bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
+        weight = expand()
         x, a, b = x.to(weight.dtype), a.to(weight.dtype), b.to(weight.dtype)
         inner = x @ a.T
         out = nn.functional.linear(x, weight, bias)
         out.addmm_(inner, b.T, alpha=scale)
-        ctx.save_for_backward(x, weight, a, b, inner)
+        ctx.save_for_backward(x, a, b, inner)
+        ctx.expand = expand
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, a, b, inner = ctx.saved_tensors
-        grad = grad.to(weight.dtype)
+        x, a, b, inner = ctx.saved_tensors
+        grad = grad.to(x.dtype)
         d_inner = (grad @ b).mul_(ctx.scale)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = grad @ weight
+            d_x = grad @ ctx.expand()
             d_x.addmm_(d_inner, a)
         d_a = d_inner.T @ x
         d_b = (grad.T @ inner).mul_(ctx.scale)
@@ -53,7 +57,7 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def speed_up(model: nn.Module, config: TrainConfig) -> int:
-    """Let plain LoRA layers on frozen, unquantised linear modules run as one function; returns how many do.
+    """Let plain LoRA layers on frozen linear modules run as one function; returns how many do.
 
     Not with ZeRO-3, which finds out by the calls of modules which weights it must gather.
     """
@@ -80,14 +84,16 @@ class _Forward:
         base = layer.base_layer
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         rows = x.reshape(-1, x.shape[-1])
-        out: torch.Tensor = _LoraProduct.apply(rows, base.weight, base.bias, a, b, layer.scaling["default"])  # type: ignore[no-untyped-call]
+        bias = base.bias
+        expand = base.expand if isinstance(base, FrozenLinear) else lambda: base.weight
+        out: torch.Tensor = _LoraProduct.apply(rows, expand, bias, a, b, layer.scaling["default"])  # type: ignore[no-untyped-call]
         return out.view(*x.shape[:-1], -1)
 
 
 def _plain(layer: Any) -> bool:
     base = layer.base_layer
     return (
-        type(base) is nn.Linear
+        type(base) in (nn.Linear, FrozenLinear)
         and not base.weight.requires_grad
         and layer.active_adapters == ["default"]
         and "default" not in layer.lora_variant

@@ -48,7 +48,7 @@ def choose(model: Trained, base: LoadedBase, dataset: Dataset, config: TrainConf
         for template in candidates:
             encoded = encode_with(template, judges[:count], base.tokenizer, limit)
             if encoded is not None:
-                scored.append((measure(model, encoded).loss, template))
+                scored.append((measure(model, encoded, progress=progress).loss, template))
         if not scored:
             raise DataError(f"No candidate leaves room for the prompts in {limit} tokens.", field="max_length")
         scored.sort(key=lambda pair: pair[0])

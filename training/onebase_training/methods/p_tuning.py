@@ -3,6 +3,7 @@ MLP while training. What is written is what the encoder gave."""
 
 from typing import Any
 
+import torch
 from peft import PromptEncoderConfig
 
 from onebase_adapters.base import LoadedBase
@@ -32,11 +33,18 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     # PEFT begins with noise of spread 1 behind the encoder; embeddings' own spread is far smaller.
     spread = float(base.model.get_input_embeddings().weight.float().std())
     encoder.embedding.weight.data.mul_(spread)
+
+    def virtual() -> torch.Tensor:
+        # In float32: it is small, and only few processors have an LSTM in bfloat16.
+        with torch.autocast(base.device.type, enabled=False):
+            made: torch.Tensor = parts.peft.get_prompt(1)[0]
+            return made
+
     return Attached(
         base.model,
         parts.save,
         extra=parts.peft.prompt_encoder,
-        virtual=lambda: parts.peft.get_prompt(1)[0],
+        virtual=virtual,
         places=places,
         notes={"places": list(places)} if config.places else {},
     )

@@ -5,16 +5,12 @@ Rows are padded and not packed: attention with a bias by relative position knows
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from onebase_training.data import NO_LOSS, Encoded
 from onebase_training.model.collate import Collator
-
-if TYPE_CHECKING:
-    from onebase_training.model.trained import Trained
 
 PAIRED_METHODS = ("lora", "qlora", "prompt-tuning")
 """What an encoder-decoder is trained with."""
@@ -62,26 +58,3 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = torch.tensor([len(row) for row in rows])
     ids = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-
-
-@torch.no_grad()
-def answers(
-    model: "Trained", prompts: Sequence[Sequence[int]], limits: Sequence[int], ends: frozenset[int]
-) -> list[list[int]]:
-    """Greedy tokens that the decoder writes to each prompt, up to (not with) one of `ends`, at most its limit."""
-    ids, seen = (value.to(model.device) for value in padded(prompts))
-    base: Any = model.model
-    with model.precision():
-        made = base.generate(
-            **model.embedded(ids),
-            attention_mask=seen,
-            do_sample=False,
-            max_new_tokens=max(limits),
-            eos_token_id=sorted(ends),
-            pad_token_id=min(ends),
-        )
-    found = []
-    for row, limit in zip(made[:, 1:].tolist(), limits, strict=True):
-        end = next((at for at, token in enumerate(row) if token in ends), len(row))
-        found.append(row[: min(end, limit)])
-    return found

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from onebase_adapters.base.shape import decoder_start
+from onebase_training.config import Arithmetic
 from onebase_training.data import Encoded
 from onebase_training.model.attached import Attached
 from onebase_training.model.attention import PACKED_ATTENTION, Bounds, Packing
@@ -28,7 +29,7 @@ class Trained(nn.Module):
         device: torch.device,
         *,
         first_position: int = 0,
-        mixed_precision: bool = True,
+        arithmetic: Arithmetic = "bf16",
     ) -> None:
         super().__init__()
         self.attached = attached
@@ -38,8 +39,8 @@ class Trained(nn.Module):
         self.device = device
         self.first_position = first_position
         """Of a sequence, in the model's table of positions."""
-        self.mixed_precision = mixed_precision
-        """Matrix products in bfloat16 (trained parameters stay float32)."""
+        self.arithmetic: Arithmetic = arithmetic
+        """Of matrix products; trained parameters are float32."""
         self.paired: bool = attached.model.config.is_encoder_decoder
         """Whether the base is an encoder-decoder, with padded batches instead of packed rows."""
         self.collate = (
@@ -103,7 +104,7 @@ class Trained(nn.Module):
 
     def precision(self) -> torch.autocast:
         """The context in which the model computes."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed_precision)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.arithmetic == "bf16")
 
     def embedded(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """The model's arguments for ids [B, T], virtual tokens among them or not."""

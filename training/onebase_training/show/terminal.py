@@ -1,6 +1,8 @@
 """A run in the terminal: a bar while it goes on, a table at its end."""
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -8,58 +10,128 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
 from onebase_training.evaluation.evaluate import gain
-from onebase_training.events import Evaluated, Event, Progress, Stage
+from onebase_training.events import Evaluated, Event, Part, Progress, Stage, Step
 from onebase_training.result import TrainResult
 
+_EVERY = 5.0
+"""Seconds after which a line says how far a stage has come, where there is no terminal."""
 _PROMPT = 200
 """Characters of a prompt that are shown, its last ones."""
 
 
 @contextmanager
 def watched(console: Console | None = None) -> Iterator[Progress]:
-    """A function that shows events on `console` while the block runs."""
+    """A function that shows events on `console` while the block runs: with a bar in a terminal, else in lines."""
+    console = console or Console(stderr=True)
+    if console.is_terminal:
+        with _bar(console) as progress:
+            yield progress
+    else:
+        with _lines(console) as progress:
+            yield progress
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Progress]:
+    """What was told stays above; below it turns a spinner, with how long and how far the stage has come."""
     bar = Bar(
-        TextColumn("training"),
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("{task.fields[speed]:.0f} tokens/s"),
-        TextColumn("{task.fields[left]} left"),
-        console=console or Console(stderr=True),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+        console=console,
     )
-    task: TaskID | None = None
+    task = bar.add_task("starting", total=None, count="")
 
     def progress(event: Event) -> None:
-        nonlocal task
         if isinstance(event, Stage):
             bar.console.print(event.text, highlight=False)
+            bar.reset(task, total=None, description=_short(event.text), count="")
+        elif isinstance(event, Part):
+            bar.update(task, total=event.of, completed=event.done, count=f"{event.done} of {event.of} {event.unit}")
         elif isinstance(event, Evaluated):
-            best = ", the best so far" if event.best else ""
-            accuracy = "" if event.accuracy is None else f", accuracy {event.accuracy:.3f}"
-            text = f"step {event.step}: held-out loss {event.loss:.4f}{accuracy}{best}"
-            bar.console.print(text, highlight=False)
+            bar.console.print(_evaluated(event), highlight=False)
         else:
-            if task is None:
-                task = bar.add_task("training", total=event.steps, loss=0.0, speed=0.0, left="")
-            left = (
-                f"{event.seconds_left / 60:.0f} min" if event.seconds_left > 90 else f"{event.seconds_left:.0f} s"
-            )
-            bar.update(task, completed=event.step, loss=event.loss, speed=event.tokens_per_second, left=left)
+            told = f"{event.step} of {event.steps}, {_pace(event)}"
+            bar.update(task, description="training", total=event.steps, completed=event.step, count=told)
 
     with bar:
         yield progress
 
 
 @contextmanager
-def json_lines(stream: TextIO) -> Iterator[Progress]:
-    """A function that writes each event as one line of JSON, with its kind, for another program to read."""
+def _lines(console: Console) -> Iterator[Progress]:
+    """Stages and evaluations as they come, and what lies between them every `_EVERY` seconds: a line that says how
+    far it is, made by a thread of its own, since what takes long may say nothing."""
+    lock, over = threading.Lock(), threading.Event()
+    last, since = "starting", time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal since
+        since = time.monotonic()
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def progress(event: Event) -> None:
+        nonlocal last
+        with lock:
+            if isinstance(event, Stage):
+                last = _short(event.text)
+                tell(event.text)
+            elif isinstance(event, Evaluated):
+                tell(_evaluated(event))
+            elif isinstance(event, Part):
+                last = f"{last.partition(': ')[0]}: {event.done} of {event.of} {event.unit}"
+            else:
+                last = f"step {event.step} of {event.steps}: {_pace(event)}"
+
+    def remind() -> None:
+        while not over.wait(1):
+            with lock:
+                if time.monotonic() - since >= _EVERY:
+                    tell(last)
+
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield progress
+    finally:
+        over.set()
+        thread.join()
+
+
+def _short(text: str) -> str:
+    return text.partition(" (")[0].partition(": ")[0][:60]
+
+
+def _pace(event: Step) -> str:
+    left = f"{event.seconds_left / 60:.0f} min" if event.seconds_left > 90 else f"{event.seconds_left:.0f} s"
+    return f"loss {event.loss:.3f}, {event.tokens_per_second:.0f} tokens/s, {left} left"
+
+
+def _evaluated(event: Evaluated) -> str:
+    best = ", the best so far" if event.best else ""
+    accuracy = "" if event.accuracy is None else f", accuracy {event.accuracy:.3f}"
+    return f"step {event.step}: held-out loss {event.loss:.4f}{accuracy}{best}"
+
+
+@contextmanager
+def json_lines(stream: TextIO) -> Iterator[Progress]:
+    """A function that writes each event as one line of JSON, with its kind, for another program to read. How far a
+    stage has come is told once a second at most."""
+    told = 0.0
+
+    def progress(event: Event) -> None:
+        nonlocal told
+        if isinstance(event, Part):
+            if time.monotonic() - told < 1:
+                return
+            told = time.monotonic()
         line = {"event": type(event).__name__.lower(), **asdict(event)}
         print(json.dumps(line, ensure_ascii=False), file=stream, flush=True)
 
