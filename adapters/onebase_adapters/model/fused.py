@@ -17,13 +17,13 @@ from torch import nn
 
 from onebase_adapters.base.shape import BaseShape
 from onebase_adapters.batch import Batch, Owners
-from onebase_adapters.kernels import Kernels
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
+from onebase_adapters.kernels.contract import Kernels
 from onebase_adapters.kernels.cpu import backend as cpu
 from onebase_adapters.kernels.cpu.attention import NO_WINDOW
 from onebase_adapters.kernels.cpu.decoder import COS, SIN, run_layers
 from onebase_adapters.kernels.cpu.elementwise import add_rms_norm, gate_mul, rope_attend
-from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
+from onebase_adapters.kernels.cpu.packed import PackedLinear, packable
 from onebase_adapters.model.linear import SiteTables, add_bottlenecks
 from onebase_adapters.model.paged import PagedKV
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from onebase_adapters.base.load import LoadedBase
 from onebase_adapters.base.shape import cache_shape
 from onebase_adapters.batch import Chunk, Context, Owners, Traits
-from onebase_adapters.kernels import Kernels, choose_kernels
+from onebase_adapters.kernels.contract import Kernels, choose_kernels
 from onebase_adapters.model.batching import make_batch, make_owners
 from onebase_adapters.model.head import LogitScores, Scores
 from onebase_adapters.model.linear import hook_linears

@@ -9,8 +9,8 @@ from onebase_adapters.base.load import LoadedBase, load_base
 from onebase_adapters.base.shape import BaseShape, cache_shape
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.batch import Chunk, Context
-from onebase_adapters.kernels import Kernels, choose_kernels
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
+from onebase_adapters.kernels.contract import Kernels, choose_kernels
 from onebase_adapters.model.batching import make_batch
 from onebase_adapters.model.fused import FusedModel, fuse
 from onebase_adapters.model.head import HeadKind, HiddenScores, LogitScores, Scores, Screen, nf4_copy
