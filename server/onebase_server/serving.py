@@ -19,6 +19,7 @@ from onebase_server.config import ServerConfig
 from onebase_server.engine.process import ProcessEngine
 from onebase_server.jobs.book import JobBook
 from onebase_server.logs import configure_logging
+from onebase_server.phases import Phases
 from onebase_server.text.tokenizer import load_codec
 
 if TYPE_CHECKING:  # an extra
@@ -128,8 +129,11 @@ async def _start(
     config: ServerConfig, engine: ProcessEngine, store: AdapterStore, book: JobBook, console: Console
 ) -> "Services":
     say: Callable[[str], None] = console.print
+    phases = Phases(say)
+    phases.begin(f"fetching {config.engine.base.model}")
     folder = await asyncio.to_thread(fetch_base, config.engine.base.model, progress=say)
     say(f"loading {config.engine.base.model}")
+    phases.begin("")  # the engine speaks for itself
     codec, _, _ = await asyncio.gather(
         asyncio.to_thread(load_codec, folder),
         asyncio.to_thread(importlib.import_module, "onebase_server.api.app"),
@@ -144,7 +148,9 @@ async def _start(
         api_keys=config.api_keys,
     )
     services = Services.over(engine, codec, store, settings, book=book, jobs=config.jobs)
+    phases.begin("loading adapters")
     await services.adapters.load_all()
+    phases.end()
     await services.runner.start()
     return services
 

@@ -42,14 +42,15 @@ def without_compiler() -> Iterator[None]:
         return
     stand_in = _NoCompiler(_COMPILER)
     stand_in.__spec__, stand_in.__path__ = spec, list(spec.submodule_search_locations or ())
-    kept = (torch.compile, torch._disable_dynamo)
-    torch.compile = torch._disable_dynamo = _leave  # type: ignore[assignment]
-    sys.modules[_COMPILER] = torch._dynamo = stand_in
+    outside: Any = torch
+    kept = (torch.compile, outside._disable_dynamo)
+    outside.compile = outside._disable_dynamo = _leave
+    sys.modules[_COMPILER] = outside._dynamo = stand_in
     try:
         yield
     finally:
-        torch.compile, torch._disable_dynamo = kept
-        del sys.modules[_COMPILER], torch._dynamo
+        outside.compile, outside._disable_dynamo = kept
+        del sys.modules[_COMPILER], outside._dynamo
 
 
 def stay_alone() -> None:

@@ -85,7 +85,8 @@ def load_base(
             bnb_4bit_use_double_quant=spec.double_quant,
         )
     try:
-        with quiet_loading(), without_compiler():  # making a model's modules asks for it, too
+        # Making a model's modules asks for the compiler, too.
+        with quiet_loading(), without_compiler():
             config = AutoConfig.from_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             usual = AutoModel if is_encoder(config) else AutoModelForCausalLM

@@ -105,7 +105,10 @@ class Engine:
         self._cached_tokens = 0
         self._eos = frozenset(_eos_tokens(base.model, base.tokenizer.eos_token_id))
         phases.end()
-        log.info("the engine is loaded", extra=fields(**{n: round(s, 2) for n, s in phases.seconds.items()}))
+        log.info(
+            "the engine is loaded",
+            extra=fields(**{part.replace(" ", "_"): round(took, 2) for part, took in phases.seconds.items()}),
+        )
         token_bytes = cache_shape(base.model.config).token_bytes
         self.info = EngineInfo(
             model=base.shape.name,

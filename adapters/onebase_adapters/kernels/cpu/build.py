@@ -53,8 +53,10 @@ class Build:
     def wait(self) -> None:
         """Until all is compiled. What could not be is compiled when it is first used."""
         for thread in self._threads:
-            while thread.join(_SECONDS) or thread.is_alive():
+            thread.join(_SECONDS)
+            while thread.is_alive():
                 self._tell(f"compiling kernels, once on this machine: {len(self._made)} of {self._all}")
+                thread.join(_SECONDS)
         if len(self._made) < self._all:
             log.warning("%d kernels could not be compiled beforehand", self._all - len(self._made))
         self._threads, self._all = [], len(self._made)

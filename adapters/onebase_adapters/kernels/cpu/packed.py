@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.functional import QuantState, dequantize_blockwise, has_avx512bf16
+from bitsandbytes.functional import QuantState, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
@@ -56,7 +56,10 @@ def _packed(weight: torch.Tensor, state: QuantState) -> torch.Tensor:
     pack(weight.reshape(-1).numpy(), packed.view(-1).numpy(), columns // 2)
     absmax = state.absmax
     if state.nested:
-        absmax = (dequantize_blockwise(absmax, state.state2) + state.offset).float()
+        # As bitsandbytes does it, but without a thread for each block.
+        inner = state.state2
+        absmax = inner.code[absmax.int()] * inner.absmax.repeat_interleave(inner.blocksize)[: len(absmax)]
+        absmax = absmax + state.offset
         state.nested = False
         del state.state2
     state.absmax = absmax.reshape(rows, columns // state.blocksize).T.to(torch.bfloat16).contiguous()
@@ -95,12 +98,12 @@ class PackedLinear:
         return torch.cat([bias.bfloat16() for bias in found])
 
     @property
-    def numbers(self) -> list[int]:
+    def numbers(self) -> tuple[int, int, int, int, int, int, int]:
         """Address of the codes' values; out_features, in_features; addresses of weight and scales; block size;
         address of the bias, 0 for none."""
         bias = 0 if self._bias is None else self._bias.data_ptr()
-        weight = [self.weight.data_ptr(), self._absmax.data_ptr(), self._blocksize]
-        return [self._codes.data_ptr(), self.out_features, self.in_features, *weight, bias]
+        weight = (self.weight.data_ptr(), self._absmax.data_ptr(), self._blocksize)
+        return (self._codes.data_ptr(), self.out_features, self.in_features, *weight, bias)
 
     def __call__(self, x: int, out: int, rows: int) -> None:
         """out = x W^T + bias; addresses of contiguous bfloat16 [rows, in_features] and [rows, out_features]."""
@@ -117,13 +120,14 @@ def multiply_packed(
 ) -> torch.Tensor:
     """x W^T, of x [..., in] and a packed weight of `shape` [out, in]; absmax [in / block, out] bfloat16."""
     rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1]).contiguous()
-    y = torch.empty(len(rows), shape[0], dtype=torch.bfloat16)
+    n, k = shape
+    y = torch.empty(len(rows), n, dtype=torch.bfloat16)
     codes = _table(code)
     multiply(
-        rows.data_ptr(), y.data_ptr(), len(rows), codes.data_ptr(), *shape, packed.data_ptr(), absmax.data_ptr(),
+        rows.data_ptr(), y.data_ptr(), len(rows), codes.data_ptr(), n, k, packed.data_ptr(), absmax.data_ptr(),
         block, 0, _NO_TILES, _NOTHING, _NOTHING,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], shape[0]).to(x.dtype)
+    return y.view(*x.shape[:-1], n).to(x.dtype)
 
 
 if not has_avx512bf16():
