@@ -64,20 +64,12 @@ class Compiled:
         return address
 
 
-def _work_type(context: Any) -> Any:
-    return context.call_conv.get_function_type(types.void, (WHOLE, WHOLE)).as_pointer()
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def invoke(typingctx: Any, address: Any, task: Any, at: Any) -> Any:
     """Do one task of the work at an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        work = builder.inttoptr(args[0], _work_type(context))
-        status, _ = context.call_conv.call_function(builder, work, types.void, (WHOLE, WHOLE), args[1:])
-        with cgutils.if_unlikely(builder, status.is_error):
-            context.call_conv.return_status_propagate(builder, status)
-        return context.get_dummy_value()
+        return _call(context, builder, *args)
 
     return types.void(WHOLE, WHOLE, WHOLE), codegen
 
@@ -88,7 +80,27 @@ def _region(address: int, tasks: int, at: int) -> None:
 
 
 REGION = Compiled(_region, "region", (WHOLE, WHOLE, WHOLE), parallel=True)
-_share = REGION.function
+"""All of so many tasks, by all threads."""
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _by_all_threads(typingctx: Any, region: Any, address: Any, tasks: Any, at: Any) -> Any:
+    """Run `REGION`, by its address: called by its name, it would be compiled into each kernel."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(context, builder, *args)
+
+    return types.void(WHOLE, WHOLE, WHOLE, WHOLE), codegen
+
+
+def _call(context: Any, builder: Any, address: Any, *args: Any) -> Any:
+    """Call the function of int64 at an address, and return as it does where it fails."""
+    kinds = [WHOLE] * len(args)
+    function = builder.inttoptr(address, context.call_conv.get_function_type(types.void, kinds).as_pointer())
+    status, _ = context.call_conv.call_function(builder, function, types.void, kinds, args)
+    with cgutils.if_unlikely(builder, status.is_error):
+        context.call_conv.return_status_propagate(builder, status)
+    return context.get_dummy_value()
 
 
 class Arguments:
@@ -140,18 +152,18 @@ class Arguments:
         """Make `kernel(tasks, *arguments)`: all tasks of `work`, by all threads if there are more than `serial`."""
         write = self.write
 
-        def run(address: int, tasks: int, *arguments: Any) -> None:
+        def run(region: int, address: int, tasks: int, *arguments: Any) -> None:
             at = write(arguments)
             if tasks > serial:
-                _share(address, tasks, at)
+                _by_all_threads(region, address, tasks, at)
             else:
                 for task in range(tasks):
                     invoke(address, task, at)
 
-        front = Compiled(run, f"{work.name}.all", (WHOLE, WHOLE, types.Tuple(self.kinds)))
+        front = Compiled(run, f"{work.name}.all", (WHOLE, WHOLE, WHOLE, types.Tuple(self.kinds)))
 
         def kernel(tasks: int, *arguments: Any) -> None:
-            front.call(work.address, tasks, *arguments)
+            front.call(REGION.address, work.address, tasks, *arguments)
 
         return kernel
 
