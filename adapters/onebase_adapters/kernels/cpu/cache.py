@@ -35,8 +35,8 @@ _UNUSED_DAYS = 30
 
 
 def kernel_folder() -> Path:
-    """Where the kernels of all versions are: `$NUMBA_CACHE_DIR`, else in the cache."""
-    return Path(numba.config.CACHE_DIR or cache_home() / "kernels")
+    """Where the kernels of all versions are."""
+    return cache_home() / "kernels"
 
 
 @cache
@@ -63,7 +63,7 @@ def remove_unused() -> None:
         if version_folder().exists():
             os.utime(version_folder())
         for folder in kernel_folder().iterdir():
-            if time.time() - folder.stat().st_mtime > _UNUSED_DAYS * 86400 and len(folder.name) == len(_version()):
+            if time.time() - folder.stat().st_mtime > _UNUSED_DAYS * 86400:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
