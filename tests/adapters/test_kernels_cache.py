@@ -173,6 +173,8 @@ class TestBuild:
     ) -> None:
         twice()  # which other processes do not know
         caplog.set_level(logging.WARNING)
-        Build(lambda _: None).wait()
+        build = Build(lambda _: None)
+        build.wait()
+        build._thread.join()
         assert "could not be compiled beforehand" in caplog.text
         assert not was_read()

@@ -67,7 +67,7 @@ class EncoderDecoder(AdapterSlots):
         self._sites = hook_linears(base.model, sites, slots + 1, self._kernels, self._context, base.device)
         self._states: dict[str, _State] = {}
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, all_kinds: bool = True) -> None:
         """Let everything that happens at a first use happen now."""
         self.forward([Chunk([0], 0, [0], prompt=1)])
         self.release("")

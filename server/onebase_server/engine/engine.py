@@ -69,7 +69,8 @@ class Engine:
         base = load_base(config.base, attention=ATTENTION_NAME, progress=phases.tell)
         phases.begin("preparing weights")
         if base.device.type == "cpu":
-            (kernels or Build(phases.tell)).wait()
+            kernels = kernels or Build(phases.tell)
+            kernels.wait()
         blocks = _cache_blocks(config, base.model.config, base.device)
         self.model: ServedModel | EncoderDecoder
         if base.shape.encoder_decoder:
@@ -77,7 +78,7 @@ class Engine:
         else:
             self.model = ServedModel(base, slots=config.max_adapters, blocks=blocks, head=config.head)
         phases.begin("warming up")
-        self.model.warm_up()
+        self.model.warm_up(all_kinds=kernels is None or kernels.over)
         _give_back_memory()
         self.pool = BlockPool(blocks, BLOCK, reuse=config.reuse_prefixes and not base.shape.encoder_decoder)
         context = min(config.max_model_len or base.shape.context, base.shape.context)

@@ -209,7 +209,9 @@ def attend_item(item: int, at: int) -> None:
         c, a = results.ctypes.data, weights.ctypes.data + 2 * block * BLOCK
         _add_values(c, a, keys, dim, padded, page, dim, depth // 2, coming - page)
         if depth % 2 == 1:
-            _add_values(c, a + 2 * (depth - 1), keys, dim, padded, page + 2 * (depth - 1) * dim, 0, 1, 0)
+            # int64 as above: numba would compile it once more for these very numbers.
+            none, one = np.int64(0), np.int64(1)
+            _add_values(c, a + 2 * (depth - 1), keys, dim, padded, page + 2 * (depth - 1) * dim, none, one, none)
 
     for t in range(tokens):
         target = carray(

@@ -1,17 +1,20 @@
-"""Compiling the kernels that are not on disk yet, before anything needs them, in processes of their own: numba
+"""Compiling the kernels that are not on disk yet, before anything needs them, by processes of their own: numba
 compiles one function at a time in a process.
 
-`python -m onebase_adapters.kernels.cpu.build` is such a process: it reads names, one a line, and answers with the
-same line once that kernel is on disk.
+`python -m onebase_adapters.kernels.cpu.build` reads names, one a line, and answers with each once that kernel is on
+disk.
 """
 
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from onebase_adapters.kernels.cpu import bottleneck as bottleneck
 from onebase_adapters.kernels.cpu import decoder as decoder
@@ -26,6 +29,10 @@ log = logging.getLogger(__name__)
 _MOST_PROCESSES = 8
 _SECONDS = 2.0
 """Between two lines about how far it is."""
+_FIRST = ("region", "quantize4bit")
+"""The weights need them, which are loaded meanwhile."""
+_LATER = ("bottleneck", "elementwise._affine", "noise", "screen._score")
+"""Some adapters and some requests need them."""
 
 
 class Build:
@@ -35,55 +42,61 @@ class Build:
         """`tell` gets a line now and then."""
         remove_unused()
         missing = [kernel.name for kernel in Compiled.known if not kernel.present] if TARGET != PLAIN else []
-        # The weights need them, which are loaded meanwhile.
-        self._missing = sorted(missing, key=lambda name: not name.startswith(("region", "quantize4bit")))
-        self._all = len(missing)
+        self._missing = sorted(missing, key=lambda name: (name.startswith(_LATER), not name.startswith(_FIRST)))
         self._made: list[str] = []
         self._tell = tell
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._threads = [
-            threading.Thread(target=self._run, name="kernel-build", daemon=True)
-            for _ in range(min(cores, _MOST_PROCESSES, self._all))
-        ]
+        self._thread = threading.Thread(target=self._run, name="kernel-build", daemon=True)
         if missing:
-            tell(f"compiling {self._all} kernels, once on this machine: kept in {version_folder()}")
-        for thread in self._threads:
-            thread.start()
+            tell(f"compiling {len(missing)} kernels, once on this machine: kept in {version_folder()}")
+            self._thread.start()
 
     def wait(self) -> None:
-        """Until all is compiled. What could not be is compiled when it is first used."""
-        for thread in self._threads:
-            thread.join(_SECONDS)
-            while thread.is_alive():
-                self._tell(f"compiling kernels, once on this machine: {len(self._made)} of {self._all}")
-                thread.join(_SECONDS)
-        if len(self._made) < self._all:
-            log.warning("%d kernels could not be compiled beforehand", self._all - len(self._made))
-        self._threads, self._all = [], len(self._made)
+        """Until all is compiled that any base needs; the rest goes on. What could not be compiled is compiled when it
+        is first used."""
+        told = time.monotonic()
+        while self._thread.is_alive() and any(
+            name not in self._made for name in self._missing if not name.startswith(_LATER)
+        ):
+            self._thread.join(0.02)
+            if time.monotonic() - told > _SECONDS:
+                told = time.monotonic()
+                self._tell(f"compiling kernels, once on this machine: {len(self._made)} of {len(self._missing)}")
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is being compiled any more."""
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
-        """Give a process of its own one kernel after another, as long as there are any."""
         command = [sys.executable, "-m", "onebase_adapters.kernels.cpu.build"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            while self._missing and process.stdin is not None and process.stdout is not None:
-                try:
-                    name = self._missing.pop(0)
-                    print(name, file=process.stdin, flush=True)
-                except (IndexError, BrokenPipeError):
-                    break
-                if process.stdout.readline() != f"{name}\n":
-                    break
-                self._made.append(name)
+            if process.stdin is None or process.stdout is None:
+                raise RuntimeError("A process has no pipes.")
+            process.stdin.write("".join(f"{name}\n" for name in self._missing))
+            process.stdin.close()
+            for line in process.stdout:
+                self._made.append(line.rstrip())
+        if len(self._made) < len(self._missing):
+            log.warning("%d kernels could not be compiled beforehand", len(self._missing) - len(self._made))
+
+
+def _compile(name: str) -> str:
+    next(kernel for kernel in Compiled.known if kernel.name == name).prepare()
+    return name
 
 
 def main() -> None:
-    """Compile what the standard input names, until it ends."""
+    """Compile what the standard input names, by as many processes as there are cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # reaches the whole process group; who reads us decides
-    kernels = {kernel.name: kernel for kernel in Compiled.known}
-    for line in sys.stdin:
-        kernels[line.rstrip()].prepare()
-        print(line, end="", flush=True)
+    names = sys.stdin.read().split()
+    # All others begin with what numba has learned and loaded by then, a second's worth each.
+    print(_compile(names.pop(0)), flush=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with multiprocessing.get_context("fork").Pool(min(cores, _MOST_PROCESSES, len(names) or 1)) as pool:
+        for name in pool.imap_unordered(_compile, names):
+            print(name, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(BrokenPipeError):  # who started this has ended
+        main()
