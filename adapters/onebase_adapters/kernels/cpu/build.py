@@ -51,8 +51,7 @@ class Build:
             self._thread.start()
 
     def wait(self) -> None:
-        """Until all is compiled that any base needs; the rest goes on. What could not be compiled is compiled when it
-        is first used."""
+        """Until all is compiled that any base needs; the rest goes on. What failed is compiled at its first use."""
         told = time.monotonic()
         while self._thread.is_alive() and any(
             name not in self._made for name in self._missing if not name.startswith(_LATER)
@@ -88,6 +87,7 @@ def _compile(name: str) -> str:
 def main() -> None:
     """Compile what the standard input names, by as many processes as there are cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # reaches the whole process group; who reads us decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the engine ignores it, but it is how the pool is ended
     names = sys.stdin.read().split()
     # All others begin with what numba has learned and loaded by then, a second's worth each.
     print(_compile(names.pop(0)), flush=True)
