@@ -21,7 +21,6 @@ USER onebase
 ENV ONEBASE_HOME=/home/onebase/data \
     ONEBASE_CACHE=/home/onebase/cache \
     HF_HOME=/home/onebase/cache/huggingface \
-    NUMBA_CACHE_DIR=/home/onebase/cache/numba \
     TRITON_CACHE_DIR=/home/onebase/cache/triton
 # Created here so that named volumes mounted on them belong to the user.
 RUN mkdir -p /home/onebase/cache /home/onebase/data /home/onebase/adapters

@@ -29,7 +29,7 @@ from benchmarks.offline import add_adapters, load_engine, random_prompt
 from onebase_adapters.base import DEFAULT_BASE
 from onebase_adapters.base.load import Linear4bit
 from onebase_adapters.base.shape import cache_shape
-from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear
+from onebase_adapters.kernels.cpu.packed import PackedLinear
 from onebase_adapters.model import fused, served
 from onebase_adapters.model.head import Screen
 from onebase_adapters.model.inputs import InputEmbedding

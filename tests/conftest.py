@@ -69,7 +69,7 @@ class FakeEngine:
             weight_bytes=1000,
             cache_bytes=2000,
             eos_token_ids=(2,),
-            load_seconds=0.1,
+            load_seconds={"loading weights": 0.1},
         )
         self.stats = EngineStats(*range(len(EngineStats.__struct_fields__)))
         self.ready = True

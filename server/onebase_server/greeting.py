@@ -31,7 +31,9 @@ def greet(console: Console, config: ServerConfig, services: Services, listener: 
         ("admin", "open with the admin key" if config.admin_key else "closed: no --admin-key"),
         ("url", f"{url}/v1"),
     ]
-    console.print(f"[bold]OneBase {version('onebase')}[/bold], ready after {info.load_seconds:.1f} s of loading")
+    seconds = sum(info.load_seconds.values())
+    parts = ", ".join(f"{name} {took:.1f}" for name, took in info.load_seconds.items())
+    console.print(f"[bold]OneBase {version('onebase')}[/bold], loaded in {seconds:.1f} s ({parts})")
     for name, text in rows:
         console.print(f"  {name:9} {text}", markup=False)
     for entry in idle:

@@ -1,6 +1,7 @@
 """Running the server: the port is claimed, the engine started, the adapters loaded; a signal drains and ends it."""
 
 import asyncio
+import importlib
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
@@ -9,23 +10,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 import uvloop
-from fastapi import FastAPI
 from rich.console import Console
 
 from onebase_adapters.base import fetch_base
 from onebase_adapters.errors import ConfigError
 from onebase_adapters.store import AdapterStore
-from onebase_server.api.app import create_app
-from onebase_server.api.services import ApiSettings, Services
 from onebase_server.config import ServerConfig
 from onebase_server.engine.process import ProcessEngine
-from onebase_server.greeting import greet
 from onebase_server.jobs.book import JobBook
 from onebase_server.logs import configure_logging
+from onebase_server.phases import Phases
 from onebase_server.text.tokenizer import load_codec
 
 if TYPE_CHECKING:  # an extra
     from onebase_server.api.tracing import Tracing
+if TYPE_CHECKING:  # imported while the engine loads
+    from fastapi import FastAPI
+
+    from onebase_server.api.services import Services
 
 T = TypeVar("T")
 
@@ -100,6 +102,9 @@ async def _serve(config: ServerConfig, listener: socket.socket, tracing: "Tracin
             services = await signals.unless_stopped(_start(config, engine, store, book, console))
             if services is None:
                 return 130
+            from onebase_server.api.app import create_app
+            from onebase_server.greeting import greet
+
             around = tracing.request if tracing is not None else None
             server = _Server(_uvicorn_config(create_app(services, around=around)))
             async with asyncio.TaskGroup() as group:
@@ -122,11 +127,20 @@ async def _serve(config: ServerConfig, listener: socket.socket, tracing: "Tracin
 
 async def _start(
     config: ServerConfig, engine: ProcessEngine, store: AdapterStore, book: JobBook, console: Console
-) -> Services:
+) -> "Services":
     say: Callable[[str], None] = console.print
+    phases = Phases(say)
+    phases.begin(f"fetching {config.engine.base.model}")
     folder = await asyncio.to_thread(fetch_base, config.engine.base.model, progress=say)
     say(f"loading {config.engine.base.model}")
-    codec, _ = await asyncio.gather(asyncio.to_thread(load_codec, folder), engine.start())
+    phases.begin("")  # the engine speaks for itself
+    codec, _, _ = await asyncio.gather(
+        asyncio.to_thread(load_codec, folder),
+        asyncio.to_thread(importlib.import_module, "onebase_server.api.app"),
+        engine.start(),
+    )
+    from onebase_server.api.services import ApiSettings, Services
+
     settings = ApiSettings(
         base_name=config.base_name,
         adapter_root=config.adapter_root,
@@ -134,7 +148,9 @@ async def _start(
         api_keys=config.api_keys,
     )
     services = Services.over(engine, codec, store, settings, book=book, jobs=config.jobs)
+    phases.begin("loading adapters")
     await services.adapters.load_all()
+    phases.end()
     await services.runner.start()
     return services
 
@@ -153,7 +169,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _uvicorn_config(app: FastAPI) -> uvicorn.Config:
+def _uvicorn_config(app: "FastAPI") -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="httptools",

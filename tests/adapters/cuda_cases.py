@@ -15,8 +15,9 @@ import torch
 
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.batch import Chunk
-from onebase_adapters.kernels import Kernels, reference
+from onebase_adapters.kernels import reference
 from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.contract import Kernels
 from onebase_adapters.kernels.cuda import backend
 from onebase_adapters.model import served
 from onebase_adapters.model.served import ServedModel

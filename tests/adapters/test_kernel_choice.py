@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from onebase_adapters.kernels import choose_kernels, reference
+from onebase_adapters.kernels import reference
+from onebase_adapters.kernels.contract import choose_kernels
 from onebase_adapters.kernels.cpu import backend as cpu
 from onebase_adapters.kernels.cpu import target
 

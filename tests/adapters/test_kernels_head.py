@@ -7,8 +7,8 @@ from bitsandbytes.nn import Linear4bit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
 from onebase_adapters.kernels.cpu.noise import add_gumbel, add_gumbel_of
+from onebase_adapters.kernels.cpu.packed import PackedLinear, packable
 from onebase_adapters.kernels.cpu.screen import UNSURE, best_tokens
 from onebase_adapters.kernels.cpu.target import TARGET
 from onebase_adapters.model import head as head_module

@@ -15,7 +15,7 @@ from bitsandbytes.nn import Linear4bit
 from llvmlite import binding, ir
 from numba import njit
 
-from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, multiply_packed
+from onebase_adapters.kernels.cpu.packed import PackedLinear, multiply_packed
 from onebase_adapters.kernels.cpu.pairs import pair_tile
 from onebase_adapters.kernels.cpu.target import AVX2, AVX512, BFLOAT16, NEON, PLAIN, Target, target_of
 from onebase_adapters.kernels.cpu.tile4bit import packed_tile

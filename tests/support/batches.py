@@ -7,10 +7,10 @@ import torch
 
 from onebase_adapters.base.shape import Site
 from onebase_adapters.batch import Batch, Chunk, Owners, Traits
-from onebase_adapters.kernels import Kernels
 from onebase_adapters.kernels.affine_table import Vectors
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
+from onebase_adapters.kernels.contract import Kernels
 from onebase_adapters.kernels.table import Arena, LowRankTable
 from onebase_adapters.kernels.tiles import low_rank_tiles
 from onebase_adapters.model import batching

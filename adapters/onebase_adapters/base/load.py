@@ -8,26 +8,30 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
 
 from onebase_adapters.base.catalog import fetch_base
 from onebase_adapters.base.fourbit import Linear4bit, Params4bit
+from onebase_adapters.base.lean import without_compiler
 from onebase_adapters.base.shape import BaseShape, describe_base, fingerprint_folder, is_encoder
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.errors import BaseModelError
 from onebase_adapters.kernels.cpu import quantize as quantize  # bitsandbytes' kernel from here on
-from onebase_adapters.kernels.cpu.matmul4bit import packable
+from onebase_adapters.kernels.cpu.packed import packable
 from onebase_adapters.packages import Progress
+
+with without_compiler():
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+    from transformers import masking_utils as masking_utils  # asks for the compiler
+    from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +85,8 @@ def load_base(
             bnb_4bit_use_double_quant=spec.double_quant,
         )
     try:
-        with quiet_loading():
+        # Making a model's modules asks for the compiler, too.
+        with quiet_loading(), without_compiler():
             config = AutoConfig.from_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             usual = AutoModel if is_encoder(config) else AutoModelForCausalLM

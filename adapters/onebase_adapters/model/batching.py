@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from onebase_adapters.batch import Batch, Chunk, Owners, Traits
-from onebase_adapters.kernels import Kernels
 from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.contract import Kernels
 from onebase_adapters.kernels.tiles import low_rank_tiles
 
 

@@ -17,13 +17,13 @@ from torch import nn
 
 from onebase_adapters.base.shape import BaseShape
 from onebase_adapters.batch import Batch, Owners
-from onebase_adapters.kernels import Kernels
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
+from onebase_adapters.kernels.contract import Kernels
 from onebase_adapters.kernels.cpu import backend as cpu
 from onebase_adapters.kernels.cpu.attention import NO_WINDOW
 from onebase_adapters.kernels.cpu.decoder import COS, SIN, run_layers
 from onebase_adapters.kernels.cpu.elementwise import add_rms_norm, gate_mul, rope_attend
-from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, packable
+from onebase_adapters.kernels.cpu.packed import PackedLinear, packable
 from onebase_adapters.model.linear import SiteTables, add_bottlenecks
 from onebase_adapters.model.paged import PagedKV
 
@@ -137,7 +137,7 @@ class Projection:
     @property
     def numbers(self) -> list[int]:
         """As `run_layers` reads them."""
-        return self._matmul.numbers + self._tables.low_rank.numbers
+        return [*self._matmul.numbers, *self._tables.low_rank.numbers]
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, owners: Owners) -> None:
         """x [rows, in] to y [rows, out], contiguous bfloat16."""
@@ -244,7 +244,8 @@ class FusedModel:
         """Last hidden states [n, hidden] of the batch's sample rows, ready for the LM head, from its embeddings
         [T, hidden], which are used up."""
         angles = np.array([angles(batch.positions, hidden) for angles in self._angles], np.int64)[self._angles_of]
-        buffers = self._scratch(len(hidden))
+        rows, width = hidden.shape
+        buffers = self._scratch(rows)
         settings = self._layers[0].settings
         if batch.owners.affine or batch.owners.bottleneck:
             for number, (layer, (cos, sin)) in enumerate(zip(self._layers, angles.tolist(), strict=True)):
@@ -253,14 +254,14 @@ class FusedModel:
             self._numbers[:, [COS, SIN]] = angles
             addresses = np.array([buffer.data_ptr() for buffer in buffers], np.int64)
             run_layers(
-                get_num_threads(), self._numbers, hidden.data_ptr(), *hidden.shape, buffers[5].shape[1], *settings,
+                get_num_threads(), self._numbers, hidden.data_ptr(), rows, width, buffers[5].shape[1], *settings,
                 addresses, batch.owners.tiles,
                 batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
             )  # fmt: skip
         wanted, change = hidden[batch.sample_rows], buffers[3][batch.sample_rows]
         normed = torch.empty_like(wanted)
         add_rms_norm(
-            wanted.data_ptr(), change.data_ptr(), *self._norms, normed.data_ptr(), *wanted.shape, settings[0]
+            wanted.data_ptr(), change.data_ptr(), *self._norms, normed.data_ptr(), len(wanted), width, settings[0]
         )
         return normed
 

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from onebase_adapters.kernels.cpu.matmul4bit import PackedLinear, fits_packed, packable
+from onebase_adapters.kernels.cpu.packed import PackedLinear, fits_packed, packable
 from onebase_adapters.kernels.cpu.screen import UNSURE, best_tokens, settle_unsure
 from onebase_adapters.model.noise import Noise
 
@@ -139,7 +139,7 @@ def nf4_copy(head: Any) -> Linear4bit:
     """The head in NF4; a tied embedding stays as it is."""
     copy = Linear4bit(
         head.in_features, head.out_features, bias=head.bias is not None, compute_dtype=head.weight.dtype,
-        compress_statistics=False, quant_type="nf4",
+        compress_statistics=False, quant_type="nf4", device="meta",
     )  # fmt: skip
     copy.weight = Params4bit(
         head.weight.detach().clone(), requires_grad=False, compress_statistics=False, quant_type="nf4"

@@ -10,9 +10,9 @@ from torch import nn
 
 from onebase_adapters.base.shape import Site
 from onebase_adapters.batch import Context, Owners
-from onebase_adapters.kernels import Kernels
 from onebase_adapters.kernels.affine_table import AffineTable
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
+from onebase_adapters.kernels.contract import Kernels
 from onebase_adapters.kernels.table import Arena, LowRankTable
 from onebase_adapters.parts import Parts
 

@@ -10,8 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from onebase_adapters.base.shape import cache_shape
 from onebase_adapters.batch import Context
-from onebase_adapters.kernels import Kernels
 from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.contract import Kernels
 
 ATTENTION_NAME = "onebase_paged"
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from onebase_adapters.base.load import LoadedBase
 from onebase_adapters.base.shape import cache_shape
 from onebase_adapters.batch import Chunk, Context, Owners, Traits
-from onebase_adapters.kernels import Kernels, choose_kernels
+from onebase_adapters.kernels.contract import Kernels, choose_kernels
 from onebase_adapters.kernels.cpu.plain_product import replace_emulated
 from onebase_adapters.model.batching import make_batch, make_owners
 from onebase_adapters.model.head import LogitScores, Scores
@@ -69,7 +69,7 @@ class EncoderDecoder(AdapterSlots):
         self._sites = hook_linears(base.model, sites, slots + 1, self._kernels, self._context, base.device)
         self._states: dict[str, _State] = {}
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, all_kinds: bool = True) -> None:
         """Let everything that happens at a first use happen now."""
         self.forward([Chunk([0], 0, [0], prompt=1)])
         self.release("")

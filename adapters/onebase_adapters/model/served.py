@@ -9,8 +9,8 @@ from onebase_adapters.base.load import LoadedBase, load_base
 from onebase_adapters.base.shape import BaseShape, cache_shape
 from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.batch import Chunk, Context
-from onebase_adapters.kernels import Kernels, choose_kernels
 from onebase_adapters.kernels.bottleneck_table import BottleneckTable
+from onebase_adapters.kernels.contract import Kernels, choose_kernels
 from onebase_adapters.kernels.cpu.plain_product import replace_emulated
 from onebase_adapters.model.batching import make_batch
 from onebase_adapters.model.fused import FusedModel, fuse
@@ -74,8 +74,12 @@ class ServedModel(AdapterSlots):
     def release(self, sequence: str) -> None:
         """Forget a sequence: nothing is kept of any, its pages are the engine's."""
 
-    def warm_up(self) -> None:
-        """Compile (or read from the cache) every kernel that serving needs, on pages that nobody uses yet."""
+    def warm_up(self, *, all_kinds: bool = True) -> None:
+        """Compile (or read from the cache) every kernel that serving needs, on pages that nobody uses yet; without
+        `all_kinds` of adapters, what the base alone needs."""
+        if not all_kinds:
+            self.forward([Chunk([0] * 8, 0, [0])])
+            return
         slot = self.put(_of_every_kind(self.shape))
         for chunk in (Chunk([0], 0, [0]), Chunk([0], 0, [0], slot=slot), Chunk([0] * 8, 0, [0], slot=slot)):
             self.forward([chunk])

@@ -5,7 +5,6 @@ Single-threaded; only the reading of adapters happens elsewhere (see `residency`
 
 import ctypes
 import logging
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
@@ -20,6 +19,7 @@ from onebase_adapters.base.shape import cache_shape
 from onebase_adapters.batch import Chunk
 from onebase_adapters.errors import AdapterError, ConfigError
 from onebase_adapters.kernels.block import BLOCK
+from onebase_adapters.kernels.cpu.build import Build
 from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
 from onebase_adapters.model.seq2seq import EncoderDecoder
 from onebase_adapters.model.served import ServedModel
@@ -37,6 +37,7 @@ from onebase_server.engine.sampling import Choice, sample
 from onebase_server.engine.scheduler import Plan, Scheduler, Work
 from onebase_server.engine.sequence import Sequence
 from onebase_server.logs import fields
+from onebase_server.phases import Phases
 
 log = logging.getLogger(__name__)
 
@@ -49,22 +50,35 @@ class Engine:
     """A served base with its scheduler and cache. Every submitted request gets exactly one last Output."""
 
     def __init__(
-        self, config: EngineConfig, *, wake: Callable[[], None] = _nothing, progress: Progress = log.info
+        self,
+        config: EngineConfig,
+        *,
+        wake: Callable[[], None] = _nothing,
+        progress: Progress = log.info,
+        phases: Phases | None = None,
+        kernels: Build | None = None,
     ) -> None:
         """Load the base and take the cache's memory. `wake` is called, from another thread, when a step may find
-        something new to do. Raises BaseModelError or ConfigError."""
-        started = time.perf_counter()
+        something new to do; `phases` are those of a start that has begun, `kernels` are being compiled already.
+        Raises BaseModelError or ConfigError."""
+        phases = phases or Phases(progress)
+        phases.begin("loading weights")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         register_attention()
-        base = load_base(config.base, attention=ATTENTION_NAME, progress=progress)
+        base = load_base(config.base, attention=ATTENTION_NAME, progress=phases.tell)
+        phases.begin("preparing weights")
+        if base.device.type == "cpu":
+            kernels = kernels or Build(phases.tell)
+            kernels.wait()
         blocks = _cache_blocks(config, base.model.config, base.device)
         self.model: ServedModel | EncoderDecoder
         if base.shape.encoder_decoder:
             self.model = EncoderDecoder(base, slots=config.max_adapters)
         else:
             self.model = ServedModel(base, slots=config.max_adapters, blocks=blocks, head=config.head)
-        self.model.warm_up()
+        phases.begin("warming up")
+        self.model.warm_up(all_kinds=kernels is None or kernels.over)
         _give_back_memory()
         self.pool = BlockPool(blocks, BLOCK, reuse=config.reuse_prefixes and not base.shape.encoder_decoder)
         context = min(config.max_model_len or base.shape.context, base.shape.context)
@@ -91,6 +105,11 @@ class Engine:
         self._generated_tokens = 0
         self._cached_tokens = 0
         self._eos = frozenset(_eos_tokens(base.model, base.tokenizer.eos_token_id))
+        phases.end()
+        log.info(
+            "the engine is loaded",
+            extra=fields(**{part.replace(" ", "_"): round(took, 2) for part, took in phases.seconds.items()}),
+        )
         token_bytes = cache_shape(base.model.config).token_bytes
         self.info = EngineInfo(
             model=base.shape.name,
@@ -105,7 +124,7 @@ class Engine:
             weight_bytes=model_bytes(base.model),
             cache_bytes=blocks * BLOCK * token_bytes,
             eos_token_ids=tuple(sorted(self._eos)),
-            load_seconds=time.perf_counter() - started,
+            load_seconds=phases.seconds,
             max_adapters=config.max_adapters,
         )
 

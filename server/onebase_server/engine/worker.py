@@ -14,13 +14,13 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from onebase_adapters.errors import OneBaseError
-from onebase_adapters.primitives import LoweredAdapter
 from onebase_server.engine.config import EngineConfig
-from onebase_server.engine.engine import Engine
 from onebase_server.engine.messages import (
     Abort,
     AdapterLoaded,
@@ -41,6 +41,11 @@ from onebase_server.engine.messages import (
 from onebase_server.engine.request import Output
 from onebase_server.engine.wire import frame, read_frame
 from onebase_server.logs import configure_logging
+from onebase_server.phases import Phases
+
+if TYPE_CHECKING:  # what takes a while to import is imported once a start can say so
+    from onebase_adapters.primitives import LoweredAdapter
+    from onebase_server.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +64,7 @@ _Inbox = queue.SimpleQueue[Command | _Signal]
 class Worker:
     """One engine, one connection."""
 
-    def __init__(self, engine: Engine, connection: socket.socket, inbox: _Inbox) -> None:
+    def __init__(self, engine: "Engine", connection: socket.socket, inbox: _Inbox) -> None:
         self._engine = engine
         self._connection = connection
         self._inbox = inbox
@@ -129,7 +134,7 @@ class Worker:
             self._loading.remove(entry)
             self._answer_load(*entry)
 
-    def _answer_load(self, command: LoadAdapter, future: Future[LoweredAdapter]) -> None:
+    def _answer_load(self, command: LoadAdapter, future: "Future[LoweredAdapter]") -> None:
         try:
             info = self._engine.residency.admit(command.digest, future.result())
         except OneBaseError as error:
@@ -158,6 +163,23 @@ def _read(connection: socket.socket, inbox: _Inbox, ready: threading.Event) -> N
     inbox.put(_Signal.HANGUP)
 
 
+def _load(config: EngineConfig, inbox: _Inbox, phases: Phases) -> "Engine":
+    """Raises BaseModelError or ConfigError."""
+    phases.begin("importing")
+    kernels = None
+    if config.base.device == "cpu" or not Path("/dev/nvidiactl").exists():
+        # Compiled beside all else that takes a while, where they are sure to be needed.
+        from onebase_adapters.kernels.cpu.build import Build
+
+        kernels = Build(phases.tell)
+    from onebase_adapters.base.lean import stay_alone
+
+    stay_alone()
+    from onebase_server.engine.engine import Engine
+
+    return Engine(config, wake=lambda: inbox.put(_Signal.WAKE), phases=phases, kernels=kernels)
+
+
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -176,12 +198,9 @@ def main() -> None:
     inbox: _Inbox = queue.SimpleQueue()
     ready = threading.Event()
     threading.Thread(target=_read, args=(connection, inbox, ready), name="command-reader", daemon=True).start()
+    phases = Phases(log.info if config.log_format == "json" else _tell)
     try:
-        engine = Engine(
-            config,
-            wake=lambda: inbox.put(_Signal.WAKE),
-            progress=log.info if config.log_format == "json" else _tell,
-        )
+        engine = _load(config, inbox, phases)
     except OneBaseError as error:
         connection.sendall(frame(encode(StartFailed(error.message))))
         return

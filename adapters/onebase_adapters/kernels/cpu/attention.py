@@ -10,16 +10,12 @@ per lane in that order; so its result does not depend on chunking, on its neighb
 """
 
 import numpy as np
-from numba import carray, njit, prange
+from numba import carray, njit, types
 
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.cpu.pairs import pair_tile
-from onebase_adapters.kernels.cpu.vector import (
-    bf16_from_f32,
-    larger,
-    power_of_two,
-    u16_pointer,
-)
+from onebase_adapters.kernels.cpu.task import NUMBER, WHOLE, Arguments, array
+from onebase_adapters.kernels.cpu.vector import bf16_from_f32, larger, power_of_two, u16_pointer
 from onebase_adapters.kernels.tiles import query_tiles
 
 NO_WINDOW = 1 << 30
@@ -35,15 +31,24 @@ _values_four = pair_tile(rows=4, groups=4, unroll=1, paired=False, accumulate=Tr
 _values_eight = pair_tile(rows=8, groups=2, unroll=1, paired=False, accumulate=True)
 _values_part = pair_tile(rows=4, groups=1, unroll=1, paired=False, accumulate=True)
 
+ATTEND = Arguments(
+    *[WHOLE] * 9, NUMBER, WHOLE, array(types.int32, 2), array(types.int64), array(types.int64),
+    array(types.int32, 2),
+)  # fmt: skip
+"""As `attend` has them."""
+WRITE = Arguments(*[WHOLE] * 8, array(types.int64))
+"""As `write_kv` has them."""
+_read, _read_write = ATTEND.read, WRITE.read
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _page(tables: np.ndarray, kv_heads: int, sequence: int, block: int, head: int) -> np.int64:
     """Number of the page of a sequence's block and head, in a cache of [blocks, kv_heads] pages."""
     number: np.int64 = np.int64(tables[sequence, min(block, tables.shape[1] - 1)]) * kv_heads + head
     return number
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def exp_nonpositive(x: np.float32) -> np.float32:
     """e**x for x <= 0 to 2 units in the last place, in operations that LLVM vectorises."""
     x = max(x, np.float32(-87.0))
@@ -62,7 +67,7 @@ def exp_nonpositive(x: np.float32) -> np.float32:
 
 
 # A maximum is the same in any order, so here alone reassociation is allowed.
-@njit(cache=True, nogil=True, error_model="numpy", fastmath=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy", fastmath=True)  # type: ignore[untyped-decorator]
 def _row_max(row: np.ndarray) -> np.float32:
     highest = np.float32(-3.0e38)
     for i in range(row.shape[0]):
@@ -70,7 +75,7 @@ def _row_max(row: np.ndarray) -> np.float32:
     return highest
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _softmax_row(
     row: np.ndarray, weights: np.ndarray, first: int, last: int, scale: np.float32, lanes: np.ndarray
 ) -> np.float32:
@@ -97,7 +102,7 @@ def _softmax_row(
     return total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _score_page(scores: int, keys: int, queries: int, dim: int, rows: int, page: int, ahead: int) -> None:
     """scores [rows, 16] = queries [rows, dim] x page [dim, 16]; rows a multiple of 4."""
     r = 0
@@ -112,7 +117,7 @@ def _score_page(scores: int, keys: int, queries: int, dim: int, rows: int, page:
         ahead = 0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _add_values(
     results: int, weights: int, keys: int, dim: int, rows: int, page: int, second: int, pairs: int, ahead: int
 ) -> None:
@@ -134,26 +139,13 @@ def _add_values(
         ahead = 0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def attend_item(
-    item: int,
-    q: int,
-    q_stride: int,
-    out: int,
-    out_stride: int,
-    k_cache: int,
-    v_cache: int,
-    kv_heads: int,
-    group: int,
-    dim: int,
-    scale: float,
-    window: int,
-    items: np.ndarray,
-    positions: np.ndarray,
-    visible: np.ndarray,
-    tables: np.ndarray,
-) -> None:
-    """One item's part of `attend`."""
+@ATTEND.work
+def attend_item(item: int, at: int) -> None:
+    """One item of `attend`."""
+    (
+        q, q_stride, out, out_stride, k_cache, v_cache, kv_heads, group, dim, scale, window, items, positions,
+        visible, tables,
+    ) = _read(at)  # fmt: skip
     sequence, first_token, tokens, head = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
     rows = tokens * group
     padded = (rows + 3) // 4 * 4
@@ -217,7 +209,9 @@ def attend_item(
         c, a = results.ctypes.data, weights.ctypes.data + 2 * block * BLOCK
         _add_values(c, a, keys, dim, padded, page, dim, depth // 2, coming - page)
         if depth % 2 == 1:
-            _add_values(c, a + 2 * (depth - 1), keys, dim, padded, page + 2 * (depth - 1) * dim, 0, 1, 0)
+            # int64 as above: numba would compile it once more for these very numbers.
+            none, one = np.int64(0), np.int64(1)
+            _add_values(c, a + 2 * (depth - 1), keys, dim, padded, page + 2 * (depth - 1) * dim, none, one, none)
 
     for t in range(tokens):
         target = carray(
@@ -232,24 +226,14 @@ def attend_item(
                 target[g * dim + d] = bf16_from_f32(source[g * dim + d] * inverse)
 
 
-@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+_attend = ATTEND.kernel(attend_item)
+
+
 def attend(
-    q: int,
-    q_stride: int,
-    out: int,
-    out_stride: int,
-    k_cache: int,
-    v_cache: int,
-    kv_heads: int,
-    group: int,
-    dim: int,
-    scale: float,
-    window: int,
-    items: np.ndarray,
-    positions: np.ndarray,
-    visible: np.ndarray,
+    q: int, q_stride: int, out: int, out_stride: int, k_cache: int, v_cache: int, kv_heads: int, group: int,
+    dim: int, scale: float, window: int, items: np.ndarray, positions: np.ndarray, visible: np.ndarray,
     tables: np.ndarray,
-) -> None:
+) -> None:  # fmt: skip
     """out[t, h] = softmax(scale * q[t, h] K) V over the keys at positions <= visible[t], in t's sequence.
 
     `q`, `out`, `k_cache`, `v_cache` are addresses of bfloat16: q and out [T, kv_heads*group, dim] with the
@@ -257,38 +241,37 @@ def attend(
     dim]; dim a multiple of 16. `items` [n, 4] int32: (sequence, first token, tokens, kv head); `positions` and
     `visible` [T] int64; `tables` [S, blocks] int32. With a window w, only the last w positions are seen.
     """
-    for item in prange(items.shape[0]):
-        attend_item(
-            item, q, q_stride, out, out_stride, k_cache, v_cache, kv_heads, group, dim, scale, window, items,
-            positions, visible, tables,
-        )  # fmt: skip
+    _attend(
+        len(items), q, q_stride, out, out_stride, k_cache, v_cache, kv_heads, group, dim, scale, window, items,
+        positions, visible, tables,
+    )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+@WRITE.work
+def _write_token(t: int, at: int) -> None:
+    k, k_stride, v, v_stride, k_cache, v_cache, kv_heads, dim, slots = _read_write(at)
+    block, offset = slots[t] // BLOCK, slots[t] % BLOCK
+    key = carray(u16_pointer(k + 2 * t * k_stride), kv_heads * dim, np.uint16)
+    value = carray(u16_pointer(v + 2 * t * v_stride), kv_heads * dim, np.uint16)
+    pages = kv_heads * dim * BLOCK
+    key_page = carray(u16_pointer(k_cache + 2 * block * pages), pages, np.uint16)
+    value_page = carray(u16_pointer(v_cache + 2 * block * pages), pages, np.uint16)
+    for h in range(kv_heads):
+        for d in range(dim):
+            key_page[(h * dim + d) * BLOCK + offset] = key[h * dim + d]
+            value_page[(h * BLOCK + offset) * dim + d] = value[h * dim + d]
+
+
+_write = WRITE.kernel(_write_token)
+
+
 def write_kv(
-    k: int,
-    k_stride: int,
-    v: int,
-    v_stride: int,
-    k_cache: int,
-    v_cache: int,
-    kv_heads: int,
-    dim: int,
+    k: int, k_stride: int, v: int, v_stride: int, k_cache: int, v_cache: int, kv_heads: int, dim: int,
     slots: np.ndarray,
-) -> None:
+) -> None:  # fmt: skip
     """Put each token's key and value [kv_heads, dim] (bfloat16, at the given strides per token, in elements)
     at its cache slot (block * 16 + offset), `slots` [T] int64."""
-    for t in prange(slots.shape[0]):
-        block, offset = slots[t] // BLOCK, slots[t] % BLOCK
-        key = carray(u16_pointer(k + 2 * t * k_stride), kv_heads * dim, np.uint16)
-        value = carray(u16_pointer(v + 2 * t * v_stride), kv_heads * dim, np.uint16)
-        pages = kv_heads * dim * BLOCK
-        key_page = carray(u16_pointer(k_cache + 2 * block * pages), pages, np.uint16)
-        value_page = carray(u16_pointer(v_cache + 2 * block * pages), pages, np.uint16)
-        for h in range(kv_heads):
-            for d in range(dim):
-                key_page[(h * dim + d) * BLOCK + offset] = key[h * dim + d]
-                value_page[(h * BLOCK + offset) * dim + d] = value[h * dim + d]
+    _write(len(slots), k, k_stride, v, v_stride, k_cache, v_cache, kv_heads, dim, slots)
 
 
 def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int, threads: int) -> np.ndarray:

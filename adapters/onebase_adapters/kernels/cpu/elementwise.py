@@ -7,10 +7,11 @@ Rows are independent; few rows run on the calling thread, because waking the oth
 import math
 
 import numpy as np
-from numba import carray, njit, prange
+from numba import carray, njit, types
 
 from onebase_adapters.kernels.block import BLOCK
 from onebase_adapters.kernels.cpu.attention import attend, exp_nonpositive
+from onebase_adapters.kernels.cpu.task import FLAG, NUMBER, WHOLE, Arguments, array
 from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, f32_pointer, u16_pointer
 
 SERIAL_ROWS = 4
@@ -18,15 +19,25 @@ SERIAL_ROWS = 4
 _TWO_ROOTS = np.float32(2 * math.sqrt(2 / math.pi))
 _CUBE = np.float32(0.044715)
 
+NORM = Arguments(*[WHOLE] * 4, FLAG, WHOLE, WHOLE, NUMBER)
+"""As `add_rms_norm` has them, but for the number of rows."""
+GATE = Arguments(WHOLE, FLAG, WHOLE, WHOLE)
+"""As `gate_mul` has them, but for the number of rows."""
+ROPE = Arguments(*[WHOLE] * 3, FLAG, NUMBER, *[WHOLE] * 7, array(types.int64), array(types.int64))
+"""As `rope_attend` has them, without what is the attention's."""
+AFFINE = Arguments(WHOLE, WHOLE, array(types.int32), array(types.int64), array(types.int64))
+"""As `affine_rows` has them."""
+_read_norm, _read_gate, _read_rope, _read_affine = NORM.read, GATE.read, ROPE.read, AFFINE.read
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _round(x: np.float32) -> np.float32:
     rounded: np.float32 = f32_from_bf16(bf16_from_f32(x))
     return rounded
 
 
 # The same compiled loop for every row, so the order of its sum, whatever LLVM makes it, is always the same.
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})  # type: ignore[untyped-decorator]
 def _mean_square(row: np.ndarray) -> np.float32:
     total = np.float32(0.0)
     for i in range(row.shape[0]):
@@ -35,7 +46,7 @@ def _mean_square(row: np.ndarray) -> np.float32:
     return total / np.float32(row.shape[0])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _norm(x: int, weight: int, gemma: bool, out: int, width: int, eps: float) -> None:
     row = carray(u16_pointer(x), width, np.uint16)
     scale = np.float32(1.0) / np.sqrt(_mean_square(row) + np.float32(eps))
@@ -50,11 +61,10 @@ def _norm(x: int, weight: int, gemma: bool, out: int, width: int, eps: float) ->
             target[i] = bf16_from_f32(normed * f32_from_bf16(weights[i]))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def norm_row(
-    t: int, x: int, delta: int, behind: int, weight: int, gemma: bool, out: int, width: int, eps: float
-) -> None:
-    """Row t's part of `add_rms_norm`."""
+@NORM.work
+def norm_row(t: int, at: int) -> None:
+    """Row t of `add_rms_norm`."""
+    x, delta, behind, weight, gemma, out, width, eps = _read_norm(at)
     step = 2 * t * width
     if delta != 0:
         if behind != 0:
@@ -66,15 +76,9 @@ def norm_row(
     _norm(x + step, weight, gemma, out + step, width, eps)
 
 
-@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
-def _norm_rows(
-    x: int, delta: int, behind: int, weight: int, gemma: bool, out: int, rows: int, width: int, eps: float
-) -> None:
-    for t in prange(rows):
-        norm_row(t, x, delta, behind, weight, gemma, out, width, eps)
+_norm_rows = NORM.kernel(norm_row, serial=SERIAL_ROWS)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def add_rms_norm(
     x: int, delta: int, behind: int, weight: int, gemma: bool, out: int, rows: int, width: int, eps: float
 ) -> None:
@@ -83,16 +87,13 @@ def add_rms_norm(
     Before it is added, delta is normalised itself, in place, by the weight `behind` (unless that is 0). Weights are
     rounded as in Llama, or with `gemma` are stored as what exceeds 1 and multiply in float32.
     """
-    if rows > SERIAL_ROWS:
-        _norm_rows(x, delta, behind, weight, gemma, out, rows, width, eps)
-        return
-    for t in range(rows):
-        norm_row(t, x, delta, behind, weight, gemma, out, width, eps)
+    _norm_rows(rows, x, delta, behind, weight, gemma, out, width, eps)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def gate_row(t: int, gate_up: int, gelu: bool, out: int, width: int) -> None:
-    """Row t's part of `gate_mul`."""
+@GATE.work
+def gate_row(t: int, at: int) -> None:
+    """Row t of `gate_mul`."""
+    gate_up, gelu, out, width = _read_gate(at)
     step = 2 * t * width
     gate = carray(u16_pointer(gate_up + 2 * step), width, np.uint16)
     up = carray(u16_pointer(gate_up + 2 * step + 2 * width), width, np.uint16)
@@ -106,24 +107,16 @@ def gate_row(t: int, gate_up: int, gelu: bool, out: int, width: int) -> None:
         target[i] = bf16_from_f32(_round(value * sigmoid) * f32_from_bf16(up[i]))
 
 
-@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
-def _gate_rows(gate_up: int, gelu: bool, out: int, rows: int, width: int) -> None:
-    for t in prange(rows):
-        gate_row(t, gate_up, gelu, out, width)
+_gate_rows = GATE.kernel(gate_row, serial=SERIAL_ROWS)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def gate_mul(gate_up: int, gelu: bool, out: int, rows: int, width: int) -> None:
     """out = silu(gate) * up, or gelu by tanh in place of silu; addresses of bfloat16, gate_up [rows, 2 * width]
     (gate first), out [rows, width]."""
-    if rows > SERIAL_ROWS:
-        _gate_rows(gate_up, gelu, out, rows, width)
-        return
-    for t in range(rows):
-        gate_row(t, gate_up, gelu, out, width)
+    _gate_rows(rows, gate_up, gelu, out, width)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray, dim: int) -> None:
     """Rotary embedding of one head in place, halves apart (Su et al. 2021; transformers' rotate_half)."""
     half = dim // 2
@@ -135,12 +128,12 @@ def _rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray, dim: int) -> Non
         )
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def rope_row(
-    t: int, qkv: int, q_norm: int, k_norm: int, gemma: bool, eps: float, cos: int, sin: int, k_cache: int,
-    v_cache: int, heads: int, kv_heads: int, dim: int, slots: np.ndarray, positions: np.ndarray,
-) -> None:  # fmt: skip
-    """Row t's part of `rope_attend`, but for the attention."""
+@ROPE.work
+def rope_row(t: int, at: int) -> None:
+    """Row t of `rope_attend`, but for the attention."""
+    qkv, q_norm, k_norm, gemma, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions = (
+        _read_rope(at)
+    )
     row, angle, slot = qkv + 2 * t * (heads + 2 * kv_heads) * dim, 2 * positions[t] * dim, slots[t]
     cosine = carray(u16_pointer(cos + angle), dim, np.uint16)
     sine = carray(u16_pointer(sin + angle), dim, np.uint16)
@@ -161,86 +154,48 @@ def rope_row(
             value_page[(h * BLOCK + offset) * dim + d] = value[h * dim + d]
 
 
-@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
-def _rope_rows(
-    qkv: int,
-    q_norm: int,
-    k_norm: int,
-    gemma: bool,
-    eps: float,
-    cos: int,
-    sin: int,
-    k_cache: int,
-    v_cache: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    slots: np.ndarray,
-    positions: np.ndarray,
-) -> None:
-    for t in prange(slots.shape[0]):
-        rope_row(
-            t, qkv, q_norm, k_norm, gemma, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions
-        )
+_rope_rows = ROPE.kernel(rope_row, serial=SERIAL_ROWS)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def rope_attend(
-    qkv: int,
-    q_norm: int,
-    k_norm: int,
-    gemma: bool,
-    eps: float,
-    cos: int,
-    sin: int,
-    out: int,
-    k_cache: int,
-    v_cache: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    scale: float,
-    window: int,
-    slots: np.ndarray,
-    items: np.ndarray,
-    positions: np.ndarray,
-    visible: np.ndarray,
-    tables: np.ndarray,
-) -> None:
+    qkv: int, q_norm: int, k_norm: int, gemma: bool, eps: float, cos: int, sin: int, out: int, k_cache: int,
+    v_cache: int, heads: int, kv_heads: int, dim: int, scale: float, window: int, slots: np.ndarray,
+    items: np.ndarray, positions: np.ndarray, visible: np.ndarray, tables: np.ndarray,
+) -> None:  # fmt: skip
     """Normalise queries and keys of qkv [T, (heads + 2 * kv_heads) * dim] by head (unless `q_norm` and `k_norm`,
     [dim], are 0) and rotate them, in place, write keys and values to the cache, then attend into out
     [T, heads * dim]; cos and sin [positions, dim]. Addresses of bfloat16; see `attend`."""
-    width = (heads + 2 * kv_heads) * dim
-    if slots.shape[0] > SERIAL_ROWS:
-        _rope_rows(
-            qkv, q_norm, k_norm, gemma, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions
-        )
-    else:
-        for t in range(slots.shape[0]):
-            rope_row(
-                t, qkv, q_norm, k_norm, gemma, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots,
-                positions,
-            )  # fmt: skip
+    _rope_rows(
+        len(slots), qkv, q_norm, k_norm, gemma, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots,
+        positions,
+    )  # fmt: skip
     attend(
-        qkv, width, out, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim, scale, window,
-        items, positions, visible, tables,
+        qkv, (heads + 2 * kv_heads) * dim, out, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim,
+        scale, window, items, positions, visible, tables,
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+@AFFINE.work
+def _affine_row(t: int, at: int) -> None:
+    y, width, slots, scales, shifts = _read_affine(at)
+    scale, shift = scales[slots[t]], shifts[slots[t]]
+    row = carray(u16_pointer(y + 2 * t * width), width, np.uint16)
+    if scale != 0:
+        factors = carray(f32_pointer(scale), width, np.float32)
+        for i in range(width):
+            row[i] = bf16_from_f32(f32_from_bf16(row[i]) * factors[i])
+    if shift != 0:
+        terms = carray(f32_pointer(shift), width, np.float32)
+        for i in range(width):
+            row[i] = bf16_from_f32(f32_from_bf16(row[i]) + terms[i])
+
+
+_affine_rows = AFFINE.kernel(_affine_row)
+
+
 def affine_rows(y: int, width: int, slots: np.ndarray, scales: np.ndarray, shifts: np.ndarray) -> None:
     """y[t] = y[t] * scale + shift by row t's slot, in place; y the address of bfloat16 [rows, width].
 
     `scales` and `shifts` [slots] int64: addresses of float32 [width], 0 for none.
     """
-    for t in prange(slots.shape[0]):
-        scale, shift = scales[slots[t]], shifts[slots[t]]
-        row = carray(u16_pointer(y + 2 * t * width), width, np.uint16)
-        if scale != 0:
-            factors = carray(f32_pointer(scale), width, np.float32)
-            for i in range(width):
-                row[i] = bf16_from_f32(f32_from_bf16(row[i]) * factors[i])
-        if shift != 0:
-            terms = carray(f32_pointer(shift), width, np.float32)
-            for i in range(width):
-                row[i] = bf16_from_f32(f32_from_bf16(row[i]) + terms[i])
+    _affine_rows(len(slots), y, width, slots, scales, shifts)

@@ -9,9 +9,10 @@ Invariant: a token's update is summed in the same order whatever else is in its 
 """
 
 import numpy as np
-from numba import carray, njit, prange
+from numba import carray, njit, types
 
 from onebase_adapters.kernels.cpu.pairs import add_scaled, narrow_rows, pair_tile
+from onebase_adapters.kernels.cpu.task import WHOLE, Arguments, array
 from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, u16_pointer
 
 TILE = 4
@@ -29,8 +30,15 @@ _expand_one = pair_tile(rows=1, groups=4, unroll=1, paired=True)
 _expand_part_four = pair_tile(rows=4, groups=1, unroll=1, paired=True)
 _expand_part_one = pair_tile(rows=1, groups=1, unroll=1, paired=True)
 
+UPDATE = Arguments(
+    *[WHOLE] * 5, array(types.int64), array(types.int32, 2), array(types.int64), array(types.int64, 2),
+    array(types.int64, 2), array(types.float32, 2),
+)  # fmt: skip
+"""As `add_low_rank` has them."""
+_read = UPDATE.read
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def rows_of(tiles: np.ndarray, tile: int) -> int:
     """How many tokens a tile has."""
     rows = 0
@@ -40,7 +48,7 @@ def rows_of(tiles: np.ndarray, tile: int) -> int:
     return rows
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def gather(tiles: np.ndarray, tile: int, rows: int, x: int, x_stride: int, width: int, inputs: np.ndarray) -> None:
     """The rows of x (bfloat16) that belong to a tile's tokens, one after the other, then zeros."""
     inputs[rows * width :] = np.uint16(0)
@@ -51,22 +59,10 @@ def gather(tiles: np.ndarray, tile: int, rows: int, x: int, x_stride: int, width
             target[i] = row[i]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def update_tile(
-    tile: int,
-    x: int,
-    x_stride: int,
-    y: int,
-    y_stride: int,
-    in_features: int,
-    columns: np.ndarray,
-    tiles: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    ranks: np.ndarray,
-    scales: np.ndarray,
-) -> None:
-    """One tile's part of `add_low_rank`."""
+@UPDATE.work
+def update_tile(tile: int, at: int) -> None:
+    """One tile of `add_low_rank`."""
+    x, x_stride, y, y_stride, in_features, columns, tiles, a, b, ranks, scales = _read(at)
     sites = columns.shape[0] - 1
     slot = tiles[tile, 0]
     # A tile is over sooner than its weights come from memory, so each brings in the next one's.
@@ -139,38 +135,13 @@ def update_tile(
                 first += rank
 
 
-@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
-def _update_all(
-    x: int,
-    x_stride: int,
-    y: int,
-    y_stride: int,
-    in_features: int,
-    columns: np.ndarray,
-    tiles: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    ranks: np.ndarray,
-    scales: np.ndarray,
-) -> None:
-    for tile in prange(tiles.shape[0]):
-        update_tile(tile, x, x_stride, y, y_stride, in_features, columns, tiles, a, b, ranks, scales)
+_update = UPDATE.kernel(update_tile, serial=SERIAL_TILES)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def add_low_rank(
-    x: int,
-    x_stride: int,
-    y: int,
-    y_stride: int,
-    in_features: int,
-    columns: np.ndarray,
-    tiles: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    ranks: np.ndarray,
-    scales: np.ndarray,
-) -> None:
+    x: int, x_stride: int, y: int, y_stride: int, in_features: int, columns: np.ndarray, tiles: np.ndarray,
+    a: np.ndarray, b: np.ndarray, ranks: np.ndarray, scales: np.ndarray,
+) -> None:  # fmt: skip
     """y[t, columns[s]:columns[s+1]] += scales[s, slot] * B[s, slot] (A[s, slot] x[t]) for each site s.
 
     `x`, `y` are addresses of bfloat16 rows with the given strides (elements). `columns` [sites + 1] int64 are the
@@ -179,8 +150,4 @@ def add_low_rank(
     and slot: `b` [sites, slots] int64, address of B transposed [rank, out] in groups of `GROUP` columns, both as
     `table.in_pairs` puts them; `ranks` int64 (0: site untouched); `scales` float32. in_features even.
     """
-    if tiles.shape[0] > SERIAL_TILES:
-        _update_all(x, x_stride, y, y_stride, in_features, columns, tiles, a, b, ranks, scales)
-    else:
-        for tile in range(tiles.shape[0]):
-            update_tile(tile, x, x_stride, y, y_stride, in_features, columns, tiles, a, b, ranks, scales)
+    _update(len(tiles), x, x_stride, y, y_stride, in_features, columns, tiles, a, b, ranks, scales)

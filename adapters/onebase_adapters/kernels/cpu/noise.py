@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from onebase_adapters.kernels.cpu.task import Compiled, array
 from onebase_adapters.kernels.cpu.vector import F32, I32
 
 
@@ -42,7 +43,7 @@ def _mix(typingctx: Any, value: Any) -> Any:
     return types.uint32(types.uint32), codegen
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _log(x: np.float32) -> np.float32:
     """Natural logarithm of a normal positive float32, to 2 units in the last place (Cephes' logf)."""
     bits = np.int32(_bits(x) - np.int32(0x3F3504F3))
@@ -64,7 +65,7 @@ def _log(x: np.float32) -> np.float32:
 
 
 # Called, not inlined, it would keep the loops around it from being vectorised: 49152 tokens 680 us, not 60.
-@njit(cache=True, nogil=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
 def _gumbel(v: np.uint32, low: np.uint32, high: np.uint32) -> np.float32:
     mixed = _mix(np.uint32(_mix(np.uint32(v ^ low)) ^ high))
     u = (np.float32(mixed) + np.float32(0.5)) * np.float32(2.0**-32)
@@ -75,17 +76,29 @@ def _gumbel(v: np.uint32, low: np.uint32, high: np.uint32) -> np.float32:
     return noise
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def add_gumbel(values: np.ndarray, seed: np.uint64) -> None:
-    """values[v] += -log(-log(u)), u uniform in (0, 1) by (seed, v); float32 [n]."""
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def gumbel_all(values: np.ndarray, seed: np.uint64) -> None:
+    """See `add_gumbel`."""
     low, high = np.uint32(seed & np.uint64(0xFFFFFFFF)), np.uint32(seed >> np.uint64(32))
     for v in range(values.shape[0]):
         values[v] += _gumbel(np.uint32(v), low, high)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def add_gumbel_of(values: np.ndarray, tokens: np.ndarray, seed: np.uint64) -> None:
-    """As `add_gumbel`, where values[i] is that of tokens[i], int64."""
+def _gumbel_of(values: np.ndarray, tokens: np.ndarray, seed: np.uint64) -> None:
     low, high = np.uint32(seed & np.uint64(0xFFFFFFFF)), np.uint32(seed >> np.uint64(32))
     for i in range(values.shape[0]):
         values[i] += _gumbel(np.uint32(tokens[i]), low, high)
+
+
+_ALL = Compiled(gumbel_all.py_func, "noise.all", (array(types.float32), types.uint64))
+_OF = Compiled(_gumbel_of, "noise.of", (array(types.float32), array(types.int64), types.uint64))
+
+
+def add_gumbel(values: np.ndarray, seed: np.uint64) -> None:
+    """values[v] += -log(-log(u)), u uniform in (0, 1) by (seed, v); float32 [n]."""
+    _ALL.call(values, seed)
+
+
+def add_gumbel_of(values: np.ndarray, tokens: np.ndarray, seed: np.uint64) -> None:
+    """As `add_gumbel`, where values[i] is that of tokens[i], int64."""
+    _OF.call(values, tokens, seed)

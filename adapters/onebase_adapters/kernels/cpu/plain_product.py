@@ -6,17 +6,23 @@ numbers do not depend on how many others there are.
 
 import numpy as np
 import torch
-from numba import carray, njit, prange
+from numba import carray, njit, types
 from torch import nn
 
 from onebase_adapters.kernels.cpu.target import TARGET
+from onebase_adapters.kernels.cpu.task import WHOLE, Arguments, array
 from onebase_adapters.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, u16_pointer
 
 _FEATURES = 32
 """Of the output, that a task makes."""
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})  # type: ignore[untyped-decorator]
+PRODUCT = Arguments(array(types.float32, 2), WHOLE, array(types.float32), WHOLE)
+"""x [rows, in] and bias [out] float32; addresses of bfloat16: W [out, in] between them, y [rows, out] at the end."""
+_read = PRODUCT.read
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})  # type: ignore[untyped-decorator]
 def _dot(x: np.ndarray, row: np.ndarray) -> np.float32:
     total = np.float32(0.0)
     for i in range(x.shape[0]):
@@ -24,21 +30,22 @@ def _dot(x: np.ndarray, row: np.ndarray) -> np.float32:
     return total
 
 
-@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
-def _multiply(x: np.ndarray, weight: int, bias: np.ndarray, y: int) -> None:
-    """y = x W^T + bias: x [rows, in] float32, bias [out] float32; W [out, in] and y [rows, out] addresses of
-    bfloat16."""
+@PRODUCT.work
+def _some_features(task: int, at: int) -> None:
+    x, weight, bias, y = _read(at)
     rows, width = x.shape
     features = bias.shape[0]
-    for task in prange(-(-features // _FEATURES)):
-        wide = np.empty(width, np.float32)
-        for v in range(task * _FEATURES, min((task + 1) * _FEATURES, features)):
-            narrow = carray(u16_pointer(weight + 2 * v * width), width, np.uint16)
-            for i in range(width):
-                wide[i] = f32_from_bf16(narrow[i])
-            for r in range(rows):
-                out = carray(u16_pointer(y + 2 * (r * features + v)), 1, np.uint16)
-                out[0] = bf16_from_f32(_dot(x[r], wide) + bias[v])
+    wide = np.empty(width, np.float32)
+    for v in range(task * _FEATURES, min((task + 1) * _FEATURES, features)):
+        narrow = carray(u16_pointer(weight + 2 * v * width), width, np.uint16)
+        for i in range(width):
+            wide[i] = f32_from_bf16(narrow[i])
+        for r in range(rows):
+            out = carray(u16_pointer(y + 2 * (r * features + v)), 1, np.uint16)
+            out[0] = bf16_from_f32(_dot(x[r], wide) + bias[v])
+
+
+_multiply = PRODUCT.kernel(_some_features)
 
 
 class PlainProduct:
@@ -53,7 +60,8 @@ class PlainProduct:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self._linear.in_features).float().contiguous()
         y = torch.empty(len(rows), self._linear.out_features, dtype=torch.bfloat16)
-        _multiply(rows.numpy(), self._linear.weight.data_ptr(), self._bias, y.data_ptr())
+        tasks = -(-self._linear.out_features // _FEATURES)
+        _multiply(tasks, rows.numpy(), self._linear.weight.data_ptr(), self._bias, y.data_ptr())
         return y.view(*x.shape[:-1], self._linear.out_features)
 
 

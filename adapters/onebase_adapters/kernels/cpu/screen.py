@@ -7,9 +7,10 @@ drawing a token (see `model.noise`) is screened as finding the best one is.
 """
 
 import numpy as np
-from numba import carray, njit, prange
+from numba import carray, njit, types
 
-from onebase_adapters.kernels.cpu.noise import add_gumbel
+from onebase_adapters.kernels.cpu.noise import add_gumbel, gumbel_all
+from onebase_adapters.kernels.cpu.task import WHOLE, Arguments, array
 from onebase_adapters.kernels.cpu.vector import f32_from_bf16, larger, u16_pointer
 
 CHUNK = 128
@@ -22,9 +23,20 @@ _PARTS = 64
 UNSURE = -2
 """In place of such a row's token."""
 
+BEST = Arguments(
+    *[WHOLE] * 3, array(types.float32), WHOLE, array(types.float32), array(types.uint64), array(types.int64)
+)
+"""As `best_tokens` has them, but for the number of rows."""
+SCORE = Arguments(
+    array(types.float32, 2), WHOLE, array(types.float32), array(types.float32, 2), array(types.float32, 2),
+    array(types.int64, 2),
+)  # fmt: skip
+"""As `_score_all` has them."""
+_read_best, _read_score = BEST.read, SCORE.read
+
 
 # One compiled loop for every pair of rows: the order of the sum is always the same.
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})  # type: ignore[untyped-decorator]
 def _dot(x: np.ndarray, row: np.ndarray) -> np.float32:
     total = np.float32(0.0)
     for i in range(x.shape[0]):
@@ -33,7 +45,7 @@ def _dot(x: np.ndarray, row: np.ndarray) -> np.float32:
 
 
 # `noise` may be None, here and in `_best`: numba compiles that case apart, without what it does not need.
-@njit(cache=True, nogil=True, error_model="numpy", fastmath=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy", fastmath=True)  # type: ignore[untyped-decorator]
 def _highest(
     approx: np.ndarray, noise: np.ndarray | None, margins: np.ndarray, first: int, last: int, scale: np.float32,
     inverse: np.float32,
@@ -54,7 +66,7 @@ def _highest(
     return highest
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _best(
     x: np.ndarray, norm: np.float32, logits: np.ndarray, weight: int, margins: np.ndarray,
     noise: np.ndarray | None, inverse: np.float32,
@@ -83,60 +95,61 @@ def _best(
     return best if np.isfinite(highest) and np.isfinite(norm) else np.int64(-1)
 
 
-@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
-def _score_all(
-    x: np.ndarray, weight: int, inverses: np.ndarray, noise: np.ndarray, highest: np.ndarray, best: np.ndarray
-) -> None:
+@SCORE.work
+def _score_part(part: int, at: int) -> None:
     """The best token, and its score, of each part of the vocabulary: x [rows, width], noise [rows, vocab], highest
     [parts, rows] float32, best [parts, rows] int64."""
+    x, weight, inverses, noise, highest, best = _read_score(at)
     rows, width = x.shape
     parts, vocab = best.shape[0], noise.shape[1]
-    for part in prange(parts):
-        for v in range(part * vocab // parts, (part + 1) * vocab // parts):
-            weights = carray(u16_pointer(weight + 2 * v * width), width, np.uint16)
-            for r in range(rows):
-                exact = _dot(x[r], weights)
-                if inverses[r] != 0:
-                    exact = inverses[r] * exact + noise[r, v]
-                if exact > highest[part, r]:
-                    highest[part, r] = exact
-                    best[part, r] = v
+    for v in range(part * vocab // parts, (part + 1) * vocab // parts):
+        weights = carray(u16_pointer(weight + 2 * v * width), width, np.uint16)
+        for r in range(rows):
+            exact = _dot(x[r], weights)
+            if inverses[r] != 0:
+                exact = inverses[r] * exact + noise[r, v]
+            if exact > highest[part, r]:
+                highest[part, r] = exact
+                best[part, r] = v
 
 
-@njit(cache=True, nogil=True, error_model="numpy", parallel=True)  # type: ignore[untyped-decorator]
+_score_all = SCORE.kernel(_score_part)
+
+
+@BEST.work
+def _best_of_row(r: int, at: int) -> None:
+    hidden, approx, weight, margins, width, inverses, seeds, tokens = _read_best(at)
+    vocab = margins.shape[0]
+    source = carray(u16_pointer(hidden + 2 * r * width), width, np.uint16)
+    x = np.empty(width, np.float32)
+    square = np.float32(0.0)
+    for i in range(width):
+        x[i] = f32_from_bf16(source[i])
+        square += x[i] * x[i]
+    norm = np.sqrt(square)
+    logits = carray(u16_pointer(approx + 2 * r * vocab), vocab, np.uint16)
+    if inverses[r] == 0:
+        tokens[r] = _best(x, norm, logits, weight, margins, None, inverses[r])
+    else:
+        noise = np.zeros(vocab, np.float32)
+        gumbel_all(noise, seeds[r])
+        tokens[r] = _best(x, norm, logits, weight, margins, noise, inverses[r])
+
+
+_best_of_rows = BEST.kernel(_best_of_row)
+
+
 def best_tokens(
-    hidden: int,
-    approx: int,
-    weight: int,
-    margins: np.ndarray,
-    rows: int,
-    width: int,
-    inverses: np.ndarray,
-    seeds: np.ndarray,
-    tokens: np.ndarray,
-) -> None:
+    hidden: int, approx: int, weight: int, margins: np.ndarray, rows: int, width: int, inverses: np.ndarray,
+    seeds: np.ndarray, tokens: np.ndarray,
+) -> None:  # fmt: skip
     """tokens[r] = argmax over v of hidden[r] . weight[v], the lowest v among equals, -1 where it is not finite.
 
     Addresses of bfloat16: hidden [rows, width], approx [rows, vocab] (each within margins[v] * |hidden[r]| of the
     full product before its own rounding), weight [vocab, width]. margins [vocab] float32, tokens [rows] int64.
     Where inverses[r] (float32) is not 0, the best is of inverses[r] * logits plus the noise of seeds[r] (uint64).
     """
-    vocab = margins.shape[0]
-    for r in prange(rows):
-        source = carray(u16_pointer(hidden + 2 * r * width), width, np.uint16)
-        x = np.empty(width, np.float32)
-        square = np.float32(0.0)
-        for i in range(width):
-            x[i] = f32_from_bf16(source[i])
-            square += x[i] * x[i]
-        norm = np.sqrt(square)
-        logits = carray(u16_pointer(approx + 2 * r * vocab), vocab, np.uint16)
-        if inverses[r] == 0:
-            tokens[r] = _best(x, norm, logits, weight, margins, None, inverses[r])
-        else:
-            noise = np.zeros(vocab, np.float32)
-            add_gumbel(noise, seeds[r])
-            tokens[r] = _best(x, norm, logits, weight, margins, noise, inverses[r])
+    _best_of_rows(rows, hidden, approx, weight, margins, width, inverses, seeds, tokens)
 
 
 def settle_unsure(
@@ -151,7 +164,7 @@ def settle_unsure(
             add_gumbel(noise[place], seeds[row])
     highest = np.full((_PARTS, len(unsure)), -np.inf, np.float32)
     best = np.full((_PARTS, len(unsure)), -1, np.int64)
-    _score_all(hidden[unsure], weight, inverses[unsure], noise, highest, best)
+    _score_all(_PARTS, hidden[unsure], weight, inverses[unsure], noise, highest, best)
     parts = highest.argmax(0)
     places = np.arange(len(unsure))
     tokens[unsure] = np.where(np.isfinite(highest[parts, places]), best[parts, places], -1)

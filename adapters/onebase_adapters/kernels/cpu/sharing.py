@@ -5,7 +5,6 @@ So nobody waits for a thread that has no task: one that the system has put aside
 core, holds up the task that it is in and nothing else, and finds the later stages done when it returns.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -13,6 +12,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from onebase_adapters.kernels.cpu.task import invoke
 from onebase_adapters.kernels.cpu.vector import I32, I64
 
 STAGE = 64
@@ -52,28 +52,21 @@ def _yield(typingctx: Any) -> Any:
     return types.int32(), codegen
 
 
-def shared(work: Callable[..., None]) -> Callable[..., None]:
-    """Make `run(stage, threads, tasks, *arguments)`, for compiled code: `work(task, *arguments)` of each of so many
-    tasks, by so many threads that all call this with the same address `stage`; returns once all are done.
-    """
-
-    # A function of its own for each kind of work: numba keeps nothing on disk that is given functions.
-    @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-    def run(stage: int, threads: int, tasks: int, *arguments: Any) -> None:
-        # Few enough at once that threads end together, not more takes than pay.
-        count = max(1, tasks // (3 * threads))
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def share(stage: int, threads: int, tasks: int, work: int, at: int) -> None:
+    """Do so many tasks of the work at an address, by so many threads that all call this with the same address
+    `stage`; returns once all are done."""
+    # Few enough at once that threads end together, not more takes than pay.
+    count = max(1, tasks // (3 * threads))
+    first = _add(stage, count)
+    while first < tasks:
+        last = min(first + count, tasks)
+        for task in range(first, last):
+            invoke(work, task, at)
+        _add(stage + 8, last - first)
         first = _add(stage, count)
-        while first < tasks:
-            last = min(first + count, tasks)
-            for task in range(first, last):
-                work(task, *arguments)
-            _add(stage + 8, last - first)
-            first = _add(stage, count)
-        looks = 0
-        while _read(stage + 8) < tasks:
-            looks += 1
-            if looks > _SPINS:
-                _yield()
-
-    made: Callable[..., None] = run
-    return made
+    looks = 0
+    while _read(stage + 8) < tasks:
+        looks += 1
+        if looks > _SPINS:
+            _yield()
