@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TESTED := $(VENV)/.tested
 PORT ?= 8000
 
-.PHONY: install demo serve test fuzz clients check format bench clean
+.PHONY: install demo serve test test-lowest test-newest fuzz clients check format bench clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ $(TESTED): $(STAMP) tests/other_clients/package.json
 
 test: $(TESTED)
 	$(BIN)/python -m pytest
+
+# As far as other versions of what it is built on can matter, in an environment of its own for each.
+test-lowest test-newest: test-%:
+	$(PYTHON) tests/versions.py $*
 
 clients: $(TESTED)
 	$(BIN)/python -m pytest tests/other_clients
