@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTED := $(VENV)/.tested
 PORT ?= 8000
 
-.PHONY: install demo serve test fuzz clients check format bench clean
+.PHONY: install demo serve test test-lowest test-newest fuzz clients check format bench clean
 
 install: $(STAMP)
 
@@ -23,21 +24,31 @@ demo: $(STAMP)
 serve: $(STAMP)
 	$(BIN)/onebase serve --port $(PORT)
 
-test: $(STAMP)
+# What tests alone need. DeepSpeed builds from source against the torch that is there. Clients that others wrote go into
+# an environment above this one: what is here already is not fetched again.
+$(TESTED): $(STAMP) tests/other_clients/package.json
+	test "$$(uname)" != Linux || $(BIN)/python -m pip install --progress-bar on -q -c constraints.txt --no-build-isolation deepspeed
+	test -x $(VENV)/clients/bin/python || $(PYTHON) -m venv $(VENV)/clients
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(VENV)/clients/lib/python3*/site-packages)/onebase.pth
+	$(VENV)/clients/bin/python -m pip install --progress-bar on -q -c constraints.txt litellm langchain-openai lm-eval tenacity
+	! command -v npm > /dev/null || npm install --silent --no-package-lock --prefix tests/other_clients
+	touch $@
+
+test: $(TESTED)
 	$(BIN)/python -m pytest
+
+# As far as other versions of what it is built on can matter, in an environment of its own for each.
+test-lowest test-newest: test-%:
+	$(PYTHON) tests/versions.py $*
+
+clients: $(TESTED)
+	$(BIN)/python -m pytest tests/other_clients
+
 
 # In an environment of its own: it would load itself into every pytest run.
 fuzz: $(STAMP)
 	test -x $(VENV)/fuzz/bin/st || { $(PYTHON) -m venv $(VENV)/fuzz && $(VENV)/fuzz/bin/python -m pip install -q 'schemathesis>=4,<5'; }
 	PYTHONPATH=tests $(BIN)/python tests/fuzz_api.py $(VENV)/fuzz/bin/st
-
-# Clients that others wrote, in an environment above this one: what is here already (torch) is not fetched again.
-clients: $(STAMP)
-	test -x $(VENV)/clients/bin/lm_eval || { $(PYTHON) -m venv $(VENV)/clients \
-		&& $(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(VENV)/clients/lib/python3*/site-packages)/onebase.pth \
-		&& $(VENV)/clients/bin/python -m pip install -q -c constraints.txt litellm langchain-openai lm-eval tenacity; }
-	! command -v npm > /dev/null || npm install --silent --no-package-lock --prefix tests/other_clients
-	PYTHONPATH=tests $(BIN)/python tests/other_clients/run.py $(VENV)/clients/bin/python
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

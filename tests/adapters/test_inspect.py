@@ -11,6 +11,7 @@ from onebase_adapters.errors import AdapterFormatError
 from support.methods import CONFIGS, save_method, save_named
 
 
+@pytest.mark.skipif("hira" not in CONFIGS, reason="this PEFT has no HiRA")
 def test_how_it_is_served(
     tiny_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

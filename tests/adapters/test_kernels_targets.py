@@ -17,7 +17,7 @@ from numba import njit
 
 from onebase_adapters.kernels.cpu.packed import PackedLinear, multiply_packed
 from onebase_adapters.kernels.cpu.pairs import pair_tile
-from onebase_adapters.kernels.cpu.target import AVX2, AVX512, BFLOAT16, NEON, PLAIN, Target, target_of
+from onebase_adapters.kernels.cpu.target import AVX2, AVX512, BFLOAT16, NEON, PLAIN, TARGET, Target, target_of
 from onebase_adapters.kernels.cpu.tile4bit import packed_tile
 from support import lesser
 from support.batches import random_bf16
@@ -115,6 +115,7 @@ def test_tiles_compile_for_neon(tile: Any) -> None:
 
 
 @pytest.mark.skipif(AVX2 not in ABLE, reason="needs AVX2 and FMA")
+@pytest.mark.skipif(TARGET == AVX2, reason="this processor is such a one: tests/engine has run here")
 def test_tokens_are_the_same_in_any_company_on_a_processor_with_avx2() -> None:
     """The engine's own test of that, fused and not, in a process whose kernels are compiled for it."""
     command = [sys.executable, "-m", "support.lesser", "-q", "-p", "no:cacheprovider", str(COMPANY)]

@@ -102,7 +102,7 @@ def test_as_peft_with_scaled_embeddings_and_with_biases(
 ) -> None:
     tokens, base = tuple(prompt(40, 5)), load_exact(tiny_model(family))
     model = ServedModel.load(BaseSpec(str(tiny_model(family)), device="cpu"), slots=len(names), blocks=64)
-    for name in names:
+    for name in filter(CONFIGS.__contains__, names):
         folder = save_named(tmp_path / name, tiny_model(family), name)
         (ours,) = Feeder(model).logits([stream(model, tokens, *put(model, folder))])
         exact, plain = (logits_of_peft(base, folder, name, tokens, exact=exact) for exact in (True, False))

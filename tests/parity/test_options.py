@@ -20,67 +20,68 @@ from onebase_adapters.methods import load_adapter
 from onebase_adapters.model.weights import ModelWeights
 from onebase_adapters.parts import Parts
 from onebase_adapters.primitives import LoweredAdapter
-from support.methods import save_method
+from support.methods import of_this_peft, save_method
 
 TASK: Any = {"task_type": "CAUSAL_LM"}
 SITES = ["q_proj", "v_proj", "down_proj"]
 
 
-def options(config: type[peft.PeftConfig], **settings: Any) -> Callable[[], peft.PeftConfig]:
-    return lambda: config(**({"target_modules": SITES} | TASK | settings))
+def options(config: str, **settings: Any) -> Callable[[], peft.PeftConfig]:
+    return lambda: getattr(peft, config)(**({"target_modules": SITES} | TASK | settings))
 
 
-BIASED: Mapping[str, Callable[[], peft.PeftConfig]] = {
-    "dora": options(peft.LoraConfig, r=4, use_dora=True),
-    "lora-bias": options(peft.LoraConfig, r=4, use_rslora=True, lora_bias=True),
-    "lora-biases-of-its-own": options(peft.LoraConfig, r=4, bias="lora_only"),
-    "lora-of-some-layers": options(peft.LoraConfig, r=4, layers_to_transform=[1]),
+_BIASED: Mapping[str, Callable[[], peft.PeftConfig]] = {
+    "dora": options("LoraConfig", r=4, use_dora=True),
+    "lora-bias": options("LoraConfig", r=4, use_rslora=True, lora_bias=True),
+    "lora-biases-of-its-own": options("LoraConfig", r=4, bias="lora_only"),
+    "lora-of-some-layers": options("LoraConfig", r=4, layers_to_transform=[1]),
     "lora-patterns": options(
-        peft.LoraConfig, r=4, rank_pattern={"^model.layers.1.self_attn.q_proj": 7},
+        "LoraConfig", r=4, rank_pattern={"^model.layers.1.self_attn.q_proj": 7},
         alpha_pattern={r"^.*layers\.2.*": 3},
     ),
-    "lora-mica": options(peft.LoraConfig, r=4, init_lora_weights="mica"),
-    "ia3": options(peft.IA3Config, feedforward_modules=["down_proj"]),
-    "loha": options(peft.LoHaConfig, r=4, alpha=8),
-    "lokr-full": options(peft.LoKrConfig, r=64),
-    "lokr-both": options(peft.LoKrConfig, r=4, alpha=8, decompose_both=True, decompose_factor=8),
-    "vera-by-seed": options(peft.VeraConfig, r=8, save_projection=False, target_modules=["q_proj"]),
-    "oft-shared": options(peft.OFTConfig, oft_block_size=16, block_share=True),
-    "oft-constrained": options(peft.OFTConfig, oft_block_size=16, coft=True, eps=0.1),
-    "hra-orthogonal": options(peft.HRAConfig, r=4, apply_GS=True),
-    "hra-biases-of-its-own": options(peft.HRAConfig, r=4, bias="hra_only"),
+    "lora-mica": options("LoraConfig", r=4, init_lora_weights="mica"),
+    "ia3": options("IA3Config", feedforward_modules=["down_proj"]),
+    "loha": options("LoHaConfig", r=4, alpha=8),
+    "lokr-full": options("LoKrConfig", r=64),
+    "lokr-both": options("LoKrConfig", r=4, alpha=8, decompose_both=True, decompose_factor=8),
+    "vera-by-seed": options("VeraConfig", r=8, save_projection=False, target_modules=["q_proj"]),
+    "oft-shared": options("OFTConfig", oft_block_size=16, block_share=True),
+    "oft-constrained": options("OFTConfig", oft_block_size=16, coft=True, eps=0.1),
+    "hra-orthogonal": options("HRAConfig", r=4, apply_GS=True),
+    "hra-biases-of-its-own": options("HRAConfig", r=4, bias="hra_only"),
     "vblora-top": options(
-        peft.VBLoRAConfig, r=4, num_vectors=16, vector_length=16, topk=2, save_only_topk_weights=True
+        "VBLoRAConfig", r=4, num_vectors=16, vector_length=16, topk=2, save_only_topk_weights=True
     ),
-    "miss-mini": options(peft.MissConfig, r=8, mini_r=4, init_weights="mini"),
-    "randlora-by-seed": options(peft.RandLoraConfig, r=8, save_projection=False),
-    "gralora-hybrid": options(peft.GraloraConfig, r=8, hybrid_r=2),
+    "miss-mini": options("MissConfig", r=8, mini_r=4, init_weights="mini"),
+    "randlora-by-seed": options("RandLoraConfig", r=8, save_projection=False),
+    "gralora-hybrid": options("GraloraConfig", r=8, hybrid_r=2),
     "glora-vectors": options(
-        peft.GloraConfig, r=4, config_A_B="vector", config_C="vector", config_D_E="vector"
+        "GloraConfig", r=4, config_A_B="vector", config_C="vector", config_D_E="vector"
     ),
-    "tinylora-tied": options(peft.TinyLoraConfig, u=8, weight_tying=1.0),
-    "tinylora-by-seed": options(peft.TinyLoraConfig, u=8, save_projection=False),
-    "unilora-of-some-layers": options(peft.UniLoraConfig, r=4, theta_d_length=64, layers_to_transform=[1, 2]),
-    "unilora-indices": options(peft.UniLoraConfig, r=4, theta_d_length=64, save_indices=True),
-    "deft-parallel": options(peft.DeftConfig, r=4, para=True),
-    "peanut-deep": options(peft.PeanutConfig, r=4, depth=2),
-    "osf": options(peft.OSFConfig),
-    "road": options(peft.RoadConfig, variant="road_4", group_size=16),
-    "beft": options(peft.BeftConfig),
+    "tinylora-tied": options("TinyLoraConfig", u=8, weight_tying=1.0),
+    "tinylora-by-seed": options("TinyLoraConfig", u=8, save_projection=False),
+    "unilora-of-some-layers": options("UniLoraConfig", r=4, theta_d_length=64, layers_to_transform=[1, 2]),
+    "unilora-indices": options("UniLoraConfig", r=4, theta_d_length=64, save_indices=True),
+    "deft-parallel": options("DeftConfig", r=4, para=True),
+    "peanut-deep": options("PeanutConfig", r=4, depth=2),
+    "osf": options("OSFConfig"),
+    "road": options("RoadConfig", variant="road_4", group_size=16),
+    "beft": options("BeftConfig"),
 }  # fmt: skip
+BIASED = of_this_peft(_BIASED)
 TIED: Mapping[str, Callable[[], peft.PeftConfig]] = {
-    "lora-embedding": options(peft.LoraConfig, r=4, target_modules=["embed_tokens"]),
+    "lora-embedding": options("LoraConfig", r=4, target_modules=["embed_tokens"]),
     "lora-embedding-and-head": options(
-        peft.LoraConfig, r=4, target_modules=["embed_tokens"], ensure_weight_tying=True
+        "LoraConfig", r=4, target_modules=["embed_tokens"], ensure_weight_tying=True
     ),
-    "lora-head": options(peft.LoraConfig, r=4, target_modules=["lm_head"]),
-    "saved-embedding": options(peft.LoraConfig, r=4, modules_to_save=["embed_tokens"]),
+    "lora-head": options("LoraConfig", r=4, target_modules=["lm_head"]),
+    "saved-embedding": options("LoraConfig", r=4, modules_to_save=["embed_tokens"]),
     "saved-embedding-and-head": options(
-        peft.LoraConfig, r=4, modules_to_save=["embed_tokens"], ensure_weight_tying=True
+        "LoraConfig", r=4, modules_to_save=["embed_tokens"], ensure_weight_tying=True
     ),
-    "tokens": options(peft.LoraConfig, r=4, trainable_token_indices=[3, 9, 20]),
-    "tokens-of-the-embedding": options(peft.LoraConfig, r=4, trainable_token_indices={"embed_tokens": [3, 9, 20]}),
-    "tokens-of-the-head": options(peft.LoraConfig, r=4, trainable_token_indices={"lm_head": [3, 9, 20]}),
+    "tokens": options("LoraConfig", r=4, trainable_token_indices=[3, 9, 20]),
+    "tokens-of-the-embedding": options("LoraConfig", r=4, trainable_token_indices={"embed_tokens": [3, 9, 20]}),
+    "tokens-of-the-head": options("LoraConfig", r=4, trainable_token_indices={"lm_head": [3, 9, 20]}),
 }
 
 

@@ -23,7 +23,7 @@ _TWO = ["q_proj", "v_proj"]
 _TOKENS = list(range(5, 105, 2))
 """Those that are retrained: enough for any prompt of the tests to have some."""
 
-CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
+_CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "rslora": lambda: peft.LoraConfig(r=6, lora_alpha=12, target_modules=_SITES, use_rslora=True, **_COMMON),
     "dora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=_SITES, use_dora=True, **_COMMON),
     "lora-bias": lambda: peft.LoraConfig(r=4, target_modules=_SITES, lora_bias=True, **_COMMON),
@@ -94,6 +94,26 @@ CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "road": lambda: peft.RoadConfig(group_size=16, target_modules=_TWO, **_COMMON),
     "peanut": lambda: peft.PeanutConfig(r=4, target_modules=_TWO, **_COMMON),
 }
+
+
+def of_this_peft(configs: Mapping[str, Callable[[], peft.PeftConfig]]) -> dict[str, Callable[[], peft.PeftConfig]]:
+    """Without those of classes that came to PEFT later than this one."""
+
+    def has(make: Callable[[], peft.PeftConfig]) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                make()
+            except AttributeError as error:
+                if "module 'peft' has no attribute" not in str(error):
+                    raise
+                return False
+            return True
+
+    return {name: make for name, make in configs.items() if has(make)}
+
+
+CONFIGS = of_this_peft(_CONFIGS)
 """By name. The tiny Llama's sites are at most 128 wide, so that even OFT's updates are low-rank enough for it."""
 
 TASKS: Mapping[str, int] = {"multitask-prompt-tuning": 2, "poly": 1}

@@ -1,10 +1,11 @@
-"""Two processes, as torchrun starts them: the result is that of one process."""
+"""Two processes, started by torchrun or with DeepSpeed's stages: the result is that of one process."""
 
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,54 +13,94 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from onebase_training.config import TrainConfig
+from onebase_training.events import silent
+from onebase_training.train import train
+from support.processes import run_two
+
 ANIMALS = ("cat", "dog", "cow", "owl")
 
 
-@pytest.fixture
-def options(tmp_path: Path, tiny_model: Callable[[str], Path]) -> list[str]:
-    data = tmp_path / "data.jsonl"
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> TrainConfig:
+    data = tmp_path_factory.mktemp("data") / "data.jsonl"
     rows = [
         {"prompt": f"{index} {ANIMALS[index % 4]} =", "completion": f" {ANIMALS[index % 4]}"} for index in range(44)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = str(tiny_model("llama"))
-    options = ["--data", str(data), "--model", model, "--rank", "4", "--batch-tokens", "96", "--epochs", "2"]
-    return [*options, "--metric-examples", "2", "--device", "cpu", "--learning-rate", "0.01"]
-
-
-def run(launcher: list[str], output: Path, options: list[str], **environment: str) -> dict[str, torch.Tensor]:
-    """Train in processes of its own; gives the adapter's tensors."""
-    code = output.with_suffix(".py")
-    code.write_text("from onebase_adapters.cli import main\nmain()\n")
-    command = [sys.executable, *launcher, str(code), "train", "--output", str(output), *options]
-    paths = ":".join(sys.path)
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+    return TrainConfig(
+        data=data,
+        output=tmp_path_factory.mktemp("alone") / "out",
+        model=str(tiny_model("llama")),
+        rank=4,
+        batch_tokens=96,
+        epochs=2,
+        metric_examples=2,
+        learning_rate=0.01,
+        device="cpu",
     )
+
+
+@pytest.fixture(scope="module")
+def alone(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, of one process that makes as large steps as two."""
+    train(replace(config, accumulate=2), silent)
+    return load_file(config.output / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+
+
+def check_same(output: Path, alone: dict[str, torch.Tensor]) -> None:
+    together = load_file(output / "adapter_model.safetensors")
+    assert together.keys() == alone.keys()
+    for name, value in together.items():
+        # Sums in another order, and Adam divides small gradients by their own size.
+        assert (value - alone[name]).norm() < 0.05 * alone[name].norm(), name
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_torchrun_trains_the_adapter_that_one_process_trains(
+    config: TrainConfig, alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    code, output = tmp_path / "run.py", tmp_path / "out"
+    code.write_text("from onebase_adapters.cli import main\nmain()\n")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        str(code),
+        "train",
+    ]
+    command += ["--output", str(output), "--data", str(config.data), "--model", config.model, "--rank", "4"]
+    command += ["--batch-tokens", "96", "--epochs", "2", "--metric-examples", "2", "--device", "cpu"]
+    command += ["--learning-rate", "0.01"]
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Wrote") == 1
-    assert sorted(path.name for path in output.parent.glob(f"*{output.name}*")) == sorted([output.name, code.name])
-    return load_file(output / "adapter_model.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run.py"]
+    check_same(output, alone)
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-SPREAD = pytest.param(
-    "zero2,zero3", marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs onebase[deepspeed]")
-)
+def train_by_deepspeed(config: TrainConfig) -> None:
+    """One of two processes."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    train(config, silent)
 
 
-@pytest.mark.parametrize("stages", ["none,fsdp", SPREAD])
-def test_two_processes_train_the_adapter_that_one_trains(stages: str, tmp_path: Path, options: list[str]) -> None:
-    alone = run([], tmp_path / "alone", [*options, "--accumulate", "2"])
-    for stage in stages.split(","):
-        extra = {"none": [], "fsdp": ["--fsdp"]}.get(stage, ["--deepspeed", stage])
-        together = run(TORCHRUN, tmp_path / stage, [*options, *extra], DS_ACCELERATOR="cpu")
-        assert together.keys() == alone.keys()
-        for name, value in together.items():
-            # Sums in another order, and Adam divides small gradients by their own size.
-            assert (value - alone[name]).norm() < 0.05 * alone[name].norm(), name
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs onebase[deepspeed]")
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed_trains_the_adapter_that_one_process_trains(
+    stage: str, config: TrainConfig, alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    assert run_two(train_by_deepspeed, replace(config, output=output, deepspeed=stage)) == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    check_same(output, alone)

@@ -1,12 +1,9 @@
 """Sharding by `fully_shard`, in two processes: parts are halves, and a killed run goes on to the same result."""
 
 import json
-import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -19,12 +16,11 @@ from onebase_training.events import Evaluated, Event, silent
 from onebase_training.fitting import fsdp
 from onebase_training.fitting.loop import Loop
 from onebase_training.train import train
+from support.processes import run_two
 
 
-def train_a_part(config: TrainConfig, rank: int, port: int, killed_at: int | None) -> None:
+def train_a_part(config: TrainConfig, killed_at: int | None) -> None:
     """One of two processes."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
 
     def progress(event: Event) -> None:
         if isinstance(event, Evaluated) and event.step == killed_at:
@@ -57,25 +53,7 @@ def check_parts(loop: Loop) -> None:
 
 def run(config: TrainConfig, killed_at: int | None = None) -> list[int | None]:
     """Train in two processes; gives their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["onebase_training.train"])
-    processes: list[BaseProcess] = [
-        context.Process(target=train_a_part, args=(config, rank, port, killed_at)) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        processes[0].join(120)
-        if killed_at is None:
-            processes[1].join(60)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return [process.exitcode for process in processes]
+    return run_two(train_a_part, config, killed_at, until_first=killed_at is not None)
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ def load_base(
                 device_map={"": device},
                 **options,
             )
+        _check_sizes(model)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"Cannot load {spec.model!r}: {error}", field="model") from error
     if is_encoder(config) and getattr(model, "pooler", None) is not None:
@@ -111,6 +112,16 @@ def load_base(
         _let_go_of_files(model)
     shape = describe_base(model, spec.model, fingerprint_folder(folder))
     return LoadedBase(model, tokenizer, shape, device)
+
+
+def _check_sizes(model: torch.nn.Module) -> None:
+    """transformers 5.17 takes weights of other sizes than the configuration's without a word."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            shape = tuple((getattr(module.weight, "quant_state", None) or module.weight).shape)
+            wanted = (module.out_features, module.in_features)
+            if shape != wanted:
+                raise ValueError(f"the weight of {name} is {shape}, but by config.json it is {wanted}")
 
 
 def _choose_packing(model: torch.nn.Module) -> None:
