@@ -18,7 +18,7 @@ _FEATURES = 32
 
 
 PRODUCT = Arguments(array(types.float32, 2), WHOLE, array(types.float32), WHOLE)
-"""x [rows, in] and bias [out] float32; addresses of bfloat16: W [out, in] between them, y [rows, out] at the end."""
+"""x [rows, in], W [out, in], bias [out] and y [rows, out]: x and bias float32, W and y addresses of bfloat16."""
 _read = PRODUCT.read
 
 
