@@ -14,8 +14,9 @@ import httpx
 import torch
 from safetensors.torch import save_file
 
-from onebase_adapters.base import DEFAULT_BASE, BaseSpec, load_base
-from onebase_adapters.base.shape import BaseShape
+from onebase_adapters.base_shape import BaseShape
+from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec
+from onebase_engine.base.load_base import load_base
 
 
 def make_adapters(base: BaseShape, folder: Path, count: int, rank: int = 8) -> list[Path]:

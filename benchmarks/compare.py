@@ -27,8 +27,8 @@ from benchmarks.load import Load, Report, percentile, run_load
 from benchmarks.offline import generate, load_engine, random_prompt
 from benchmarks.peers import generate_seconds, load_peer, prefill_seconds, with_adapters
 from benchmarks.server import Server, serve
-from onebase_adapters.base import DEFAULT_BASE, BaseSpec
-from onebase_server.engine.engine import Engine
+from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec
+from onebase_engine.engine import Engine
 
 PROMPT = OUTPUT = 64
 PREFILL = 512

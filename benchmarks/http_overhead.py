@@ -23,11 +23,13 @@ from pathlib import Path
 
 import psutil
 
-from onebase_adapters.base import DEFAULT_BASE, fetch_base
-from onebase_server.engine.messages import (
+from onebase_engine.base.base_spec import DEFAULT_BASE
+from onebase_engine.base.catalog import fetch_base
+from onebase_engine.engine_info import EngineInfo, EngineStats
+from onebase_engine.request import Output
+from onebase_server.engine_process.frames import frame, read_frame, read_frame_async
+from onebase_server.engine_process.messages import (
     Command,
-    EngineInfo,
-    EngineStats,
     Outputs,
     Ready,
     Submit,
@@ -35,9 +37,7 @@ from onebase_server.engine.messages import (
     decode_event,
     encode,
 )
-from onebase_server.engine.process import ProcessEngine
-from onebase_server.engine.request import Output
-from onebase_server.engine.wire import frame, read_frame, read_frame_async
+from onebase_server.engine_process.supervisor import ProcessEngine
 
 
 def engine_process(descriptor: int, step_seconds: float) -> None:
@@ -96,12 +96,12 @@ class _StandIn(ProcessEngine):
 
 
 async def _serve(port: int, step_seconds: float) -> None:
-    from onebase_adapters.store import AdapterStore
+    from onebase_adapters.store.adapter_store import AdapterStore
+    from onebase_engine.engine_config import EngineConfig
+    from onebase_engine.text.tokenizer import load_codec
     from onebase_server.api.app import create_app
     from onebase_server.api.services import ApiSettings, Services
-    from onebase_server.engine.config import EngineConfig
     from onebase_server.serving import _Server, _uvicorn_config, claim_port
-    from onebase_server.text.tokenizer import load_codec
 
     engine = _StandIn(EngineConfig())
     engine.step_seconds = step_seconds

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.adapters import make_adapters
-from onebase_adapters.base import DEFAULT_BASE, BaseSpec
-from onebase_server.engine.config import EngineConfig
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.request import EngineRequest, SamplingParams
+from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec
+from onebase_engine.engine import Engine
+from onebase_engine.engine_config import EngineConfig
+from onebase_engine.request import EngineRequest, SamplingParams
 
 
 def load_engine(model: str, **options: object) -> Engine:

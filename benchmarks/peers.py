@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from onebase_adapters.base.load import LoadedBase, load_base
-from onebase_adapters.base.spec import BaseSpec
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import LoadedBase, load_base
 
 
 def load_peer(spec: BaseSpec) -> LoadedBase:

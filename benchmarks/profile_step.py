@@ -26,17 +26,18 @@ from numba import njit, prange, set_num_threads
 
 from benchmarks.adapters import make_adapters
 from benchmarks.offline import add_adapters, load_engine, random_prompt
-from onebase_adapters.base import DEFAULT_BASE
-from onebase_adapters.base.load import Linear4bit
-from onebase_adapters.base.shape import cache_shape
-from onebase_adapters.kernels.cpu.packed import PackedLinear
-from onebase_adapters.model import fused, served
-from onebase_adapters.model.head import Screen
-from onebase_adapters.model.inputs import InputEmbedding
-from onebase_server.engine import engine as engine_module
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.request import EngineRequest, SamplingParams
-from onebase_server.engine.scheduler import Scheduler
+from onebase_engine import engine as engine_module
+from onebase_engine.base.base_spec import DEFAULT_BASE
+from onebase_engine.base.describe import cache_shape
+from onebase_engine.base.load_base import Linear4bit
+from onebase_engine.engine import Engine
+from onebase_engine.kernels.cpu import fused_decoder as fused
+from onebase_engine.kernels.cpu.packed import PackedLinear
+from onebase_engine.kernels.cpu.screen import Screen
+from onebase_engine.request import EngineRequest, SamplingParams
+from onebase_engine.runner import batched_model as served
+from onebase_engine.runner.input_embedding import InputEmbedding
+from onebase_engine.scheduling.scheduler import Scheduler
 
 PARTS = ("products", "adapters", "attention", "norms", "gate", "head", "inputs", "layout", "schedule", "sample")
 

@@ -25,17 +25,20 @@ from rich.table import Table
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from examples.prepare import prepare
-from onebase_adapters.base import BaseSpec, load_base
-from onebase_adapters.base.fourbit import Linear4bit
-from onebase_training.config import Arithmetic, TrainConfig
-from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
-from onebase_training.data.batches import plan_batches
-from onebase_training.events import silent
-from onebase_training.fitting.loop import Loop
-from onebase_training.methods import find_method, lora
+from onebase_contract.events import silent
+from onebase_contract.settings import Arithmetic, TrainConfig
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import load_base
+from onebase_engine.kernels.bitsandbytes_import import Linear4bit
+from onebase_training.data import NO_LOSS, Encoded, read_dataset
+from onebase_training.data.encoding import encode
+from onebase_training.data.encoding.packing import plan_batches
+from onebase_training.fitting.training_loop import Loop
+from onebase_training.methods import lora
+from onebase_training.methods.attach import find_method
 from onebase_training.model.arithmetic import DTYPES, measure_speeds
-from onebase_training.model.trained import Trained
-from onebase_training.prepare import load_for_training
+from onebase_training.model.base_for_training import load_for_training
+from onebase_training.model.trained_model import Trained
 
 
 class Clock(TrainerCallback):

@@ -26,10 +26,11 @@ from rich.live import Live
 from rich.table import Table
 
 from examples.prepare import prepare
-from onebase_adapters.base import DEFAULT_BASE, fetch_base
 from onebase_adapters.errors import OneBaseError
+from onebase_engine.base.base_spec import DEFAULT_BASE
+from onebase_engine.base.catalog import fetch_base
 from onebase_training.data import read_dataset
-from onebase_training.data.encode import verbalise
+from onebase_training.data.encoding.encode import verbalise
 
 ROOT = Path("out/demo")
 START_SECONDS = 180

@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 
 from examples.recipes import RECIPES, Recipe, Row
-from onebase_adapters.cli import run
+from onebase.cli.main import run
+from onebase_adapters.atomic_files import staged_directory
 from onebase_adapters.errors import ConfigError
-from onebase_adapters.packages import Progress, cached_file
-from onebase_adapters.paths import staged_directory
+from onebase_engine.base.package_files import Progress, cached_file
 from onebase_training.data import Dataset, split
-from onebase_training.data.files import Record
-from onebase_training.data.formats import FORMATS, recognise
+from onebase_training.data.reading.formats import FORMATS, recognise
+from onebase_training.data.reading.text_files import Record
 
 
 def prepare(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.packages import PackagedFile
+from onebase_engine.base.package_files import PackagedFile
 
 Row = dict[str, Any]
 

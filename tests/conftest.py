@@ -17,15 +17,15 @@ import uvicorn
 import uvloop
 
 from onebase_adapters import errors
-from onebase_adapters.store import AdapterStore
+from onebase_adapters.store.adapter_store import AdapterStore
+from onebase_engine.engine_info import AdapterInfo, EngineInfo, EngineStats, HeadInfo, TemplateInfo
+from onebase_engine.request import EngineRequest, Output, TokenLogprobs
+from onebase_engine.text.tokenizer import TextCodec, load_codec
 from onebase_server.api.app import create_app
 from onebase_server.api.services import ApiSettings, Services
-from onebase_server.engine.client import EngineUnavailableError
-from onebase_server.engine.messages import AdapterInfo, EngineInfo, EngineStats, HeadInfo, TemplateInfo
-from onebase_server.engine.request import EngineRequest, Output, TokenLogprobs
-from onebase_server.jobs.book import JobBook
+from onebase_server.engine_process.engine_client import EngineUnavailableError
+from onebase_server.jobs.job_store import JobBook
 from onebase_server.jobs.runner import JobSettings
-from onebase_server.text.tokenizer import TextCodec, load_codec
 from support.tokenizer import save_tokenizer
 
 pytest_plugins = ["support.fixtures"]

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from onebase_adapters.errors import AdapterMismatchError
-from onebase_adapters.parts import Parts
-from onebase_adapters.primitives import (
+from onebase_adapters.primitives.by_site import Parts
+from onebase_adapters.primitives.instruction_set import (
     Bottleneck,
     Head,
     KVPrefix,
-    LoweredAdapter,
     LowRank,
     Primitive,
     Rescale,
@@ -24,6 +23,7 @@ from onebase_adapters.primitives import (
     Template,
     VirtualTokens,
 )
+from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
 
 _WHOLE = {
     VirtualTokens: "learned prompt tokens",

@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from onebase_adapters.base.catalog import fetch_base
-from onebase_adapters.base.load import quiet_loading
-from onebase_adapters.base.shape import BaseShape, describe_base, fingerprint_folder
+from onebase_adapters.atomic_files import staged_directory
+from onebase_adapters.base_shape import BaseShape
 from onebase_adapters.errors import AdapterMismatchError, ConfigError
 from onebase_adapters.factorise import factorise
-from onebase_adapters.format import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE
-from onebase_adapters.model.weights import ModelWeights
-from onebase_adapters.paths import staged_directory
+from onebase_adapters.formats.peft_folder import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE
+from onebase_engine.base.catalog import fetch_base
+from onebase_engine.base.describe import describe_base, fingerprint_folder
+from onebase_engine.base.load_base import quiet_loading
+from onebase_engine.base.model_weights import ModelWeights
 
 _NORMS = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),

@@ -2,7 +2,7 @@
 
 import torch
 
-from onebase_adapters.primitives import LowRank
+from onebase_adapters.primitives.instruction_set import LowRank
 
 _EXACT = 1e-5
 """Below that a singular value is rounding, relative to the largest."""

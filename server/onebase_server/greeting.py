@@ -6,7 +6,7 @@ from importlib.metadata import version
 from rich.console import Console
 
 from onebase_server.api.services import Services
-from onebase_server.config import ServerConfig
+from onebase_server.server_config import ServerConfig
 
 _EVERYWHERE = ("0.0.0.0", "::")
 

@@ -12,15 +12,15 @@ import uvicorn
 import uvloop
 from rich.console import Console
 
-from onebase_adapters.base import fetch_base
 from onebase_adapters.errors import ConfigError
-from onebase_adapters.store import AdapterStore
-from onebase_server.config import ServerConfig
-from onebase_server.engine.process import ProcessEngine
-from onebase_server.jobs.book import JobBook
+from onebase_adapters.store.adapter_store import AdapterStore
+from onebase_engine.base.catalog import fetch_base
+from onebase_engine.start_phases import Phases
+from onebase_engine.text.tokenizer import load_codec
+from onebase_server.engine_process.supervisor import ProcessEngine
+from onebase_server.jobs.job_store import JobBook
 from onebase_server.logs import configure_logging
-from onebase_server.phases import Phases
-from onebase_server.text.tokenizer import load_codec
+from onebase_server.server_config import ServerConfig
 
 if TYPE_CHECKING:  # an extra
     from onebase_server.api.tracing import Tracing

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from onebase_adapters.base.spec import BaseSpec
-from onebase_adapters.batch import Chunk
-from onebase_adapters.kernels import reference
-from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.kernels.contract import Kernels
-from onebase_adapters.kernels.cuda import backend
-from onebase_adapters.model import served
-from onebase_adapters.model.served import ServedModel
-from onebase_adapters.primitives import LoweredAdapter, LowRank
+from onebase_adapters.primitives.instruction_set import LowRank
+from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.kernels.batch import BLOCK
+from onebase_engine.kernels.cuda import backend
+from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.reference import backend as reference
+from onebase_engine.runner import batched_model as served
+from onebase_engine.runner.batched_model import ServedModel
+from onebase_engine.runner.batching import Chunk
 from support.batches import (
     deal_pages,
     make_batch,

@@ -14,14 +14,15 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from onebase_adapters import packages
-from onebase_adapters.base import catalog
-from onebase_adapters.base.catalog import fetch_base
-from onebase_adapters.base.load import load_base, resolve_device
-from onebase_adapters.base.shape import fingerprint_folder
-from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.errors import BaseModelError, DownloadError, StorageError
-from onebase_adapters.packages import PackagedFile
+from onebase_engine.base import catalog
+from onebase_engine.base import package_files as packages
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.catalog import fetch_base
+from onebase_engine.base.describe import fingerprint_folder
+from onebase_engine.base.load_base import load_base
+from onebase_engine.base.package_files import PackagedFile
+from onebase_engine.kernels.device import resolve_device
 from support.models import save_model
 
 

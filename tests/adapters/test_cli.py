@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import typer
 
-from onebase_adapters import cli
+from onebase.cli import main as cli
 from onebase_adapters.errors import DataError
 
 

@@ -7,12 +7,11 @@ import torch
 
 from onebase_adapters.compose import Weighted, compose
 from onebase_adapters.errors import AdapterMismatchError
-from onebase_adapters.parts import Parts
-from onebase_adapters.primitives import (
+from onebase_adapters.primitives.by_site import Parts
+from onebase_adapters.primitives.instruction_set import (
     Bottleneck,
     Head,
     KVPrefix,
-    LoweredAdapter,
     LowRank,
     Primitive,
     Rescale,
@@ -20,6 +19,7 @@ from onebase_adapters.primitives import (
     Template,
     VirtualTokens,
 )
+from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
 
 IN, OUT = 6, 5
 WEIGHT = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))

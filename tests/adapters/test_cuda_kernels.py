@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 
-from onebase_adapters.kernels.cuda import attention, backend, elementwise, lowrank  # noqa: E402
+from onebase_engine.kernels.cuda import attention, backend, elementwise, lowrank  # noqa: E402
 
 SHARED = 99 * 1024
 """Bytes of fast memory for a block of threads that every GPU since Ampere has."""

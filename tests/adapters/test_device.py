@@ -10,29 +10,29 @@ import pytest
 import torch
 from transformers import masking_utils
 
-from onebase_adapters.base.load import load_base
-from onebase_adapters.base.shape import BaseShape
-from onebase_adapters.base.spec import BaseSpec
-from onebase_adapters.batch import Chunk
-from onebase_adapters.model import served
-from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
-from onebase_adapters.model.served import ServedModel
-from onebase_adapters.primitives import (
+from onebase_adapters.base_shape import BaseShape
+from onebase_adapters.primitives.instruction_set import (
     Bottleneck,
     Head,
     KVPrefix,
-    LoweredAdapter,
     LowRank,
     Primitive,
     Rescale,
     Shift,
     VirtualTokens,
 )
+from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import load_base
+from onebase_engine.runner import batched_model as served
+from onebase_engine.runner.batched_model import ServedModel
+from onebase_engine.runner.batching import Chunk
+from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
 from support.models import save_model
 
 pytest.importorskip("triton", reason="triton is made for Linux")
 
-from onebase_adapters.kernels.cuda import attention, backend, elementwise, lowrank
+from onebase_engine.kernels.cuda import attention, backend, elementwise, lowrank
 
 META = torch.device("meta")
 KERNELS = [(attention, "_attend"), (attention, "_write_kv"), (lowrank, "_shrink"), (lowrank, "_expand")]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onebase_adapters.base.shape import BaseShape, Site
+from onebase_adapters.base_shape import BaseShape, Site
 from onebase_adapters.errors import AdapterError, AdapterFormatError, AdapterMismatchError, AdapterPathError
-from onebase_adapters.methods import load_adapter
-from onebase_adapters.primitives import LowRank
+from onebase_adapters.lowering.lower import load_adapter
+from onebase_adapters.primitives.instruction_set import LowRank
 
 BASE = BaseShape(
     name="tiny",

@@ -6,7 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 
-from onebase_adapters.commands import inspect_command
+from onebase.cli.adapters import inspect_command
 from onebase_adapters.errors import AdapterFormatError
 from support.methods import CONFIGS, save_method, save_named
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from onebase_adapters.kernels import reference
-from onebase_adapters.kernels.contract import choose_kernels
-from onebase_adapters.kernels.cpu import backend as cpu
-from onebase_adapters.kernels.cpu import target
+from onebase_engine.kernels.choose import choose_kernels
+from onebase_engine.kernels.cpu import backend as cpu
+from onebase_engine.kernels.cpu import target
+from onebase_engine.kernels.reference import backend as reference
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -47,7 +47,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_on_gpus(gpu: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from onebase_adapters.kernels.cuda import backend as cuda
+    from onebase_engine.kernels.cuda import backend as cuda
 
     assert choose_kernels(GPU, torch.bfloat16, 128, [4096]) is cuda
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase_adapters.kernels import reference
-from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.kernels.cpu import backend
-from onebase_adapters.kernels.tiles import query_tiles
+from onebase_engine.kernels.batch import BLOCK
+from onebase_engine.kernels.cpu import backend
+from onebase_engine.kernels.reference import backend as reference
+from onebase_engine.kernels.tiles import query_tiles
 from support.batches import deal_pages, make_batch, random_bf16
 
 PAGES = 64

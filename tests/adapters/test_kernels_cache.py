@@ -15,9 +15,9 @@ import numba
 import pytest
 from numba.core.registry import cpu_target
 
-from onebase_adapters.kernels.cpu import cache
-from onebase_adapters.kernels.cpu.build import Build
-from onebase_adapters.kernels.cpu.task import WHOLE, Compiled
+from onebase_engine.kernels.cpu import cache
+from onebase_engine.kernels.cpu.build import Build
+from onebase_engine.kernels.cpu.task import WHOLE, Compiled
 from support import lesser
 
 
@@ -86,7 +86,7 @@ def test_what_another_version_or_processor_compiled_is_not_found(
 
 def test_a_lesser_processor_has_a_folder_of_its_own() -> None:
     """As numba is really told."""
-    ask = "from onebase_adapters.kernels.cpu.cache import version_folder; print(version_folder())"
+    ask = "from onebase_engine.kernels.cpu.cache import version_folder; print(version_folder())"
     found = [
         subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True).stdout
         for env in (os.environ, os.environ | lesser.ENVIRONMENT)
@@ -135,7 +135,7 @@ class TestBuild:
     @pytest.fixture
     def few(self, monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
         """Some of the real kernels, as a process has them that has just started."""
-        from onebase_adapters.kernels.cpu import elementwise, task
+        from onebase_engine.kernels.cpu import elementwise, task
 
         again = [
             Compiled(kernel.function.py_func, kernel.name, kernel._kinds, **options)

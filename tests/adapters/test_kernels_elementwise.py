@@ -10,10 +10,10 @@ from torch.nn.functional import silu
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.kernels.cpu import backend
-from onebase_adapters.kernels.cpu.attention import NO_WINDOW, exp_nonpositive
-from onebase_adapters.kernels.cpu.elementwise import SERIAL_ROWS, add_rms_norm, gate_mul, rope_attend
+from onebase_engine.kernels.batch import BLOCK
+from onebase_engine.kernels.cpu import backend
+from onebase_engine.kernels.cpu.attention import NO_WINDOW, exp_nonpositive
+from onebase_engine.kernels.cpu.elementwise import SERIAL_ROWS, add_rms_norm, gate_mul, rope_attend
 from support.batches import deal_pages, make_batch, random_bf16
 
 rows_and_width = {"rows": st.integers(1, 3 * SERIAL_ROWS), "width": st.integers(1, 200)}

@@ -7,13 +7,13 @@ from bitsandbytes.nn import Linear4bit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase_adapters.kernels.cpu.noise import add_gumbel, add_gumbel_of
-from onebase_adapters.kernels.cpu.packed import PackedLinear, packable
-from onebase_adapters.kernels.cpu.screen import UNSURE, best_tokens
-from onebase_adapters.kernels.cpu.target import TARGET
-from onebase_adapters.model import head as head_module
-from onebase_adapters.model.head import HiddenScores, Screen
-from onebase_adapters.model.noise import Noise, gumbel
+from onebase_engine.kernels.cpu.noise import add_gumbel, add_gumbel_of
+from onebase_engine.kernels.cpu.packed import PackedLinear, packable
+from onebase_engine.kernels.cpu.screen import UNSURE, Screen, best_tokens
+from onebase_engine.kernels.cpu.target import TARGET
+from onebase_engine.kernels.gumbel_noise import Noise, gumbel
+from onebase_engine.runner import lm_head as head_module
+from onebase_engine.runner.lm_head import HiddenScores
 from support.batches import random_bf16
 
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase_adapters.kernels import reference
-from onebase_adapters.kernels.cpu import backend
-from onebase_adapters.kernels.tiles import low_rank_tiles
+from onebase_engine.kernels.cpu import backend
+from onebase_engine.kernels.reference import backend as reference
+from onebase_engine.kernels.tiles import low_rank_tiles
 from support.batches import make_owners, make_table, random_bf16
 
 

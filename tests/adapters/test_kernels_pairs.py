@@ -5,8 +5,8 @@ import pytest
 import torch
 from numba import njit
 
-from onebase_adapters.kernels.cpu import pairs
-from onebase_adapters.kernels.cpu.target import Target
+from onebase_engine.kernels.cpu import pairs
+from onebase_engine.kernels.cpu.target import Target
 from support.batches import random_bf16
 from support.targets import runnable
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from onebase_adapters.kernels.cpu.plain_product import PlainProduct
+from onebase_engine.kernels.cpu.plain_product import PlainProduct
 
 
 @pytest.mark.parametrize(("features", "width", "bias"), [(1, 8, False), (45, 64, True), (96, 576, False)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-import onebase_adapters.kernels.cpu.quantize  # noqa: F401  (registers)
+import onebase_engine.kernels.cpu.quantize  # noqa: F401  (registers)
 from support.batches import random_bf16
 
 

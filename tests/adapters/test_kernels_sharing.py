@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numba import types
 
-from onebase_adapters.kernels.cpu.sharing import STAGE, share
-from onebase_adapters.kernels.cpu.task import WHOLE, Arguments, Compiled, array
+from onebase_engine.kernels.cpu.sharing import STAGE, share
+from onebase_engine.kernels.cpu.task import WHOLE, Arguments, Compiled, array
 
 _TASK = Arguments(WHOLE, array(types.int64, 2), array(types.int64, 2))
 _STAGES = Arguments(WHOLE, WHOLE, array(types.int64), array(types.int64, 2), array(types.int64, 2))

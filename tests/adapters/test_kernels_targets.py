@@ -15,10 +15,10 @@ from bitsandbytes.nn import Linear4bit
 from llvmlite import binding, ir
 from numba import njit
 
-from onebase_adapters.kernels.cpu.packed import PackedLinear, multiply_packed
-from onebase_adapters.kernels.cpu.pairs import pair_tile
-from onebase_adapters.kernels.cpu.target import AVX2, AVX512, BFLOAT16, NEON, PLAIN, TARGET, Target, target_of
-from onebase_adapters.kernels.cpu.tile4bit import packed_tile
+from onebase_engine.kernels.cpu.packed import PackedLinear, multiply_packed
+from onebase_engine.kernels.cpu.pairs import pair_tile
+from onebase_engine.kernels.cpu.target import AVX2, AVX512, BFLOAT16, NEON, PLAIN, TARGET, Target, target_of
+from onebase_engine.kernels.cpu.tile4bit import packed_tile
 from support import lesser
 from support.batches import random_bf16
 from support.targets import runnable

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase_adapters.layout import NO_LAYOUT, Layout
+from onebase_adapters.primitives.virtual_tokens import NO_LAYOUT, Layout
 
 VOCAB = 100
 prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)

@@ -10,12 +10,21 @@ import torch
 from peft import PeftType
 from safetensors.torch import save_file
 
-from onebase_adapters.base.shape import BaseShape, Site
+from onebase_adapters.base_shape import BaseShape, Site
 from onebase_adapters.errors import AdapterError, AdapterFormatError, AdapterMismatchError
-from onebase_adapters.methods import METHODS, UNSERVED, load_adapter
-from onebase_adapters.methods.saved import split_saved
-from onebase_adapters.methods.source import Source, canonical_names
-from onebase_adapters.primitives import Bottleneck, Head, KVPrefix, LowRank, Rescale, Shift, Template, VirtualTokens
+from onebase_adapters.lowering.lower import METHODS, UNSERVED, load_adapter
+from onebase_adapters.lowering.saved_modules import split_saved
+from onebase_adapters.lowering.source import Source, canonical_names
+from onebase_adapters.primitives.instruction_set import (
+    Bottleneck,
+    Head,
+    KVPrefix,
+    LowRank,
+    Rescale,
+    Shift,
+    Template,
+    VirtualTokens,
+)
 from support.methods import CONFIGS
 
 HIDDEN, LAYERS, HEADS, DIM, VOCAB = 8, 2, 2, 4, 30

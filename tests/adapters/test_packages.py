@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from onebase_adapters.errors import DownloadError
-from onebase_adapters.packages import PackagedFile, cached_file, fetch_file
+from onebase_engine.base.package_files import PackagedFile, cached_file, fetch_file
 
 BOOBY_TRAP = "raise SystemExit('the package was run')\n"
 

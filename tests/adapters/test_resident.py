@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from onebase_adapters.base.spec import BaseSpec
-from onebase_adapters.batch import Chunk
 from onebase_adapters.errors import AdapterError
-from onebase_adapters.kernels.affine_table import AffineTable
-from onebase_adapters.kernels.table import Arena
-from onebase_adapters.model.served import ServedModel
-from onebase_adapters.primitives import LoweredAdapter, LowRank, Shift
+from onebase_adapters.primitives.instruction_set import LowRank, Shift
+from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.kernels.arena import Arena
+from onebase_engine.kernels.cpu.tables import AffineTable
+from onebase_engine.runner.batched_model import ServedModel
+from onebase_engine.runner.batching import Chunk
 from support.batches import random_bf16
 from support.models import save_model
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters import registry as registry_module
-from onebase_adapters import store as store_module
 from onebase_adapters.errors import (
     AdapterError,
     AdapterExistsError,
@@ -24,8 +22,10 @@ from onebase_adapters.errors import (
     AdapterPathError,
     StorageError,
 )
-from onebase_adapters.registry import check_name
-from onebase_adapters.store import AdapterStore
+from onebase_adapters.store import adapter_store as store_module
+from onebase_adapters.store import registry as registry_module
+from onebase_adapters.store.adapter_store import AdapterStore
+from onebase_adapters.store.registry import check_name
 
 
 @pytest.fixture

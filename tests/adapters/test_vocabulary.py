@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
-from onebase_adapters.store import AdapterStore
-from onebase_adapters.vocabulary import check_folder, check_vocabulary
+from onebase_adapters.formats.checks import check_folder, check_vocabulary
+from onebase_adapters.store.adapter_store import AdapterStore
 from support.tokenizer import save_tokenizer
 
 BASE = {"a": 0, "b": 1, "<s>": 2}

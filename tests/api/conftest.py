@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from onebase_adapters.store import AdapterStore
+from onebase_adapters.store.adapter_store import AdapterStore
 from onebase_server.api.app import create_app
 from onebase_server.api.services import Services
 

@@ -15,11 +15,11 @@ import msgspec
 import pytest
 
 from onebase_adapters.errors import StorageError
-from onebase_adapters.store import AdapterStore
+from onebase_adapters.store.adapter_store import AdapterStore
+from onebase_engine.engine_info import AdapterInfo
 from onebase_server.api.app import create_app
 from onebase_server.api.services import ApiSettings, Services
-from onebase_server.engine.client import EngineUnavailableError
-from onebase_server.engine.messages import AdapterInfo
+from onebase_server.engine_process.engine_client import EngineUnavailableError
 
 PATH = "/v1/adapters"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -505,7 +505,7 @@ async def test_broken_tensors_are_refused_by_the_engines_own_reader(
     import torch
     from safetensors.torch import save_file
 
-    from onebase_adapters.files import read_adapter
+    from onebase_adapters.formats.read_adapter import read_adapter
 
     async def load(digest: str, folder: str) -> AdapterInfo:
         await asyncio.to_thread(read_adapter, Path(folder))

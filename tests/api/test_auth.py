@@ -6,9 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
-from onebase_adapters.store import AdapterStore
+from onebase_adapters.store.adapter_store import AdapterStore
+from onebase_engine.text.tokenizer import TextCodec
 from onebase_server.api.services import ApiSettings, Services
-from onebase_server.text.tokenizer import TextCodec
 
 INFERENCE = [
     ("POST", "/v1/completions", {"prompt": "a"}),

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from onebase_server.text.tokenizer import TextCodec
+from onebase_engine.text.tokenizer import TextCodec
 
 Stream = Callable[..., Awaitable[list[dict[str, Any]]]]
 PATH = "/v1/chat/completions"

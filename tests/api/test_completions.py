@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from onebase_server.text.tokenizer import TextCodec
+from onebase_engine.text.tokenizer import TextCodec
 
 Stream = Callable[..., Awaitable[list[dict[str, Any]]]]
 PATH = "/v1/completions"

@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+from onebase_engine.request import Part
+from onebase_engine.text.tokenizer import TextCodec
 from onebase_server.api.services import Services
-from onebase_server.engine.request import Part
-from onebase_server.text.tokenizer import TextCodec
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a": {},

@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
-from onebase_adapters.store import AdapterStore
+from onebase_adapters.store.adapter_store import AdapterStore
+from onebase_engine.text.tokenizer import TextCodec
 from onebase_server.api.services import ApiSettings, Services
-from onebase_server.engine.client import EngineUnavailableError, QueueFullError
-from onebase_server.text.tokenizer import TextCodec
+from onebase_server.engine_process.engine_client import EngineUnavailableError, QueueFullError
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -14,10 +14,10 @@ import httpx
 import openai
 import pytest
 
-from onebase_adapters.store import AdapterStore
+from onebase_adapters.store.adapter_store import AdapterStore
 from onebase_server.api.schemas.fine_tuning import METHODS, Hyperparameters
 from onebase_server.api.services import ApiSettings, Services
-from onebase_server.jobs.book import JobBook
+from onebase_server.jobs.job_store import JobBook
 from onebase_server.jobs.records import JobSpec
 from onebase_server.jobs.runner import JobRunner, JobSettings, _reason
 
@@ -234,7 +234,7 @@ async def test_jobs_outlive_the_server(http: httpx.AsyncClient, services: Servic
 async def test_a_result_waits_for_an_engine_that_is_away(
     http: httpx.AsyncClient, services: Services, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onebase_server.engine.client import EngineUnavailableError
+    from onebase_server.engine_process.engine_client import EngineUnavailableError
 
     monkeypatch.setattr("onebase_server.jobs.runner._PATIENCE", 0.02)
     original, calls = engine.load_adapter, []
@@ -334,7 +334,7 @@ async def test_the_real_trainer(tmp_path: Path, tiny_model: Callable[[str], Path
         assert found[0][1]["r"] == 2
         steps = [event.data["step"] for event in events if "train_loss" in event.data]
         assert steps == [1, 2, 3, 4]
-        from onebase_training.methods import find_method
+        from onebase_training.methods.attach import find_method
 
         peak = max(event.data.get("learning_rate", 0) for event in events)
         assert peak == pytest.approx(0.5 * (find_method("lora").learning_rate or 0))
@@ -345,8 +345,8 @@ async def test_the_real_trainer(tmp_path: Path, tiny_model: Callable[[str], Path
 def test_settings_are_those_of_the_trainer() -> None:
     import inspect
 
-    from onebase_training.commands.train import train
-    from onebase_training.methods import METHODS as TRAINED
+    from onebase.cli.train import train
+    from onebase_training.methods.attach import METHODS as TRAINED
 
     assert set(METHODS) <= set(TRAINED)
     known = set(inspect.signature(train).parameters)

@@ -11,7 +11,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from pydantic import BaseModel
 
-from onebase_server.text.tokenizer import TextCodec
+from onebase_engine.text.tokenizer import TextCodec
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 CHOICES = ["yes", 'no "q"', "a\nb", "漢字", "x/y'z\\"]

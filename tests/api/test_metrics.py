@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from onebase_adapters.store import AdapterStore
+from onebase_adapters.store.adapter_store import AdapterStore
 from onebase_server.api.services import ApiSettings, Services
 
 Samples = dict[tuple[str, tuple[str, ...]], float]

@@ -9,8 +9,8 @@ import httpx
 import msgspec
 import pytest
 
+from onebase_engine.text.tokenizer import TextCodec
 from onebase_server.api.services import Services
-from onebase_server.text.tokenizer import TextCodec
 
 Make = Callable[..., Path]
 

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from onebase_server.text.tokenizer import TextCodec
+from onebase_engine.text.tokenizer import TextCodec
 
 USER: Any = [{"role": "user", "content": "hi"}]
 
@@ -107,7 +107,7 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, engine: Any, reply: A
 
 
 def test_retries_after_a_restart_of_the_engine(live: str, engine: Any) -> None:
-    from onebase_server.engine.client import EngineUnavailableError
+    from onebase_server.engine_process.engine_client import EngineUnavailableError
 
     original, calls = engine.generate, []
 

@@ -12,8 +12,8 @@ import httpx
 import openai
 import pytest
 
+from onebase_engine.text.tokenizer import TextCodec
 from onebase_server.api.services import Services
-from onebase_server.text.tokenizer import TextCodec
 
 LABELS = ["no", "yes", "perhaps"]
 

@@ -9,7 +9,7 @@ import msgspec
 import openai
 import pytest
 
-from onebase_server.text.tokenizer import TextCodec
+from onebase_engine.text.tokenizer import TextCodec
 
 PATH = "/v1/responses"
 WEATHER = {

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onebase_server.text.tokenizer import TextCodec
+from onebase_engine.text.tokenizer import TextCodec
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

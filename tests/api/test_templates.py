@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+from onebase_engine.text.tokenizer import TextCodec
 from onebase_server.api.services import Services
-from onebase_server.text.tokenizer import TextCodec
 
 SYSTEM = {"role": "system", "content": "be brief"}
 EXAMPLE = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]

@@ -9,11 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from onebase_adapters.base import DEFAULT_BASE, fetch_base
 from onebase_adapters.errors import BaseModelError
-from onebase_server.text.detokenize import ByteDetokenizer, Detokenizer, WindowDetokenizer
-from onebase_server.text.output import OutputText
-from onebase_server.text.tokenizer import ChatTemplateError, TextCodec, load_codec
+from onebase_engine.base.base_spec import DEFAULT_BASE
+from onebase_engine.base.catalog import fetch_base
+from onebase_engine.text.chat_template import ChatTemplateError
+from onebase_engine.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from onebase_engine.text.stop_strings import OutputText
+from onebase_engine.text.tokenizer import TextCodec, load_codec
 
 # The codec is read-only: hypothesis may reuse it between examples.
 examples = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

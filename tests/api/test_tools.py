@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
-from onebase_adapters.store import AdapterStore
+from onebase_adapters.store.adapter_store import AdapterStore
+from onebase_engine.text.tokenizer import TextCodec
+from onebase_server.api.generation.tools import ToolCall, ToolParser
 from onebase_server.api.schemas.chat import ChatRequest, Tool
 from onebase_server.api.services import ApiSettings, Services
-from onebase_server.api.tools import ToolCall, ToolParser
-from onebase_server.text.tokenizer import TextCodec
 
 
 @pytest.fixture(autouse=True)

@@ -15,12 +15,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from onebase_adapters.errors import ConfigError
+from onebase_engine.engine_config import EngineConfig
 from onebase_server.api.app import create_app
 from onebase_server.api.services import Services
 from onebase_server.api.tracing import Tracing
-from onebase_server.config import ServerConfig
-from onebase_server.engine.config import EngineConfig
 from onebase_server.jobs.runner import JobSettings
+from onebase_server.server_config import ServerConfig
 from onebase_server.serving import run
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -31,8 +31,8 @@ from onebase_client import (
     StorageError,
     UnavailableError,
 )
-from onebase_server.engine.client import EngineUnavailableError
-from onebase_server.text.tokenizer import TextCodec
+from onebase_engine.text.tokenizer import TextCodec
+from onebase_server.engine_process.engine_client import EngineUnavailableError
 
 USER = [{"role": "user", "content": "hi"}]
 Make = Callable[..., Path]

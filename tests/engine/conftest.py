@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from onebase_server.engine.engine import Engine
+from onebase_engine.engine import Engine
 from support.engines import Driver, engine_config
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
-from onebase_server.engine.engine import Engine
+from onebase_engine.engine import Engine
 from support.engines import Driver, Result, engine_config
 from support.models import targets
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.errors import AdapterError, ConfigError
-from onebase_server.engine.engine import Engine
+from onebase_engine.engine import Engine
 from support.engines import engine_config
 
 PROMPT = torch.randint(3, 380, (200,), generator=torch.Generator().manual_seed(3)).tolist()

@@ -11,7 +11,7 @@ import pytest
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
-from onebase_server.engine import grammar as grammar_module
+from onebase_engine import grammar as grammar_module
 from support.tokenizer import EOS
 
 SCHEMA = {

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from onebase_server.engine.kv_cache import BlockPool, block_hashes
+from onebase_engine.cache.block_pool import BlockPool
+from onebase_engine.cache.prefix_hash import block_hashes
 
 SIZE = 4
 

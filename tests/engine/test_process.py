@@ -11,13 +11,13 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.errors import AdapterFormatError, BaseModelError
-from onebase_server.engine.client import EngineUnavailableError, QueueFullError
-from onebase_server.engine.config import EngineConfig
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.process import ProcessEngine
-from onebase_server.engine.request import EngineRequest, Output, SamplingParams
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.engine import Engine
+from onebase_engine.engine_config import EngineConfig
+from onebase_engine.request import EngineRequest, Output, SamplingParams
+from onebase_server.engine_process.engine_client import EngineUnavailableError, QueueFullError
+from onebase_server.engine_process.supervisor import ProcessEngine
 from support.engines import Driver, engine_config
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

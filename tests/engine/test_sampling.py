@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onebase_adapters.model.head import LogitScores
-from onebase_server.engine.request import EngineRequest, SamplingParams
-from onebase_server.engine.sampling import describe, sample
-from onebase_server.engine.sequence import Sequence
+from onebase_engine.request import EngineRequest, SamplingParams
+from onebase_engine.runner.lm_head import LogitScores
+from onebase_engine.sampling.sampler import describe, sample
+from onebase_engine.scheduling.sequence import Sequence
 
 VOCAB = 40
 EOS = 3

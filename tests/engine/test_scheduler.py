@@ -4,7 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from onebase_server.engine.scheduler import AGING_STEPS
+from onebase_engine.scheduling.scheduler import AGING_STEPS
 from support.scheduling import BLOCK, Simulation
 
 PREFIX = list(range(1, 30))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from onebase_adapters.base.spec import BaseSpec
-from onebase_adapters.model.served import ServedModel
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.runner.batched_model import ServedModel
 from support.models import targets
 from support.peers import load_exact, load_plain, with_adapters
 from support.serving import put

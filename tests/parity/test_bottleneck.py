@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onebase_adapters.base.spec import BaseSpec
-from onebase_adapters.model.served import ServedModel
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.runner.batched_model import ServedModel
 from support.methods import save_bottleneck
 from support.peers import check_as_exact, load_exact, logits
 from support.serving import Feeder, Stream, put
@@ -52,11 +52,11 @@ def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> 
     """On the fused kernels, on transformers' own layers, and there without any fast kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
-            patch.setattr("onebase_adapters.model.fused._MODELS", ())
+            patch.setattr("onebase_engine.kernels.cpu.decoder_families._MODELS", ())
         if request.param == "reference":
-            from onebase_adapters.kernels import reference
+            from onebase_engine.kernels.reference import backend as reference
 
-            patch.setattr("onebase_adapters.model.served.choose_kernels", lambda *_: reference)
+            patch.setattr("onebase_engine.runner.batched_model.choose_kernels", lambda *_: reference)
         return ServedModel.load(BaseSpec(str(tiny_model("llama")), device="cpu"), slots=8, blocks=256)
 
 

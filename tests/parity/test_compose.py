@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.compose import Weighted, compose
-from onebase_adapters.layout import Layout
-from onebase_adapters.methods import load_adapter
-from onebase_adapters.model.served import ServedModel
-from onebase_adapters.primitives import LoweredAdapter
+from onebase_adapters.lowering.lower import load_adapter
+from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
+from onebase_adapters.primitives.virtual_tokens import Layout
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.runner.batched_model import ServedModel
 from support.methods import CONFIGS, save_bottleneck, save_method
 from support.peers import check_as_exact, load_exact, load_plain, logits, with_adapters
 from support.serving import Feeder, Stream
@@ -25,7 +25,7 @@ def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> 
     """On the fused kernels, and on transformers' own layers."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
-            patch.setattr("onebase_adapters.model.fused._MODELS", ())
+            patch.setattr("onebase_engine.kernels.cpu.decoder_families._MODELS", ())
         return ServedModel.load(BaseSpec(str(tiny_model("llama")), device="cpu"), slots=12, blocks=256)
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, RobertaConfig
 
-from onebase_adapters.base import fetch_base
-from onebase_adapters.base.load import load_base, quiet_loading
-from onebase_adapters.base.spec import BaseSpec
-from onebase_server.engine.config import EngineConfig
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.request import EngineRequest, Output, SamplingParams
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.catalog import fetch_base
+from onebase_engine.base.load_base import load_base, quiet_loading
+from onebase_engine.engine import Engine
+from onebase_engine.engine_config import EngineConfig
+from onebase_engine.request import EngineRequest, Output, SamplingParams
 from support.tokenizer import save_tokenizer
 
 LABELS = ["a", "b", "c"]

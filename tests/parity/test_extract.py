@@ -9,11 +9,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from onebase_adapters.base.load import quiet_loading
-from onebase_adapters.base.spec import BaseSpec
 from onebase_adapters.errors import AdapterMismatchError, ConfigError
 from onebase_adapters.extract import extract
-from onebase_adapters.model.served import ServedModel
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import quiet_loading
+from onebase_engine.runner.batched_model import ServedModel
 from support.peers import logits
 from support.serving import Feeder, Stream, put
 

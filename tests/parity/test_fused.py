@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import IA3Config
 
-from onebase_adapters.base.spec import BaseSpec
-from onebase_adapters.model.served import ServedModel
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.runner.batched_model import ServedModel
 from support.methods import save_bottleneck, save_method
 from support.models import targets
 from support.peers import check_as_exact, logits
@@ -29,7 +29,7 @@ def test_fused_layers_give_what_transformers_layers_give(
 ) -> None:
     it = served(family)
     assert it.model._fused is not None
-    monkeypatch.setattr("onebase_adapters.model.served.fuse", lambda *_: None)
+    monkeypatch.setattr("onebase_engine.runner.batched_model.fuse", lambda *_: None)
     unfused = ServedModel.load(BaseSpec(str(tiny_model(family)), device="cpu"), slots=4, blocks=512)
     assert unfused._fused is None
     slots = {adapter: 0 if adapter is None else put(unfused, adapter) for adapter in it.slots}
@@ -54,7 +54,7 @@ def test_all_layers_in_one_call_give_the_bits_of_layer_by_layer(
     # What is said of the adapters only chooses the way: with no such weights there, it changes nothing.
     traits = it.model._traits
     monkeypatch.setattr(it.model, "_traits", replace(traits, bottleneck=np.ones_like(traits.bottleneck)))
-    monkeypatch.setattr("onebase_adapters.model.fused.run_layers", None)
+    monkeypatch.setattr("onebase_engine.kernels.cpu.fused_decoder.run_layers", None)
     assert torch.equal(logits_of(), at_once)
 
 
@@ -86,7 +86,7 @@ def test_bottlenecks_and_factors_change_fused_layers_as_they_change_transformers
 
     unfused = False
     ours = found()
-    monkeypatch.setattr("onebase_adapters.model.served.fuse", lambda *_: None)
+    monkeypatch.setattr("onebase_engine.runner.batched_model.fuse", lambda *_: None)
     unfused = True
     plain = found()
     for mine, theirs in zip(ours, plain, strict=True):

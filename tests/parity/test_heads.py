@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from onebase_adapters.base.load import quiet_loading
-from onebase_adapters.base.spec import BaseSpec
-from onebase_server.engine.config import EngineConfig
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.request import EngineRequest, Output, SamplingParams
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import quiet_loading
+from onebase_engine.engine import Engine
+from onebase_engine.engine_config import EngineConfig
+from onebase_engine.request import EngineRequest, Output, SamplingParams
 from support.peers import load_exact
 
 LABELS = ["red", "green", "blue"]

@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from onebase_adapters.base.load import quiet_loading
-from onebase_adapters.base.shape import describe_base
-from onebase_adapters.methods import load_adapter
-from onebase_adapters.model.weights import ModelWeights
-from onebase_adapters.parts import Parts
-from onebase_adapters.primitives import LoweredAdapter
+from onebase_adapters.lowering.lower import load_adapter
+from onebase_adapters.primitives.by_site import Parts
+from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
+from onebase_engine.base.describe import describe_base
+from onebase_engine.base.load_base import quiet_loading
+from onebase_engine.base.model_weights import ModelWeights
 from support.methods import of_this_peft, save_method
 
 TASK: Any = {"task_type": "CAUSAL_LM"}

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from onebase_adapters.base import DEFAULT_BASE, BaseSpec, fetch_base
-from onebase_adapters.model.served import ServedModel
+from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec
+from onebase_engine.base.catalog import fetch_base
+from onebase_engine.runner.batched_model import ServedModel
 from support.models import save_lora
 from support.peers import check_as_exact, check_greedy, load_exact, load_plain, logits, with_adapters
 from support.serving import Feeder, Stream, put

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
-from onebase_adapters.base.load import LoadedBase, load_base, quiet_loading
 from onebase_adapters.errors import AdapterMismatchError
-from onebase_adapters.methods import load_adapter
-from onebase_server.engine import engine as engine_module
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.request import EngineRequest, SamplingParams
+from onebase_adapters.lowering.lower import load_adapter
+from onebase_engine import engine as engine_module
+from onebase_engine.base.load_base import LoadedBase, load_base, quiet_loading
+from onebase_engine.engine import Engine
+from onebase_engine.request import EngineRequest, SamplingParams
 from support.engines import Driver, Result, engine_config
 from support.methods import save_bottleneck, save_method
 from support.peers import load_plain, with_adapters

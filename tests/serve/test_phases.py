@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from onebase_server import phases as module
-from onebase_server.phases import Phases
+from onebase_engine import start_phases as module
+from onebase_engine.start_phases import Phases
 
 
 def test_a_long_part_says_so_and_each_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

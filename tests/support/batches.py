@@ -5,17 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from onebase_adapters.base.shape import Site
-from onebase_adapters.batch import Batch, Chunk, Owners, Traits
-from onebase_adapters.kernels.affine_table import Vectors
-from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.kernels.bottleneck_table import BottleneckTable
-from onebase_adapters.kernels.contract import Kernels
-from onebase_adapters.kernels.table import Arena, LowRankTable
-from onebase_adapters.kernels.tiles import low_rank_tiles
-from onebase_adapters.model import batching
-from onebase_adapters.parts import Parts
-from onebase_adapters.primitives import ACTIVATIONS, Bottleneck, LowRank
+from onebase_adapters.base_shape import Site
+from onebase_adapters.primitives.by_site import Parts
+from onebase_adapters.primitives.instruction_set import ACTIVATIONS, Bottleneck, LowRank
+from onebase_engine.kernels.arena import Arena
+from onebase_engine.kernels.batch import BLOCK, Batch, Owners, Traits
+from onebase_engine.kernels.cpu.tables import BottleneckTable, LowRankTable, Vectors
+from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.tiles import low_rank_tiles
+from onebase_engine.runner import batching
+from onebase_engine.runner.batching import Chunk
 
 CPU = torch.device("cpu")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from onebase_adapters.base.shape import cache_shape
-from onebase_adapters.base.spec import BaseSpec
-from onebase_adapters.kernels.block import BLOCK
-from onebase_server.engine.config import EngineConfig
-from onebase_server.engine.engine import Engine
-from onebase_server.engine.request import EngineRequest, Output, Part, SamplingParams, TokenLogprobs
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.describe import cache_shape
+from onebase_engine.engine import Engine
+from onebase_engine.engine_config import EngineConfig
+from onebase_engine.kernels.batch import BLOCK
+from onebase_engine.request import EngineRequest, Output, Part, SamplingParams, TokenLogprobs
 
 
 def engine_config(folder: Path, *, blocks: int = 128, **options: Any) -> EngineConfig:

@@ -12,13 +12,13 @@ from pathlib import Path
 import uvicorn
 
 from conftest import FAKE_TRAINER, FakeEngine, Reply, make_adapter
-from onebase_adapters.store import AdapterStore
+from onebase_adapters.store.adapter_store import AdapterStore
+from onebase_engine.request import EngineRequest
+from onebase_engine.text.tokenizer import TextCodec, load_codec
 from onebase_server.api.app import create_app
 from onebase_server.api.services import ApiSettings, Services
-from onebase_server.engine.request import EngineRequest
-from onebase_server.jobs.book import JobBook
+from onebase_server.jobs.job_store import JobBook
 from onebase_server.jobs.runner import JobSettings
-from onebase_server.text.tokenizer import TextCodec, load_codec
 from support.tokenizer import save_tokenizer
 
 KEY = "a-key"

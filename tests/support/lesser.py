@@ -23,7 +23,7 @@ def main() -> None:
         return find(library, name)
 
     ctypes.CDLL.__getattr__ = find_no_bf16  # type: ignore[method-assign]
-    from onebase_adapters.kernels.cpu.target import AVX2, TARGET
+    from onebase_engine.kernels.cpu.target import AVX2, TARGET
 
     if TARGET != AVX2:
         raise SystemExit(f"Kernels are compiled for {TARGET.name}, not for AVX2.")

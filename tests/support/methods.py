@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from onebase_adapters.base.load import quiet_loading
+from onebase_engine.base.load_base import quiet_loading
 from support.models import auto_class
 
 _HIDDEN, _LAYERS = 64, 3

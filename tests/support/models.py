@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from onebase_adapters.base.load import quiet_loading
+from onebase_engine.base.load_base import quiet_loading
 from support.tokenizer import EOS, SPECIAL, save_tokenizer
 
 CONTEXT = 256

@@ -15,8 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from onebase_adapters.base.load import load_base, quiet_loading
-from onebase_adapters.base.spec import BaseSpec
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import load_base, quiet_loading
 
 _ROUNDING = 0.06
 """Of the logits' spread: what two bfloat16 computations may differ by."""

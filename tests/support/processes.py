@@ -20,7 +20,7 @@ def run_two(work: Callable[..., None], *arguments: Any, until_first: bool = Fals
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["onebase_training.train"])
+    context.set_forkserver_preload(["onebase_training.training_run"])
     processes: list[BaseProcess] = [
         context.Process(target=_work, args=(rank, port, work, arguments)) for rank in range(2)
     ]

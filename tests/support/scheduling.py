@@ -9,10 +9,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence as Items
 
-from onebase_server.engine.kv_cache import BlockPool
-from onebase_server.engine.request import EngineRequest, SamplingParams
-from onebase_server.engine.scheduler import Plan, Scheduler, Work
-from onebase_server.engine.sequence import Sequence
+from onebase_engine.cache.block_pool import BlockPool
+from onebase_engine.request import EngineRequest, SamplingParams
+from onebase_engine.scheduling.scheduler import Plan, Scheduler, Work
+from onebase_engine.scheduling.sequence import Sequence
 
 BLOCK = 4
 VOCAB = 50

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.methods import load_adapter
-from onebase_adapters.model.served import Chunk, ServedModel
+from onebase_adapters.lowering.lower import load_adapter
+from onebase_engine.kernels.batch import BLOCK
+from onebase_engine.runner.batched_model import Chunk, ServedModel
 
 
 @dataclass

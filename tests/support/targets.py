@@ -1,6 +1,6 @@
 """The kinds of processor whose kernels can run on this one."""
 
-from onebase_adapters.kernels.cpu.target import AVX2, AVX512, BFLOAT16, NEON, PLAIN, TARGET, Target
+from onebase_engine.kernels.cpu.target import AVX2, AVX512, BFLOAT16, NEON, PLAIN, TARGET, Target
 
 _X86 = [BFLOAT16, AVX512, AVX2, PLAIN]
 

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from onebase.cli import data as data_cli
+from onebase.cli.terminal.data_view import show, token_texts
 from onebase_adapters.errors import DataError
-from onebase_training.commands import data as data_cli
 from onebase_training.data import Dataset, Example, Turn
-from onebase_training.data.check import Check, TooLong, check
-from onebase_training.data.show import show, token_texts
+from onebase_training.data.data_check import Check, TooLong, check
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}<assistant>"
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from onebase_adapters.errors import DataError
 from onebase_training.data import Example, Turn, read_dataset
-from onebase_training.data.files import Record
-from onebase_training.data.formats import FORMATS, recognise
+from onebase_training.data.reading.formats import FORMATS, recognise
+from onebase_training.data.reading.text_files import Record
 
 
 def read(tmp_path: Path, *rows: Any, format: str | None = None) -> tuple[str, Example]:

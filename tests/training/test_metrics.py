@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from onebase_adapters.errors import DataError
 from onebase_training.data import Example, Turn
-from onebase_training.data.task import default_metric
+from onebase_training.data.task_kind import default_metric
 from onebase_training.evaluation.metrics import METRICS, difference, perplexity, rouge_l, score, spans
 
 

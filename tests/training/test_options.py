@@ -10,12 +10,12 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from onebase.cli.compare import compare
+from onebase.cli.options import takes_settings
+from onebase.cli.train import train
+from onebase.cli.tune import tune
 from onebase_adapters.errors import ConfigError
-from onebase_training.commands.compare import compare
-from onebase_training.commands.options import takes_settings
-from onebase_training.commands.train import train
-from onebase_training.commands.tune import tune
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
 
 NEEDED = ["--data", "d.jsonl", "--output", "o"]
 

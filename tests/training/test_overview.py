@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from onebase_training.methods import METHODS
-from onebase_training.overview import overview
+from onebase_training.comparison.method_costs import overview
+from onebase_training.methods.attach import METHODS
 
 HIDDEN, INNER, KV, LAYERS, RANK, VIRTUAL = 64, 128, 32, 3, 16, 20
 SITES = (
@@ -51,5 +51,5 @@ def test_what_needs_too_large_a_rank_is_not_served(
 ) -> None:
     found = overview("oft", METHODS["oft"], str(tiny_model("llama")))
     assert found.served_as == "LowRank" and found.products > LORA
-    monkeypatch.setattr("onebase_adapters.methods.general.MOST_RANK", 8)
+    monkeypatch.setattr("onebase_adapters.lowering.weight_methods.MOST_RANK", 8)
     assert overview("oft", METHODS["oft"], str(tiny_model("llama"))).served_as == "not: merged only"

@@ -10,9 +10,9 @@ import pytest
 from examples import prepare as examples_prepare
 from examples.recipes import RECIPES, Row
 from onebase_adapters.errors import ConfigError
-from onebase_adapters.packages import PackagedFile
+from onebase_engine.base.package_files import PackagedFile
 from onebase_training.data import read_dataset
-from onebase_training.data.task import default_metric
+from onebase_training.data.task_kind import default_metric
 from onebase_training.evaluation.metrics import METRICS
 
 

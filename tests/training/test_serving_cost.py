@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from onebase_adapters.base import BaseSpec
-from onebase_adapters.primitives import Template
+from onebase_adapters.primitives.instruction_set import Template
+from onebase_engine.base.base_spec import BaseSpec
 from onebase_training.data import Example
-from onebase_training.data.templates import write_template
 from onebase_training.evaluation.serving_cost import serving_cost
+from onebase_training.methods.hard_prompt import write_template
 
 EXAMPLES = [Example(number, prompt=f"What is {number}?", completion=" 1") for number in range(3)]
 

@@ -7,8 +7,8 @@ import time
 import pytest
 from rich.console import Console
 
-from onebase_training.events import Evaluated, Part, Progress, Stage, Step
-from onebase_training.show import terminal
+from onebase.cli.terminal import run_view as terminal
+from onebase_contract.events import Evaluated, Part, Progress, Stage, Step
 
 STEP = Step(3, 10, 1.25, 1e-3, 480.0, 100.0)
 

@@ -9,16 +9,16 @@ import pytest
 from safetensors.torch import load_file
 
 from onebase_adapters.errors import ConfigError
-from onebase_training.comparison.compare import choose, compare, known_before
-from onebase_training.comparison.files import Entry
-from onebase_training.comparison.show import render, table_rows
-from onebase_training.config import TrainConfig
-from onebase_training.evaluation.evaluate import Evaluation, Sample
+from onebase_contract.events import Event, Stage
+from onebase_contract.settings import TrainConfig
+from onebase_training.comparison.comparison_folder import Entry
+from onebase_training.comparison.comparison_page import render, table_rows
+from onebase_training.comparison.method_comparison import choose, compare, known_before
+from onebase_training.evaluation.evaluation_result import Evaluation, Sample
 from onebase_training.evaluation.metrics import score
 from onebase_training.evaluation.serving_cost import ServingCost
-from onebase_training.events import Event, Stage
-from onebase_training.result import TrainResult
-from onebase_training.train import train
+from onebase_training.run_result import TrainResult
+from onebase_training.training_run import train
 
 
 def entry(method: str, right: int, size: int, of: int = 60, base: int = 20) -> Entry:

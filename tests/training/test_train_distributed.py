@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onebase_training.config import TrainConfig
-from onebase_training.events import silent
-from onebase_training.train import train
+from onebase_contract.events import silent
+from onebase_contract.settings import TrainConfig
+from onebase_training.training_run import train
 from support.processes import run_two
 
 ANIMALS = ("cat", "dog", "cow", "owl")
@@ -67,7 +67,7 @@ def test_torchrun_trains_the_adapter_that_one_process_trains(
     config: TrainConfig, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     code, output = tmp_path / "run.py", tmp_path / "out"
-    code.write_text("from onebase_adapters.cli import main\nmain()\n")
+    code.write_text("from onebase.cli.main import main\nmain()\n")
     command = [
         sys.executable,
         "-m",

@@ -8,10 +8,10 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
+from onebase.cli.evaluate import evaluate
 from onebase_adapters.errors import AdapterError, DataError
-from onebase_training.commands.evaluate import evaluate
-from onebase_training.config import TrainConfig
-from onebase_training.train import train
+from onebase_contract.settings import TrainConfig
+from onebase_training.training_run import train
 
 app = Typer(pretty_exceptions_enable=False)
 app.command()(evaluate)

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
 from onebase_training.methods.fast_lora import speed_up
 
 CONFIG = TrainConfig(data=Path("-"), output=Path("-"))

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from onebase_adapters.errors import ConfigError
-from onebase_training.config import TrainConfig
-from onebase_training.events import Evaluated, Event, silent
+from onebase_contract.events import Evaluated, Event, silent
+from onebase_contract.settings import TrainConfig
 from onebase_training.fitting import fsdp
-from onebase_training.fitting.loop import Loop
-from onebase_training.train import train
+from onebase_training.fitting.training_loop import Loop
+from onebase_training.training_run import train
 from support.processes import run_two
 
 

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from onebase_adapters.base import BaseSpec, load_base
 from onebase_adapters.errors import DataError
-from onebase_adapters.methods import load_adapter
-from onebase_adapters.model.served import ServedModel
-from onebase_adapters.primitives import Template
-from onebase_training.config import TrainConfig
+from onebase_adapters.lowering.lower import load_adapter
+from onebase_adapters.primitives.instruction_set import Template
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import load_base
+from onebase_engine.runner.batched_model import ServedModel
 from onebase_training.data import NO_LOSS, Example, Turn
-from onebase_training.data.templates import encode_with
-from onebase_training.evaluation.evaluate import sample
-from onebase_training.evaluation.evaluate_served import EvaluateConfig, evaluate_served
-from onebase_training.train import train
+from onebase_training.data.encoding.encode_template import encode_with
+from onebase_training.evaluation.answers import sample
+from onebase_training.evaluation.evaluate_adapter import EvaluateConfig, evaluate_served
+from onebase_training.training_run import train
 
 
 @pytest.fixture

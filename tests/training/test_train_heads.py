@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, RobertaConfig
 
-from onebase_adapters.base import BaseSpec
-from onebase_adapters.base.load import quiet_loading
 from onebase_adapters.errors import ConfigError, DataError
-from onebase_training.config import TrainConfig
-from onebase_training.evaluation.evaluate_served import EvaluateConfig, evaluate_served
-from onebase_training.methods import METHODS
-from onebase_training.train import train
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import quiet_loading
+from onebase_training.evaluation.evaluate_adapter import EvaluateConfig, evaluate_served
+from onebase_training.methods.attach import METHODS
+from onebase_training.training_run import train
 from support.tokenizer import save_tokenizer
 
 COLOURS = ("red", "green", "blue")

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from onebase_training.config import TrainConfig
-from onebase_training.events import Evaluated, Event, Stage, Step
-from onebase_training.train import train
-from onebase_training.workspace import Workspace
+from onebase_contract.events import Evaluated, Event, Stage, Step
+from onebase_contract.run_folder import Workspace
+from onebase_contract.settings import TrainConfig
+from onebase_training.training_run import train
 
 EVERY = 2
 """Steps between checkpoints."""
@@ -33,7 +33,7 @@ def train_or_resume(config: TrainConfig, pipe: Connection) -> None:
 def run_until(moment: Moment | None, config: TrainConfig, rng: random.Random) -> None:
     """Run, and kill once an event is the moment's; without a moment, to the end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["onebase_training.train"])
+    context.set_forkserver_preload(["onebase_training.training_run"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=train_or_resume, args=(config, theirs))
     process.start()

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from onebase_adapters.base import BaseSpec
-from onebase_training.config import TrainConfig
-from onebase_training.evaluation.evaluate_served import EvaluateConfig, evaluate_served
-from onebase_training.methods import METHODS
-from onebase_training.result import TrainResult
-from onebase_training.train import train
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_training.evaluation.evaluate_adapter import EvaluateConfig, evaluate_served
+from onebase_training.methods.attach import METHODS
+from onebase_training.run_result import TrainResult
+from onebase_training.training_run import train
 
 ANIMALS = ("cat", "dog", "cow", "owl")
 RUNS: dict[str, dict[str, Any]] = {

@@ -7,8 +7,8 @@ import torch
 from bitsandbytes.optim import AdamW as PagedAdamW
 from transformers import Trainer
 
-from onebase_training.config import TrainConfig
-from onebase_training.fitting.loop import training_arguments
+from onebase_contract.settings import TrainConfig
+from onebase_training.fitting.training_loop import training_arguments
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from onebase_adapters.errors import ConfigError
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded, Example
-from onebase_training.data.batches import pack, passes_of, plan_batches, plan_examples, tokens_of_pass
+from onebase_training.data.encoding.packing import pack, passes_of, plan_batches, plan_examples, tokens_of_pass
 from onebase_training.model.attached import Attached
-from onebase_training.model.attention import PACKED_ATTENTION
 from onebase_training.model.collate import Collator
-from onebase_training.model.trained import Trained, trainable_state
+from onebase_training.model.packed_attention import PACKED_ATTENTION
+from onebase_training.model.trained_model import Trained, trainable_state
 
 FAMILIES = ("llama", "llama-odd", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2", "glm")
 
@@ -121,7 +121,7 @@ def test_a_step_takes_the_fewest_equal_passes_that_fit() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_over_several_blocks_and_a_prefix_is_plain_attention(causal: bool) -> None:
-    from onebase_training.model.attention import Packing, _Packed
+    from onebase_training.model.packed_attention import Packing, _Packed
 
     generator = torch.Generator().manual_seed(0)
     bounds, prefix = (0, 300, 311, 400, 495, 580, 900), 3

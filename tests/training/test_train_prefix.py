@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from onebase_adapters.base import BaseSpec, load_base
 from onebase_adapters.errors import ConfigError
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import load_base
 from onebase_training.data import NO_LOSS, Encoded, Example
 from onebase_training.methods import prefix_tuning
 from onebase_training.model.attached import Attached
-from onebase_training.model.attention import PACKED_ATTENTION
-from onebase_training.model.trained import Trained
+from onebase_training.model.packed_attention import PACKED_ATTENTION
+from onebase_training.model.trained_model import Trained
 
 
 def config(folder: Path, **options: Any) -> TrainConfig:

@@ -8,19 +8,22 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from onebase_adapters.base import BaseSpec, load_base
-from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
-from onebase_adapters.model.served import ServedModel
-from onebase_training.config import TrainConfig
-from onebase_training.data import Encoded, Example, encode
+from onebase_contract.events import silent
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import load_base
+from onebase_engine.runner.batched_model import ServedModel
+from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
+from onebase_training.data import Encoded, Example
+from onebase_training.data.encoding import encode
 from onebase_training.evaluation.served import ServedRows
-from onebase_training.events import silent
-from onebase_training.methods import find_method, lora
+from onebase_training.methods import lora
+from onebase_training.methods.attach import find_method
 from onebase_training.model.attached import Attached
-from onebase_training.model.frozen import hold
-from onebase_training.model.trained import Trained
-from onebase_training.prepare import load_for_training
-from onebase_training.train import train
+from onebase_training.model.base_for_training import load_for_training
+from onebase_training.model.frozen_weights import hold
+from onebase_training.model.trained_model import Trained
+from onebase_training.training_run import train
 
 pytestmark = pytest.mark.real
 

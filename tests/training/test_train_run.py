@@ -20,16 +20,17 @@ from bitsandbytes.functional import dequantize_4bit
 from rich.console import Console
 from safetensors.torch import load_file
 
-from onebase_adapters.base import BaseSpec, load_base
-from onebase_adapters.base.spec import Quantization
+from onebase.cli.terminal.run_view import show
 from onebase_adapters.errors import AdapterMismatchError, ConfigError, DataError
-from onebase_adapters.files import check_base, read_adapter
-from onebase_training.config import Arithmetic, TrainConfig
-from onebase_training.events import Evaluated, Event, Stage, Step
-from onebase_training.model.frozen import expand_in_passes, hold
-from onebase_training.model.trained import Trained
-from onebase_training.show.terminal import json_lines, show
-from onebase_training.train import train
+from onebase_adapters.formats.checks import check_base
+from onebase_adapters.formats.read_adapter import read_adapter
+from onebase_contract.events import Evaluated, Event, Stage, Step, json_lines
+from onebase_contract.settings import Arithmetic, TrainConfig
+from onebase_engine.base.base_spec import BaseSpec, Quantization
+from onebase_engine.base.load_base import load_base
+from onebase_training.model.frozen_weights import expand_in_passes, hold
+from onebase_training.model.trained_model import Trained
+from onebase_training.training_run import train
 
 ANIMALS = ("cat", "dog", "cow", "owl", "ant", "bee", "fox", "hen")
 
@@ -221,7 +222,7 @@ def test_recomputed_activations_change_no_adapter(config: TrainConfig) -> None:
 def test_a_batch_that_cannot_fit_is_refused_before_training(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onebase_training.fitting.estimate.free_memory", lambda _: 1 << 16)
+    monkeypatch.setattr("onebase_engine.kernels.device.free_memory", lambda _: 1 << 16)
     with pytest.raises(ConfigError, match="batch-tokens"):
         train(config)
     assert left_behind(config) == []
@@ -263,7 +264,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(config: TrainConfig) -> None:
 
 def test_ctrl_c_tells_what_is_saved_and_how_to_go_on(config: TrainConfig, tmp_path: Path) -> None:
     script = tmp_path / "onebase"
-    script.write_text("from onebase_adapters.cli import main\nmain()\n")
+    script.write_text("from onebase.cli.main import main\nmain()\n")
     output = str(config.output)
     options = ["train", "--data", str(config.data), "--output", output, "--model", config.model, "--device", "cpu"]
     options += ["--rank", "4", "--batch-tokens", "128", "--epochs", "4", "--eval-every", "10", "--metric-examples"]
@@ -318,7 +319,7 @@ def test_a_run_killed_after_an_early_stop_is_finished_and_not_continued(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("onebase_training.train.write_adapter", killed)
+        patch.setattr("onebase_training.training_run.write_adapter", killed)
         train(config)
     result = train(replace(config, resume=True))
     assert result.stopped in ("plateau", "over-fitting")

@@ -10,18 +10,19 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from onebase_adapters.base.load import quiet_loading
-from onebase_adapters.base.spec import BaseSpec
-from onebase_adapters.batch import Chunk
 from onebase_adapters.errors import ConfigError
-from onebase_adapters.methods import load_adapter
-from onebase_server.engine.engine import Engine
-from onebase_training.config import TrainConfig
-from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
-from onebase_training.data.batches import pack
+from onebase_adapters.lowering.lower import load_adapter
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import quiet_loading
+from onebase_engine.engine import Engine
+from onebase_engine.runner.batching import Chunk
+from onebase_training.data import NO_LOSS, Encoded, read_dataset
+from onebase_training.data.encoding import encode
+from onebase_training.data.encoding.packing import pack
 from onebase_training.model.attached import Attached
-from onebase_training.model.trained import Trained
-from onebase_training.train import train
+from onebase_training.model.trained_model import Trained
+from onebase_training.training_run import train
 from support.engines import Driver, engine_config
 
 ANIMALS = ("cat", "dog", "cow", "owl")

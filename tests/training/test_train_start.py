@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from onebase_adapters.errors import AdapterMismatchError, ConfigError
-from onebase_training.config import TrainConfig
-from onebase_training.train import train
+from onebase_contract.settings import TrainConfig
+from onebase_training.training_run import train
 
 CAN: dict[str, dict[str, Any]] = {
     "qlora": {},

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase_training.fitting.stopping import Log, best_evaluation, early_stop
+from onebase_training.fitting.early_stopping import Log, best_evaluation, early_stop
 
 
 def log(

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from onebase_adapters.errors import ConfigError
-from onebase_training.comparison.tune import tune
-from onebase_training.config import TrainConfig
-from onebase_training.evaluation.evaluate import Evaluation
-from onebase_training.events import Evaluated, Progress, silent
-from onebase_training.result import TrainResult
-from onebase_training.train import train
+from onebase_contract.events import Evaluated, Progress, silent
+from onebase_contract.settings import TrainConfig
+from onebase_training.comparison.hyperparameter_search import tune
+from onebase_training.evaluation.evaluation_result import Evaluation
+from onebase_training.run_result import TrainResult
+from onebase_training.training_run import train
 
 CONFIG = TrainConfig(data=Path("data"), output=Path("out"), learning_rate=1e-3)
 

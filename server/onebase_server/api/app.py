@@ -14,15 +14,15 @@ from onebase_server.api.endpoints import (
     files,
     fine_tuning,
     health,
-    lora,
     models,
     pooling,
     responses,
     tokens,
 )
-from onebase_server.api.errors import handle
+from onebase_server.api.endpoints import vllm_lora as lora
+from onebase_server.api.error_replies import handle
 from onebase_server.api.middleware import Around, RequestGuard
-from onebase_server.api.schemas.base import ErrorDocument
+from onebase_server.api.schemas.body import ErrorDocument
 from onebase_server.api.services import Services
 
 _UPLOADS = ("/v1/adapters", "/v1/files")

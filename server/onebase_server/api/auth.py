@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import Depends
 from starlette.requests import Request
 
-from onebase_server.api.errors import ForbiddenError, UnauthorizedError
+from onebase_server.api.error_replies import ForbiddenError, UnauthorizedError
 from onebase_server.api.services import services_of
 
 

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onebase_server.api.disconnect import ClientGoneError
-from onebase_server.api.errors import INTERNAL, noted, reply_to
+from onebase_server.api.error_replies import INTERNAL, noted, reply_to
 from onebase_server.logs import begin_request
 
 log = logging.getLogger(__name__)

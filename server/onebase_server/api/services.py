@@ -8,14 +8,14 @@ from typing import Self
 
 from starlette.requests import Request
 
-from onebase_adapters.store import AdapterStore
-from onebase_server.api.directory import AdapterDirectory
-from onebase_server.api.errors import ForbiddenError
-from onebase_server.api.metrics import Metrics
-from onebase_server.engine.client import EngineClient
-from onebase_server.jobs.book import JobBook
+from onebase_adapters.store.adapter_store import AdapterStore
+from onebase_engine.text.tokenizer import TextCodec
+from onebase_server.api.adapters.directory import AdapterDirectory
+from onebase_server.api.error_replies import ForbiddenError
+from onebase_server.api.prometheus import Metrics
+from onebase_server.engine_process.engine_client import EngineClient
+from onebase_server.jobs.job_store import JobBook
 from onebase_server.jobs.runner import JobRunner, JobSettings
-from onebase_server.text.tokenizer import TextCodec
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from onebase_server.api.disconnect import ClientGoneError, unless_disconnected
-from onebase_server.api.errors import INTERNAL, noted, reply_to
+from onebase_server.api.error_replies import INTERNAL, noted, reply_to
 
 log = logging.getLogger(__name__)
 

@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from onebase_adapters.errors import OneBaseError
-from onebase_server.engine.client import EngineUnavailableError
-from onebase_server.jobs.book import JobBook
+from onebase_server.engine_process.engine_client import EngineUnavailableError
+from onebase_server.jobs.history_csv import write_history
+from onebase_server.jobs.job_store import JobBook
 from onebase_server.jobs.records import ENDED, Job, JobEvent, JobSpec, Level
-from onebase_server.jobs.result import write_history
 
 log = logging.getLogger(__name__)
 
 Register = Callable[[str, Path], Awaitable[str]]
 """Registers an adapter's folder under a name; returns how requests are to call it. Raises OneBaseError."""
 
-_CHILD = (sys.executable, "-m", "onebase_server.jobs.child")
+_CHILD = (sys.executable, "-m", "onebase_server.jobs.job_process")
 _KEPT_LINES = 40
 _OUT_OF_MEMORY = ("MemoryError", "allocate memory", "bad_alloc", "ut of memory", "Thread creation failed")
 """What Python, torch and the C library, C++, LLVM and OpenMP say."""

@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
-from onebase_adapters.base import BaseSpec, load_base
-from onebase_adapters.layout import Layout
-from onebase_adapters.methods import load_adapter
-from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
-from onebase_adapters.model.served import ServedModel
-from onebase_training.data import Encoded
-from onebase_training.data.batches import pack
-from onebase_training.evaluation.evaluate import Sample, answer, ends_of, sample
+from onebase_adapters.lowering.lower import load_adapter
+from onebase_adapters.primitives.virtual_tokens import Layout
+from onebase_contract.events import Part, Progress, Stage
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import load_base
+from onebase_engine.runner.batched_model import ServedModel
+from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
+from onebase_engine.text.stop_strings import first_stop
+from onebase_training.data import NO_LOSS, Encoded
+from onebase_training.data.encoding.packing import pack
+from onebase_training.evaluation.evaluation_result import Sample
 from onebase_training.evaluation.served import ServedRows
-from onebase_training.events import Part, Progress, Stage
-from onebase_training.model.trained import Trained
+from onebase_training.model.trained_model import Trained
 
 TOGETHER = 16
 """Sequences that the server's code writes at once."""
@@ -152,3 +155,28 @@ def _inference(model: Trained) -> Iterator[None]:
         if not model.paired:
             base.set_attn_implementation(packed)
         model.train(training)
+
+
+def sample(tokenizer: Any, example: Encoded, written: Sequence[int]) -> Sample:
+    """What was written after the example's prompt, beside what was wanted; both up to what ends an answer."""
+    texts = [example.input_ids[: example.prompt_length], answer(example), written]
+    prompt, expected, generated = (tokenizer.decode(text, skip_special_tokens=True) for text in texts)
+    return Sample(prompt, _cut(expected, example.stop), _cut(generated, example.stop))
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    found = first_stop(text, stops)
+    return text if found is None else text[: found[1]]
+
+
+def ends_of(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """What ends an answer: the tokenizer's end of text, and what the model's own generation settings name."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
+    return frozenset(end for end in ends if end is not None)
+
+
+def answer(example: Encoded) -> list[int]:
+    """The tokens of the completion that `prompt_length` starts, with its end."""
+    labels = example.labels[example.prompt_length :]
+    return [label for label in labels if label != NO_LOSS]

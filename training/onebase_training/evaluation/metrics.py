@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onebase_adapters.errors import DataError
-from onebase_training.data.task import json_fields
+from onebase_training.data.task_kind import json_fields
 from onebase_training.data.words import compared_words
 
 Floats = NDArray[np.float64]

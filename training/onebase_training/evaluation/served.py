@@ -8,10 +8,10 @@ from itertools import count
 
 import torch
 
-from onebase_adapters.batch import Chunk
-from onebase_adapters.kernels.block import BLOCK
-from onebase_adapters.model.head import Scores
-from onebase_adapters.model.served import ServedModel
+from onebase_engine.kernels.batch import BLOCK
+from onebase_engine.runner.batched_model import ServedModel
+from onebase_engine.runner.batching import Chunk
+from onebase_engine.runner.lm_head import Scores
 
 _STEP_TOKENS = 512
 """Of a forward pass, as the engine's default."""

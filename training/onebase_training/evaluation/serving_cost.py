@@ -12,16 +12,19 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 
-from onebase_adapters.base import BaseSpec, LoadedBase, load_base
-from onebase_adapters.batch import Chunk
 from onebase_adapters.errors import AdapterError
-from onebase_adapters.methods import load_adapter
-from onebase_adapters.model.paged import ATTENTION_NAME, register_attention
-from onebase_adapters.model.served import ServedModel
-from onebase_adapters.model.weights import ModelWeights
-from onebase_adapters.primitives import Head, LoweredAdapter, Template
-from onebase_training.data import Example, encode, encode_for_head
-from onebase_training.data.templates import encode_with
+from onebase_adapters.lowering.lower import load_adapter
+from onebase_adapters.primitives.instruction_set import Head, Template
+from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.load_base import LoadedBase, load_base
+from onebase_engine.base.model_weights import ModelWeights
+from onebase_engine.runner.batched_model import ServedModel
+from onebase_engine.runner.batching import Chunk
+from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
+from onebase_training.data import Example, encode_for_head
+from onebase_training.data.encoding import encode
+from onebase_training.data.encoding.encode_template import encode_with
 from onebase_training.evaluation.served import ServedRows
 
 STREAMS = 16

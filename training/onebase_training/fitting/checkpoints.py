@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from onebase_adapters.paths import disk_errors
+from onebase_adapters.atomic_files import disk_errors
 from onebase_training.fitting import fsdp
 from onebase_training.fitting.distributed import Ranks, barrier, gathered
-from onebase_training.model.trained import Trained, trainable_state
+from onebase_training.model.trained_model import Trained, trainable_state
 
 STATE_FILE = "trainer_state.json"
 _TRAINED_FILE = "trained.safetensors"

@@ -1,17 +1,16 @@
 """What a run will take, measured before it starts: a short row goes forth and back once, and is extrapolated."""
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from onebase_adapters.errors import ConfigError
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.kernels.device import _taken_memory, free_memory
 from onebase_training.data import NO_LOSS, Encoded
-from onebase_training.model.trained import Trained, trainable_state
+from onebase_training.model.trained_model import Trained, trainable_state
 
 _PROBE_TOKENS = 256
 _HEADROOM = 1.5
@@ -71,37 +70,6 @@ def settle(
             field="batch_tokens",
         )
     return estimate, checkpointed
-
-
-def free_memory(device: torch.device) -> int:
-    """In bytes: what there is, or what this process may still have of it."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = int(psutil.virtual_memory().available)
-    if sys.platform != "linux":
-        return available
-    process = psutil.Process()
-    allowed, _ = process.rlimit(psutil.RLIMIT_DATA)
-    left = allowed - process.memory_info().data if allowed != psutil.RLIM_INFINITY else available
-    return max(0, min(available, int(left)))
-
-
-def _taken_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.memory_allocated(device))
-    return int(psutil.Process().memory_info().rss)
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most that this process has held so far, in bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _short_rows(examples: Sequence[Encoded], batch: Sequence[int]) -> list[Encoded]:

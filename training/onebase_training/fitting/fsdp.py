@@ -22,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from onebase_adapters.errors import ConfigError
-from onebase_training.model.trained import Trained
+from onebase_training.model.trained_model import Trained
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig
 
-from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods.peft_parts import is_transposed, put_peft, target_modules, task_type
 from onebase_training.model.attached import Attached
 

@@ -1,6 +1,6 @@
 """Bottleneck adapters: Houlsby et al. 2019 (behind attention and MLP), Pfeiffer et al. 2021 (behind the MLP),
 parallel (He et al. 2022, beside the MLP). PEFT has no such method; the files' format is described in
-`onebase_adapters.methods.bottleneck`."""
+`onebase_adapters.lowering.bottleneck`."""
 
 import json
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
-from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from onebase_training.config import TrainConfig
+from onebase_adapters.formats.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-3

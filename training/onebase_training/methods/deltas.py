@@ -5,8 +5,8 @@ from typing import Any
 
 import peft
 
-from onebase_adapters.base import LoadedBase
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods.peft_parts import attach_peft, target_names, task_type
 from onebase_training.model.attached import Attached
 

@@ -1,7 +1,7 @@
 """DoRA (Liu et al. 2024): LoRA for a weight's direction, and a trained magnitude for each of its rows."""
 
-from onebase_adapters.base import LoadedBase
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods import lora
 from onebase_training.methods.peft_parts import attach_peft
 from onebase_training.model.attached import Attached

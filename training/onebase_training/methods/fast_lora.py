@@ -12,8 +12,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from onebase_training.config import TrainConfig
-from onebase_training.model.frozen import FrozenLinear
+from onebase_contract.settings import TrainConfig
+from onebase_training.model.frozen_weights import FrozenLinear
 
 
 class _LoraProduct(torch.autograd.Function):

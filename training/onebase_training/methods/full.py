@@ -4,9 +4,8 @@ from pathlib import Path
 
 import torch
 
-from onebase_adapters.base import LoadedBase
-from onebase_adapters.base.load import quiet_loading
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase, quiet_loading
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-4

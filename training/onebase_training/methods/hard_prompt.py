@@ -11,16 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onebase_adapters.base import LoadedBase
+from safetensors.torch import save_file
+
 from onebase_adapters.errors import AdapterFormatError, DataError
-from onebase_adapters.methods.template import read_template
-from onebase_adapters.primitives import Template
-from onebase_training.config import TrainConfig
+from onebase_adapters.formats.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.lowering.template import read_template
+from onebase_adapters.primitives.instruction_set import Template
+from onebase_contract.events import Progress, Stage
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.data import Dataset, Example
-from onebase_training.data.templates import encode_with, raw
-from onebase_training.evaluation.evaluate import measure
-from onebase_training.events import Progress, Stage
-from onebase_training.model.trained import Trained
+from onebase_training.data.encoding.encode_template import encode_with, raw
+from onebase_training.evaluation.held_out_loss import measure
+from onebase_training.model.trained_model import Trained
 
 _SHOTS = (1, 2, 4, 8)
 _DRAWS = 2
@@ -133,3 +136,17 @@ def _candidate(where: str, line: str, stop: tuple[str, ...]) -> Template:
         return read_template({"stop": list(stop), **record})
     except AdapterFormatError as error:
         raise DataError(f"{where}: {error}", field="candidates") from error
+
+
+def write_template(template: Template, folder: Path, base: str) -> None:
+    """Write the adapter's two files."""
+    settings: dict[str, Any] = {
+        "peft_type": "TEMPLATE",
+        "base_model_name_or_path": base,
+        "before": template.before,
+        "after": template.after,
+        "messages": [dict(turn) for turn in template.messages],
+        "stop": list(template.stop),
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+    save_file({}, folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -10,8 +10,8 @@ import peft
 import torch
 from peft.tuners.hra import HRALinear
 
-from onebase_adapters.base import LoadedBase
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods.deltas import delta
 from onebase_training.model.attached import Attached
 

@@ -7,9 +7,9 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
 
-from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods.peft_parts import attach_peft, is_transposed, task_type
 from onebase_training.model.attached import Attached
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from peft import LoraConfig
 
-from onebase_adapters.base import LoadedBase
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods.fast_lora import speed_up
 from onebase_training.methods.peft_parts import attach_peft, is_transposed, target_modules, task_type
 from onebase_training.model.attached import Attached

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from peft import PromptEncoderConfig
 
-from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods.peft_parts import put_peft, task_type
 from onebase_training.model.attached import Attached
 

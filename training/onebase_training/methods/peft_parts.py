@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
-from onebase_adapters.format import WEIGHTS_FILE
-from onebase_training.config import TrainConfig
+from onebase_adapters.formats.peft_folder import WEIGHTS_FILE
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.model.attached import Attached
 
 

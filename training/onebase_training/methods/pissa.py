@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from onebase_adapters.base import LoadedBase
 from onebase_adapters.factorise import refactorise
-from onebase_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from onebase_training.config import TrainConfig
+from onebase_adapters.formats.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods import lora
 from onebase_training.methods.fast_lora import speed_up
 from onebase_training.methods.peft_parts import put_peft

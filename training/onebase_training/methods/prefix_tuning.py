@@ -11,9 +11,9 @@ import torch
 from peft import PrefixTuningConfig, initialize_kv_prefix_from_past_key_values
 from transformers import DynamicCache
 
-from onebase_adapters.base import LoadedBase
 from onebase_adapters.errors import ConfigError
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods.peft_parts import put_peft, task_type
 from onebase_training.methods.prompt_tuning import text_tokens
 from onebase_training.model.attached import Attached

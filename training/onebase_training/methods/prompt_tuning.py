@@ -3,8 +3,8 @@
 import torch
 from peft import PromptTuningConfig, PromptTuningInit
 
-from onebase_adapters.base import LoadedBase
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods.peft_parts import put_peft, task_type
 from onebase_training.model.attached import Attached
 

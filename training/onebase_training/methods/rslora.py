@@ -1,7 +1,7 @@
 """rsLoRA (Kalajdzievski 2023): LoRA scaled by alpha / sqrt(rank), so that large ranks learn as they should."""
 
-from onebase_adapters.base import LoadedBase
-from onebase_training.config import TrainConfig
+from onebase_contract.settings import TrainConfig
+from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods import lora
 from onebase_training.methods.fast_lora import speed_up
 from onebase_training.methods.peft_parts import attach_peft

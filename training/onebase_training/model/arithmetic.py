@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from onebase_training.config import Arithmetic
+from onebase_contract.settings import Arithmetic
 
 DTYPES: dict[Arithmetic, torch.dtype] = {"bf16": torch.bfloat16, "float32": torch.float32}
 

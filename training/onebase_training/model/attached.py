@@ -37,7 +37,7 @@ class Attached:
     virtual: Callable[[], torch.Tensor] | None = None
     """Makes the embeddings [n, hidden] that go among the prompt's."""
     places: tuple[int, ...] = ()
-    """Of those n; see `onebase_adapters.layout.Layout`."""
+    """Of those n; see `onebase_adapters.primitives.virtual_tokens.Layout`."""
     prefix: Callable[[int], Cache] | None = None
     """Makes the keys and values in front of everything, for a batch of so many rows."""
     prefix_length: int = 0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from onebase_adapters.layout import Layout
+from onebase_adapters.primitives.virtual_tokens import Layout
 from onebase_training.data import NO_LOSS, Encoded
 
 

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import JSONResponse, Response
 
-from onebase_server.api.adapter_sources import Stage, from_files, from_path
+from onebase_server.api.adapters.adapter_sources import Stage, from_files, from_path
+from onebase_server.api.adapters.directory import AdapterDirectory, Entry
 from onebase_server.api.auth import require_admin
-from onebase_server.api.directory import AdapterDirectory, Entry
-from onebase_server.api.errors import InvalidRequestError
+from onebase_server.api.error_replies import InvalidRequestError
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.adapters import (
     PromoteRequest,

@@ -10,20 +10,21 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from onebase_engine.request import TokenLogprobs
+from onebase_server.api.adapters.composition import target_of
 from onebase_server.api.auth import Tenant
-from onebase_server.api.choices import Choice, make_choices, run_all, usage_of
-from onebase_server.api.composition import target_of
 from onebase_server.api.disconnect import unless_disconnected
-from onebase_server.api.grammar import grammar_of
-from onebase_server.api.logprobs import for_chat
-from onebase_server.api.requests import check_prompt, encode, fit, render_chat, sampling
+from onebase_server.api.generation.choices import Choice, make_choices, run_all, usage_of
+from onebase_server.api.generation.logprobs import for_chat
+from onebase_server.api.generation.prompts import check_prompt, encode, render_chat
+from onebase_server.api.generation.sampling_params import fit, sampling
+from onebase_server.api.generation.structured_output import grammar_of
+from onebase_server.api.generation.tools import ToolCall, ToolParser, tools_of
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.chat import ChatRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import ChunkFormat, SseResponse, Write, event
-from onebase_server.api.tools import ToolCall, ToolParser, tools_of
-from onebase_server.engine.request import TokenLogprobs
 from onebase_server.logs import note
 
 router = APIRouter(tags=["inference"])

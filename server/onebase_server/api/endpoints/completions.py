@@ -10,22 +10,23 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from onebase_engine.request import TokenLogprobs
+from onebase_server.api.adapters.composition import target_of
+from onebase_server.api.adapters.directory import Target
 from onebase_server.api.auth import Tenant
-from onebase_server.api.choices import Choice, make_choices, run_all, usage_of
-from onebase_server.api.composition import target_of
-from onebase_server.api.directory import Target
 from onebase_server.api.disconnect import unless_disconnected
-from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.grammar import grammar_of
-from onebase_server.api.logprobs import CompletionLogprobs, joined
-from onebase_server.api.requests import fit, prompt_tokens, sampling, templated
+from onebase_server.api.error_replies import InvalidRequestError
+from onebase_server.api.generation.choices import Choice, make_choices, run_all, usage_of
+from onebase_server.api.generation.logprobs import CompletionLogprobs, joined
+from onebase_server.api.generation.prompts import prompt_tokens, templated
+from onebase_server.api.generation.sampling_params import fit, sampling
+from onebase_server.api.generation.structured_output import grammar_of
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
-from onebase_server.api.schemas.base import MOST_SEQUENCES
-from onebase_server.api.schemas.generation import CompletionRequest
+from onebase_server.api.schemas.body import MOST_SEQUENCES
+from onebase_server.api.schemas.completions import CompletionRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import ChunkFormat, SseResponse, Write, event
-from onebase_server.engine.request import TokenLogprobs
 from onebase_server.logs import note
 
 router = APIRouter(tags=["inference"])

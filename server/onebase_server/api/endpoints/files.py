@@ -9,7 +9,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import FileResponse, Response
 
 from onebase_server.api.auth import require_admin
-from onebase_server.api.errors import InvalidRequestError
+from onebase_server.api.error_replies import InvalidRequestError
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.services import services_of

@@ -8,16 +8,16 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from onebase_adapters.errors import AdapterExistsError, AdapterFormatError
-from onebase_adapters.registry import check_name
+from onebase_adapters.store.registry import check_name
 from onebase_server.api.auth import require_admin
 from onebase_server.api.endpoints.files import page_of
-from onebase_server.api.errors import InvalidRequestError
+from onebase_server.api.error_replies import InvalidRequestError
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.fine_tuning import FineTuningRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.api.sse import SseResponse, Write, event
-from onebase_server.jobs.book import UnknownFileError
+from onebase_server.jobs.job_store import UnknownFileError
 from onebase_server.jobs.records import Job, JobEvent, JobSpec
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], dependencies=[Depends(require_admin)])

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.services import services_of
-from onebase_server.engine.client import EngineUnavailableError
+from onebase_server.engine_process.engine_client import EngineUnavailableError
 
 router = APIRouter(tags=["health"])
 

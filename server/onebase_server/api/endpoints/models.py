@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from onebase_adapters.errors import AdapterNotFoundError
+from onebase_server.api.adapters.directory import Entry, Target
 from onebase_server.api.auth import require_key
-from onebase_server.api.directory import Entry, Target
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.services import Services, services_of

@@ -13,19 +13,20 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from onebase_engine.engine_info import HeadInfo
+from onebase_engine.request import EngineRequest, Output, SamplingParams, Task
+from onebase_server.api.adapters.composition import target_of
+from onebase_server.api.adapters.directory import Target
 from onebase_server.api.auth import Tenant
-from onebase_server.api.composition import target_of
-from onebase_server.api.directory import Target
 from onebase_server.api.disconnect import unless_disconnected
-from onebase_server.api.errors import GenerationError, InvalidRequestError, generation_error
-from onebase_server.api.requests import check_prompt, check_unicode, fit, prompt_tokens, templated
+from onebase_server.api.error_replies import GenerationError, InvalidRequestError, generation_error
+from onebase_server.api.generation.prompts import check_prompt, check_unicode, prompt_tokens, templated
+from onebase_server.api.generation.sampling_params import fit
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
-from onebase_server.api.schemas.base import MOST_SEQUENCES
-from onebase_server.api.schemas.prompts import ClassificationRequest, EmbeddingRequest, PooledRequest
+from onebase_server.api.schemas.body import MOST_SEQUENCES
+from onebase_server.api.schemas.pooling import ClassificationRequest, EmbeddingRequest, PooledRequest
 from onebase_server.api.services import Services, services_of
-from onebase_server.engine.messages import HeadInfo
-from onebase_server.engine.request import EngineRequest, Output, SamplingParams, Task
 from onebase_server.logs import note
 
 router = APIRouter(tags=["inference"])

@@ -11,18 +11,18 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from onebase_adapters.errors import OneBaseError
+from onebase_engine.request import TokenLogprobs
 from onebase_server.api.auth import Tenant
-from onebase_server.api.choices import Choice, run_all, usage_of
 from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.endpoints.chat import Answer, Chat, prepare_chat
+from onebase_server.api.generation.choices import Choice, run_all, usage_of
+from onebase_server.api.generation.tools import ToolCall
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.chat import ChatRequest
 from onebase_server.api.schemas.responses import NamedFunction, ResponseInput, ResponsesRequest
 from onebase_server.api.services import services_of
 from onebase_server.api.sse import SseResponse, Write
-from onebase_server.api.tools import ToolCall
-from onebase_server.engine.request import TokenLogprobs
 
 router = APIRouter(tags=["inference"])
 

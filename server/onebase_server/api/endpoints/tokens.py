@@ -4,12 +4,12 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
+from onebase_server.api.adapters.composition import target_of
 from onebase_server.api.auth import require_key
-from onebase_server.api.composition import target_of
-from onebase_server.api.requests import check_prompt, encode, render_chat, templated
+from onebase_server.api.generation.prompts import check_prompt, encode, render_chat, templated
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
-from onebase_server.api.schemas.prompts import DetokenizeRequest, TokenizeRequest
+from onebase_server.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from onebase_server.api.services import services_of
 
 router = APIRouter(tags=["tokens"], dependencies=[Depends(require_key)])

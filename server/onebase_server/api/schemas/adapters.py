@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from onebase_server.api.schemas.base import Body, Refused
+from onebase_server.api.schemas.body import Body, Refused
 
 
 class RegisterFields(Body):

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.schemas.base import Body, Logprobs, Refused, Text
+from onebase_server.api.error_replies import InvalidRequestError
+from onebase_server.api.schemas.body import Body, Logprobs, Refused, Text
 from onebase_server.api.schemas.generation import Generation
 
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.schemas.base import Body, Refused
+from onebase_server.api.error_replies import InvalidRequestError
+from onebase_server.api.schemas.body import Body, Refused
 
 METHODS = (
     "qlora", "lora", "rslora", "dora", "pissa", "adalora", "ia3", "prompt-tuning", "p-tuning", "prefix-tuning",

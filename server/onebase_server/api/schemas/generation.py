@@ -5,13 +5,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from onebase_server.api.errors import InvalidRequestError
-from onebase_server.api.schemas.base import (
+from onebase_server.api.error_replies import InvalidRequestError
+from onebase_server.api.schemas.body import (
     Body,
     LogitBias,
-    Logprobs,
     Penalty,
-    Prompts,
     Refused,
     Stops,
     Targeted,
@@ -104,18 +102,3 @@ class Generation(Targeted):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options is only allowed with stream: true.", field="stream_options")
         return self
-
-
-class CompletionRequest(Generation):
-    """POST /v1/completions."""
-
-    refused: ClassVar[Mapping[str, Refused]] = {
-        **Generation.refused,
-        "suffix": Refused("the base model does not fill in the middle", ""),
-    }
-
-    prompt: Prompts
-    echo: bool | None = None
-    logprobs: Logprobs | None = None
-    best_of: int | None = Field(None, ge=1, le=128)
-    add_special_tokens: bool | None = None

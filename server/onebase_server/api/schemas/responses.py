@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from onebase_server.api.schemas.base import Body, Logprobs, Refused, Targeted, Text
+from onebase_server.api.schemas.body import Body, Logprobs, Refused, Targeted, Text
 from onebase_server.api.schemas.chat import Function, tool_choice
 
 

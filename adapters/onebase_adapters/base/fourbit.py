@@ -1,8 +1,0 @@
-"""bitsandbytes, imported cheaply: import it from here first."""
-
-from onebase_adapters.base.lean import without_compiler
-
-with without_compiler():
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-__all__ = ["Linear4bit", "Params4bit"]

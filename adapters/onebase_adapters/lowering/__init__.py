@@ -1,0 +1,1 @@
+"""From stored tensors to primitives: one file a method."""

@@ -1,0 +1,1 @@
+"""Registered adapters: objects by digest, and names with versions."""

@@ -1,0 +1,77 @@
+"""What a run tells while it goes on: plain values, for a terminal, a log or a server to show."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TextIO
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Something begins, or was decided."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """So much of the stage that was told last is done."""
+
+    done: int
+    of: int
+    unit: str
+    """What is counted, in the plural."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimiser step is done."""
+
+    step: int
+    steps: int
+    loss: float
+    """Mean over the step's learned tokens, in nats."""
+    learning_rate: float
+    tokens_per_second: float
+    """Of all tokens, since training began; evaluations left out."""
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The held-out part was measured."""
+
+    step: int
+    loss: float
+    """Mean over its learned tokens, in nats."""
+    accuracy: float | None
+    """Share of a classification's examples that are answered rightly; None of other tasks."""
+    best: bool
+
+
+Event = Stage | Part | Step | Evaluated
+Progress = Callable[[Event], None]
+
+
+def silent(_: Event) -> None:
+    """Tells nobody."""
+
+
+@contextmanager
+def json_lines(stream: TextIO) -> Iterator[Progress]:
+    """A function that writes each event as one line of JSON, with its kind, for another program to read. How far a
+    stage has come is told once a second at most."""
+    told = 0.0
+
+    def progress(event: Event) -> None:
+        nonlocal told
+        if isinstance(event, Part):
+            if time.monotonic() - told < 1:
+                return
+            told = time.monotonic()
+        line = {"event": type(event).__name__.lower(), **asdict(event)}
+        print(json.dumps(line, ensure_ascii=False), file=stream, flush=True)
+
+    yield progress

@@ -1,0 +1,237 @@
+"""What a training run is: one plain value, documented per field, that a file or a command line can write down."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from onebase_adapters.errors import ConfigError
+from onebase_engine.base.base_spec import DEFAULT_BASE
+
+Schedule = Literal["cosine", "linear", "constant"]
+Choice = Literal["auto", "always", "never"]
+Arithmetic = Literal["bf16", "float32"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run's result, and where it goes. Its fields are the options of `onebase train`, see
+    `onebase.cli.options`."""
+
+    data: Path | tuple[Path, ...]
+    """Training examples; of several tasks if given several times. `onebase data check` knows the formats."""
+    output: Path
+    """Folder of the result. Must not exist, unless `overwrite` or `resume` says what to do with it."""
+    method: str = "qlora"
+    """See `onebase methods`."""
+    model: str = DEFAULT_BASE
+    """The base: catalog name, folder, or hub id."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N`, or `auto`: cuda where there is one."""
+    eval_data: Path | None = None
+    """Held-out examples. Default: `eval_fraction` of `data` is held out."""
+    eval_fraction: float = 0.1
+    """Share of `data` that is held out, in (0, 1)."""
+    format: str | None = None
+    """The data's format; default: recognised from its columns."""
+    max_length: int = 1024
+    """Most tokens of one example; never more than the base's context."""
+    too_long: Literal["error", "skip", "cut"] = "error"
+    """What happens to an example of more tokens."""
+
+    rank: int | None = None
+    """Of updates that have one. Default: the method's."""
+    alpha: float | None = None
+    """LoRA's scale is alpha / rank. Default: twice the rank."""
+    dropout: float = 0.0
+    """On the input of low-rank updates, in [0, 1)."""
+    targets: tuple[str, ...] = ()
+    """Ends of the names of the modules that get an update, e.g. `q_proj`. Default: all linear layers but the
+    head (QLoRA, section 4: needed to match full fine-tuning), or what the method names."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks for some modules: ends of their names, as regular expressions, to ranks, e.g. q_proj=32."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Other alphas, likewise."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside the update, e.g. `lm_head`, `embed_tokens`."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which of the base's biases are trained, too."""
+
+    prompt_length: int = 20
+    """Virtual tokens of prompt tuning and P-tuning, or of the prefix."""
+    prompt_init: Literal["random", "vocab", "text"] = "vocab"
+    """Prompt tuning begins with noise, with random tokens' embeddings, or with those of `prompt_text` (Lester et
+    al. 2021, section 3.2: the latter two are better). A prefix begins with the keys and values of the same."""
+    prompt_text: str = ""
+    """For `prompt_init="text"`; repeated or cut to `prompt_length` tokens."""
+    places: tuple[int, ...] = ()
+    """Where P-tuning's tokens stand, one number each: k before the prompt's k-th token, -1 after its last one.
+    Default: all `prompt_length` in front."""
+    encoder: Literal["lstm", "mlp", "none"] | None = None
+    """What makes virtual tokens or a prefix from learned vectors while training; folded away when written."""
+    encoder_size: int | None = None
+    """Its hidden width. Default: the base's."""
+
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
+    """Of bottleneck adapters: behind attention and MLP, behind the MLP, or beside it."""
+    bottleneck: int = 48
+    """Their width."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
+    """Between down and up."""
+    scale: float = 1.0
+    """Of a bottleneck's output."""
+
+    init_from: Path | None = None
+    """Folder of an adapter of the same method and sizes to begin with, for example a prompt that was trained on
+    several tasks (P-tuning v2, section 3.2)."""
+
+    head: bool = False
+    """Train a classifier on labels or tags in place of the language model's head. On encoders always."""
+    pooling: Literal["first", "last", "mean"] | None = None
+    """What a text's classifier reads of an encoder. Default: the mean. Of a decoder it is the last token."""
+    candidates: Path | None = None
+    """Wordings for `hard-prompt`, JSON lines of {"before", "after"} or {"messages"}, with {"stop": [texts]} if the
+    usual line break is not to end an answer. Default: some usual ones."""
+
+    label_words: Mapping[str, str] = field(default_factory=dict)
+    """What labels or tags are called to the model, e.g. 0=negative,1=positive: words that it knows teach it
+    faster than numbers or codes. Served answers are these words, too."""
+
+    epochs: float = 3.0
+    """Passes over the training part."""
+    max_steps: int | None = None
+    """Optimiser steps after which the run ends; the schedule is made for them."""
+    time_limit: float | None = None
+    """Seconds of training after which the run ends, wherever its schedule is."""
+    batch_tokens: int | None = None
+    """Tokens of one forward pass. Examples are packed whole, without padding, and do not see each other;
+    an encoder-decoder's are padded, which counts. Default: 8 examples of the mean length, within 256
+    and 1024 tokens."""
+    accumulate: int = 1
+    """Forward passes in one optimiser step."""
+    batch_size: int | None = None
+    """Examples in one optimiser step, counted instead of tokens: in as many passes as keep each, on average, within
+    `batch_tokens`. Default: what fits into `accumulate` passes of `batch_tokens`."""
+    learning_rate: float | None = None
+    """Peak. Default: the method's."""
+    head_learning_rate: float | None = None
+    """A classifier's peak. Default: 3e-3."""
+    learning_rate_multiplier: float = 1.0
+    """Of both peaks."""
+    schedule: Schedule = "cosine"
+    """From the peak towards zero; `constant` stays."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises linearly from zero, in [0, 1)."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: no limit."""
+    seed: int = 0
+    """Of initialisation, order, split and dropout."""
+
+    eval_every: int | None = None
+    """Steps between evaluations, at each of which a checkpoint is written. Default: eight in a run."""
+    patience: int = 3
+    """So many evaluations after the best one the run stops. 0: never. The best has the lowest held-out loss; of a
+    classification, it is the last whose accuracy is within a standard error of the highest."""
+    metric_examples: int = 64
+    """Held-out examples that are generated for the task's metric, before and after. 0: none."""
+    max_new_tokens: int = 128
+    """Most tokens generated for one of them."""
+
+    arithmetic: Arithmetic | None = None
+    """What products are computed in; trained parameters are float32 in both. Default: bfloat16 where the processor
+    multiplies it, float32 where it would emulate it, which a measured product decides."""
+    dequantize: Choice = "auto"
+    """Hold the frozen weights as plain matrices of the arithmetic, instead of making those anew for every product.
+    The same numbers, faster; `auto` does so for bfloat16 where a quarter of the free memory is enough."""
+    checkpointing: Choice = "auto"
+    """Recompute activations in the backward pass (Chen et al. 2016). `auto`: where memory needs it."""
+    deepspeed: Literal["none", "zero2", "zero3"] = "none"
+    """Spread optimiser and gradients (zero2), and weights too (zero3), over the processes that torchrun starts
+    (ZeRO, Rajbhandari et al. 2020)."""
+    fsdp: bool = False
+    """Spread weights, optimiser and gradients over the processes that torchrun starts by torch itself (FSDP2). The
+    same in what it saves as zero3, without another library."""
+    offload: bool = False
+    """With DeepSpeed or fsdp: keep on the host what does not fit on the device."""
+    overwrite: bool = False
+    """Replace an existing output, and drop an unfinished run's checkpoints."""
+    resume: bool = False
+    """Continue an unfinished run from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "eval_fraction": 0 < self.eval_fraction < 1,
+            "max_length": self.max_length >= 2,
+            "rank": self.rank is None or self.rank >= 1,
+            "prompt_length": self.prompt_length >= 1,
+            "places": all(place >= -1 for place in self.places),
+            "encoder_size": self.encoder_size is None or self.encoder_size >= 1,
+            "bottleneck": self.bottleneck >= 1,
+            "scale": self.scale > 0,
+            "alpha": self.alpha is None or self.alpha > 0,
+            "dropout": 0 <= self.dropout < 1,
+            "epochs": self.epochs > 0,
+            "max_steps": self.max_steps is None or self.max_steps >= 1,
+            "time_limit": self.time_limit is None or self.time_limit > 0,
+            "batch_tokens": self.batch_tokens is None or self.batch_tokens >= 1,
+            "accumulate": self.accumulate >= 1,
+            "batch_size": self.batch_size is None or self.batch_size >= 1,
+            "learning_rate": self.learning_rate is None or 0 < self.learning_rate < 10,
+            "head_learning_rate": self.head_learning_rate is None or 0 < self.head_learning_rate < 10,
+            "learning_rate_multiplier": 0 < self.learning_rate_multiplier < math.inf,
+            "warmup": 0 <= self.warmup < 1,
+            "weight_decay": self.weight_decay >= 0,
+            "clip": self.clip >= 0,
+            "eval_every": self.eval_every is None or self.eval_every >= 1,
+            "patience": self.patience >= 0,
+            "metric_examples": self.metric_examples >= 0,
+            "max_new_tokens": self.max_new_tokens >= 1,
+        }
+        for name, holds in rules.items():
+            if not holds:
+                raise ConfigError(f"{name} cannot be {getattr(self, name)!r}.", field=name)
+        if self.batch_size is not None and self.accumulate != 1:
+            raise ConfigError(
+                f"With a batch_size (now {self.batch_size}) accumulate follows from it: leave it out.",
+                field="accumulate",
+            )
+        if self.prompt_init == "text" and not self.prompt_text:
+            raise ConfigError("prompt_init = text needs a prompt_text.", field="prompt_text")
+        if self.fsdp and self.deepspeed != "none":
+            raise ConfigError("fsdp and deepspeed both spread the model: choose one.", field="fsdp")
+        if self.overwrite and self.resume:
+            raise ConfigError("overwrite starts again, resume goes on: choose one.", field="resume")
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON, without what does not decide the result."""
+        left_out = ("output", "overwrite", "resume", "device")
+        values = asdict(self) | {"data": self.files}
+        return {key: _json(value) for key, value in values.items() if key not in left_out}
+
+    @property
+    def spread(self) -> bool:
+        """Whether a library spreads the run's state over processes."""
+        return self.fsdp or self.deepspeed != "none"
+
+    @property
+    def spread_weights(self) -> bool:
+        """Whether it spreads the base's weights, too."""
+        return self.fsdp or self.deepspeed == "zero3"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """`data` as several files."""
+        return self.data if isinstance(self.data, tuple) else (self.data,)
+
+    def resolved(self, **values: Any) -> "TrainConfig":
+        """With `values` in the place of fields that are None."""
+        return replace(self, **{key: value for key, value in values.items() if getattr(self, key) is None})
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_json(one) for one in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,146 @@
+"""Loading the base: one call, the same for serving and training, so that both work on the very same weights."""
+
+import logging
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from onebase_adapters.base_shape import BaseShape
+from onebase_adapters.errors import BaseModelError
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.catalog import fetch_base
+from onebase_engine.base.describe import describe_base, fingerprint_folder, is_encoder
+from onebase_engine.base.lean_imports import without_compiler
+from onebase_engine.base.package_files import Progress
+from onebase_engine.kernels.bitsandbytes_import import Params4bit
+from onebase_engine.kernels.device import resolve_device
+from onebase_engine.kernels.linear4bit import _choose_packing
+
+with without_compiler():
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+    from transformers import masking_utils as masking_utils  # asks for the compiler
+    from transformers.utils import logging as transformers_logging
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen model with its tokenizer and its shape."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    shape: BaseShape
+    device: torch.device
+
+
+def load_base(
+    spec: BaseSpec, *, attention: str = "sdpa", progress: Progress = log.info, model_class: Any = None
+) -> LoadedBase:
+    """Fetch if need be, quantise, freeze. `attention` is a name known to transformers' AttentionInterface
+    (an encoder-decoder keeps transformers' own);
+    `model_class` another transformers Auto class (default: causal language model, or an encoder without a head).
+
+    Raises BaseModelError and its branches, or StorageError.
+    """
+    folder = fetch_base(spec.model, progress=progress)
+    device = resolve_device(spec.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where kernels are launched that name no device
+    options: dict[str, Any] = {}
+    if spec.quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=spec.quantization,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=spec.double_quant,
+        )
+    try:
+        # Making a model's modules asks for the compiler, too.
+        with quiet_loading(), without_compiler():
+            config = AutoConfig.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            usual = AutoModel if is_encoder(config) else AutoModelForCausalLM
+            if config.is_encoder_decoder:
+                usual, attention = AutoModelForSeq2SeqLM, "sdpa"
+            model = (model_class or usual).from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.bfloat16,
+                attn_implementation=attention,
+                device_map={"": device},
+                **options,
+            )
+        _check_sizes(model)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BaseModelError(f"Cannot load {spec.model!r}: {error}", field="model") from error
+    if is_encoder(config) and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # reads one token alone; heads of ours read the hidden states
+    model.eval()
+    model.requires_grad_(False)
+    _choose_packing(model)
+    if spec.quantization != "none":
+        _let_go_of_files(model)
+    shape = describe_base(model, spec.model, fingerprint_folder(folder))
+    return LoadedBase(model, tokenizer, shape, device)
+
+
+def _check_sizes(model: torch.nn.Module) -> None:
+    """transformers 5.17 takes weights of other sizes than the configuration's without a word."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            shape = tuple((getattr(module.weight, "quant_state", None) or module.weight).shape)
+            wanted = (module.out_features, module.in_features)
+            if shape != wanted:
+                raise ValueError(f"the weight of {name} is {shape}, but by config.json it is {wanted}")
+
+
+def _let_go_of_files(model: torch.nn.Module) -> None:
+    """What is not quantised still lies in the mapped files, and holds all of their pages in memory."""
+    for parameter in model.parameters():
+        if not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.clone()
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' weight bars."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def model_bytes(model: torch.nn.Module) -> int:
+    """Memory of a model's parameters and buffers, quantisation constants included, in bytes."""
+    total = 0
+    for tensor in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values():
+        total += tensor.numel() * tensor.element_size()
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            total += state.absmax.numel() * state.absmax.element_size()
+    return total
+
+
+def _eos_tokens(model: torch.nn.Module, tokenizer_eos: int | None) -> Items[int]:
+    """The model's end tokens, as its generation configuration has them, and the tokenizer's."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    tokens = [configured] if isinstance(configured, int) else list(configured or [])
+    return tokens if tokenizer_eos is None or tokenizer_eos in tokens else [*tokens, tokenizer_eos]

@@ -1,0 +1,1 @@
+"""The paged cache: whose block is whose, and the memory behind it."""

@@ -1,0 +1,44 @@
+"""Which backend a served model runs on: decided here, once."""
+
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+
+import torch
+
+from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.reference import backend as reference
+
+log = logging.getLogger(__name__)
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype, head_dim: int, widths: Iterable[int]) -> Kernels:
+    """The fastest kernels for a model on `device` whose activations and cache are `dtype`; `widths` are the inputs
+    of its linear sites."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and head_dim % 16 == 0 and not any(w % 4 for w in widths):
+        from onebase_adapters.kernels.cpu import backend, target
+
+        if target.TARGET != target.PLAIN:
+            return backend
+        log.warning("%s is served by slow kernels: it is %s", device, target.PLAIN.name)
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        lacking = _lacking_for_triton(device)
+        if lacking is None:
+            from onebase_adapters.kernels.cuda import backend as cuda
+
+            return cuda
+        log.warning("%s is served by slow kernels: %s", device, lacking)
+    log.info("kernels are the plain torch ones (%s, %s, head dim %d)", device, dtype, head_dim)
+    return reference
+
+
+def _lacking_for_triton(device: torch.device) -> str | None:
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU older than Ampere multiplies no bfloat16"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'onebase[cuda]'"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton needs a C compiler; install gcc"
+    return None

@@ -1,0 +1,50 @@
+"""The families that the fused decoder runs: what each does differently. Add a model family here."""
+
+from dataclasses import dataclass
+
+_APART = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
+)
+
+
+_JOINED = (
+    ("self_attn", ("qkv_proj",)),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_up_proj",)),
+    ("mlp", ("down_proj",)),
+)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a class of transformers' differs from Llama."""
+
+    projections: tuple[tuple[str, tuple[str, ...]], ...] = _APART
+    """The modules of its four projections."""
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    """Before attention and MLP."""
+    behind: tuple[str, str] = ("", "")
+    """Norms of what attention and MLP give, where there are."""
+    gemma: bool = False
+    """Norms' weights are stored as what exceeds 1 and multiply in float32, and the activation is gelu."""
+
+
+_GEMMA3 = _Kind(
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    behind=("post_attention_layernorm", "post_feedforward_layernorm"),
+    gemma=True,
+)
+
+
+_MODELS = {
+    "LlamaForCausalLM": _Kind(),
+    "MistralForCausalLM": _Kind(),
+    "Qwen2ForCausalLM": _Kind(),
+    "Qwen3ForCausalLM": _Kind(),
+    "Phi3ForCausalLM": _Kind(_JOINED),
+    "Gemma3ForCausalLM": _GEMMA3,
+}
+"""transformers' classes whose arithmetic is exactly this file's."""

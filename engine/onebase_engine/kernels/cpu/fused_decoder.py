@@ -1,0 +1,293 @@
+"""Decoders of the Llama kind with eight kernel calls a layer, where transformers does some forty small ones.
+
+It runs on the transformers model's own weights and leaves its modules in place, as the definition to test
+against. Projections that share an input run as one product. Only where it is exact: the classes named here, with
+4-bit weights that the packed product takes. Every other model runs its own forward.
+"""
+
+import logging
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numba import get_num_threads
+from torch import nn
+
+from onebase_adapters.base_shape import BaseShape
+from onebase_engine.cache.kv_pages import PagedKV
+from onebase_engine.kernels.batch import Batch, Owners
+from onebase_engine.kernels.cpu import backend as cpu
+from onebase_engine.kernels.cpu.attention import NO_WINDOW
+from onebase_engine.kernels.cpu.decoder_families import _MODELS, _Kind
+from onebase_engine.kernels.cpu.elementwise import add_rms_norm, gate_mul, rope_attend
+from onebase_engine.kernels.cpu.packed import PackedLinear, packable
+from onebase_engine.kernels.cpu.run_layers import COS, SIN, run_layers
+from onebase_engine.kernels.cpu.tables import BottleneckTable
+from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.site_tables import SiteTables, add_bottlenecks
+
+log = logging.getLogger(__name__)
+
+
+_LEAST_ANGLES = 2048
+"""Positions whose angles are computed at first."""
+
+
+class Scratch:
+    """Activations between a layer's kernels, one set for all layers of a model, grown as batches grow."""
+
+    def __init__(self, *widths: int) -> None:
+        self._widths = widths
+        self._rows = 0
+        self._buffers: list[torch.Tensor] = []
+
+    def __call__(self, rows: int) -> list[torch.Tensor]:
+        """One bfloat16 buffer [rows, width] for each width."""
+        if rows > self._rows:
+            self._rows = rows
+            self._buffers = [torch.empty(rows * width, dtype=torch.bfloat16) for width in self._widths]
+        return [
+            buffer[: rows * width].view(rows, width)
+            for buffer, width in zip(self._buffers, self._widths, strict=True)
+        ]
+
+
+class Angles:
+    """The rotary embedding's cosines and sines by position, computed once by transformers' own module."""
+
+    def __init__(self, rotary: Any, layer_type: str | None) -> None:
+        """`layer_type`: whose, where a model's layers have several."""
+        self._rotary = rotary if layer_type is None else partial(rotary, layer_type=layer_type)
+        self._known = 0
+
+    @staticmethod
+    def layer_type(rotary: Any, attention: Any) -> str | None:
+        """Which of the model's rotations a layer takes; None where there is one."""
+        return attention.layer_type if isinstance(rotary.rope_type, dict) else None
+
+    @staticmethod
+    def fit(rotary: Any, dim: int) -> bool:
+        """Whether they are for whole heads, and depend on the position alone: in other kinds also on how long the
+        longest sequence is."""
+        several = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
+        frequencies = [getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq") for kind in several]
+        return {*several.values()} <= {"default", "linear", "llama3", "yarn"} and all(
+            2 * len(each) == dim for each in frequencies
+        )
+
+    def __call__(self, positions: np.ndarray, like: torch.Tensor) -> tuple[int, int]:
+        """Addresses of [positions, dim] in the dtype of `like`, as far as these positions."""
+        if (last := int(positions.max())) >= self._known:
+            self._known = max(_LEAST_ANGLES, 1 << last.bit_length())
+            self._cos, self._sin = self._rotary(like, torch.arange(self._known)[None])
+        return self._cos.data_ptr(), self._sin.data_ptr()
+
+
+class Projection:
+    """Linear sites that share an input: the base's product between the adapters' changes of input and output."""
+
+    def __init__(self, modules: list[Any], tables: SiteTables) -> None:
+        self._matmul = PackedLinear(modules)
+        self._modules = modules
+        self._tables = tables
+
+    @property
+    def numbers(self) -> list[int]:
+        """As `run_layers` reads them."""
+        return [*self._matmul.numbers, *self._tables.low_rank.numbers]
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, owners: Owners) -> None:
+        """x [rows, in] to y [rows, out], contiguous bfloat16."""
+        if owners.affine and len(self._modules) == 1:
+            x = self._tables.change_input(x, owners)
+        self._matmul(x.data_ptr(), y.data_ptr(), len(x))
+        if not len(owners.tiles):
+            return
+        if owners.affine and len(self._modules) > 1:
+            self._tables.recompute(x, y, owners, self._modules)
+        cpu.add_low_rank(x, y, owners, self._tables.low_rank)
+        if owners.affine:
+            self._tables.change_output(y, owners)
+
+
+class FusedLayer:
+    """x + attention(norm(x)), then + mlp(norm(...)). What a layer adds last is left for the next one to add."""
+
+    def __init__(
+        self,
+        layer: Any,
+        kind: _Kind,
+        before: Any,
+        projections: list[Projection],
+        bottlenecks: list[BottleneckTable],
+        cache: PagedKV,
+    ) -> None:
+        """`before`: the layer whose output it reads, None for the first."""
+        attention = layer.self_attn
+        config = attention.config
+        self._qkv, self._o, self._gate_up, self._down = projections
+        self._after_attention, self._after_mlp = bottlenecks
+        self._norms = tuple(_weight(layer, name) for name in kind.norms)
+        behind_attention, behind_mlp = kind.behind
+        self._behind = (_weight(before, behind_mlp), _weight(layer, behind_attention))
+        self._head_norms = (_weight(attention, "q_norm"), _weight(attention, "k_norm"))
+        self._gemma = kind.gemma
+        self._eps = config.rms_norm_eps
+        self._cache = (cache.k[attention.layer_idx].data_ptr(), cache.v[attention.layer_idx].data_ptr())
+        self._heads = (config.num_attention_heads, cache.kv_heads, cache.dim)
+        self._scale = attention.scaling
+        self._window = _window(attention)
+
+    @property
+    def numbers(self) -> list[int]:
+        """As `run_layers` reads them; the angles' addresses are yet to come."""
+        found = [*self._norms, *self._behind, *self._head_norms, *self._cache, self._window, 0, 0]
+        for projection in (self._qkv, self._o, self._gate_up, self._down):
+            found += projection.numbers
+        return found
+
+    @property
+    def settings(self) -> tuple[float, int, int, int, float, bool]:
+        """What layers have in common: epsilon; heads, key-value heads, dim; scale; whether it is Gemma."""
+        return self._eps, *self._heads, self._scale, self._gemma
+
+    def __call__(
+        self, x: torch.Tensor, first: bool, cos: int, sin: int, buffers: list[torch.Tensor], batch: Batch
+    ) -> None:
+        """`x` [T, hidden] is changed in place; what the layer before left in the buffer `change` is added to it
+        first, unless there was none (`first`)."""
+        rows, hidden = x.shape
+        owners, gemma = batch.owners, self._gemma
+        normed, qkv, attended, change, gate_up, activated = buffers
+        at_x, at_change, at_normed = x.data_ptr(), change.data_ptr(), normed.data_ptr()
+        add_rms_norm(
+            at_x, 0 if first else at_change, self._behind[0], self._norms[0], gemma, at_normed, rows, hidden,
+            self._eps,
+        )  # fmt: skip
+        self._qkv(normed, qkv, owners)
+        rope_attend(
+            qkv.data_ptr(), *self._head_norms, gemma, self._eps, cos, sin, attended.data_ptr(), *self._cache,
+            *self._heads, self._scale, self._window,
+            batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
+        )  # fmt: skip
+        self._o(attended, change, owners)
+        if owners.bottleneck:
+            add_bottlenecks(normed, change, owners, self._after_attention, cpu)
+        add_rms_norm(
+            at_x, at_change, self._behind[1], self._norms[1], gemma, at_normed, rows, hidden, self._eps
+        )  # fmt: skip
+        self._gate_up(normed, gate_up, owners)
+        gate_mul(gate_up.data_ptr(), gemma, activated.data_ptr(), rows, activated.shape[1])
+        self._down(activated, change, owners)
+        if owners.bottleneck:
+            add_bottlenecks(normed, change, owners, self._after_mlp, cpu)
+
+
+class FusedModel:
+    """A decoder's forward pass over a flat batch, without embedding and LM head."""
+
+    def __init__(self, model: Any, layers: list[FusedLayer], scratch: Scratch) -> None:
+        decoder, kind = model.model, _MODELS[type(model).__name__]
+        self._norms = (_weight(decoder.layers[-1], kind.behind[1]), decoder.norm.weight.data_ptr(), kind.gemma)
+        self._layers = layers
+        self._scratch = scratch
+        self._numbers = np.array([layer.numbers for layer in layers], np.int64)
+        types = [Angles.layer_type(decoder.rotary_emb, layer.self_attn) for layer in decoder.layers]
+        different = list(dict.fromkeys(types))
+        self._angles = [Angles(decoder.rotary_emb, layer_type) for layer_type in different]
+        self._angles_of = np.array([different.index(layer_type) for layer_type in types])
+
+    def __call__(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [n, hidden] of the batch's sample rows, ready for the LM head, from its embeddings
+        [T, hidden], which are used up."""
+        angles = np.array([angles(batch.positions, hidden) for angles in self._angles], np.int64)[self._angles_of]
+        rows, width = hidden.shape
+        buffers = self._scratch(rows)
+        settings = self._layers[0].settings
+        if batch.owners.affine or batch.owners.bottleneck:
+            for number, (layer, (cos, sin)) in enumerate(zip(self._layers, angles.tolist(), strict=True)):
+                layer(hidden, number == 0, cos, sin, buffers, batch)
+        else:
+            self._numbers[:, [COS, SIN]] = angles
+            addresses = np.array([buffer.data_ptr() for buffer in buffers], np.int64)
+            run_layers(
+                get_num_threads(), self._numbers, hidden.data_ptr(), rows, width, buffers[5].shape[1], *settings,
+                addresses, batch.owners.tiles,
+                batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
+            )  # fmt: skip
+        wanted, change = hidden[batch.sample_rows], buffers[3][batch.sample_rows]
+        normed = torch.empty_like(wanted)
+        add_rms_norm(
+            wanted.data_ptr(), change.data_ptr(), *self._norms, normed.data_ptr(), len(wanted), width, settings[0]
+        )
+        return normed
+
+
+def _weight(owner: Any, name: str) -> int:
+    """Address of a norm's weight, 0 where there is none."""
+    norm = getattr(owner, name, None)
+    return 0 if norm is None else norm.weight.data_ptr()
+
+
+def fuse(
+    model: Any, shape: BaseShape, kernels: Kernels, cache: PagedKV, slots: int
+) -> tuple[FusedModel, list[SiteTables], list[BottleneckTable]] | None:
+    """The fused forward of `model`, and the tables of its layers' sites and sublayers; None where it cannot be
+    fused."""
+    lacking = _lacking_for_fusion(model, kernels, cache)
+    if lacking is not None:
+        log.info("%s keeps transformers' own layers: %s", type(model).__name__, lacking)
+        return None
+    config, kind = model.config, _MODELS[type(model).__name__]
+    hidden, heads = config.hidden_size, config.num_attention_heads * cache.dim
+    scratch = Scratch(
+        hidden, heads + 2 * cache.kv_heads * cache.dim, heads, hidden,
+        2 * config.intermediate_size, config.intermediate_size,
+    )  # fmt: skip
+    device = torch.device("cpu")
+    layers, sites, sublayers = [], [], []
+    for index, layer in enumerate(model.model.layers):
+        projections = []
+        for owner, names in kind.projections:
+            group = [shape.sites[f"model.layers.{index}.{owner}.{name}"] for name in names]
+            tables = SiteTables(group, slots, kernels, device)
+            projections.append(Projection([layer.get_submodule(f"{owner}.{name}") for name in names], tables))
+            sites.append(tables)
+        bottlenecks = [
+            BottleneckTable(f"model.layers.{index}.{owner}", slots, device, transposed=kernels.TRANSPOSED_DOWN)
+            for owner in ("self_attn", "mlp")
+        ]
+        before = model.model.layers[index - 1] if index else None
+        layers.append(FusedLayer(layer, kind, before, projections, bottlenecks, cache))
+        sublayers += bottlenecks
+    return FusedModel(model, layers, scratch), sites, sublayers
+
+
+def _lacking_for_fusion(model: Any, kernels: Kernels, cache: PagedKV) -> str | None:
+    if kernels is not cpu:
+        return "the fused ones are made of the fast kernels for CPUs"
+    if type(model).__name__ not in _MODELS:
+        return f"fused ones are known for {', '.join(_MODELS)}"
+    if not Angles.fit(model.model.rotary_emb, cache.dim):
+        return "its rotary embedding depends on the longest sequence, or turns a part of each head"
+    config, gemma = model.config, _MODELS[type(model).__name__].gemma
+    wanted = "gelu_pytorch_tanh" if gemma else "silu"
+    if (found := getattr(config, "hidden_activation", None) or config.hidden_act) != wanted:
+        return f"the fused ones have {wanted}, not {found}"
+    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "use_bidirectional_attention", None):
+        return "the fused ones have no soft cap on scores, and look back only"
+    if not all(_fusable(layer) for layer in model.model.layers):
+        return "the fused ones take bfloat16 with linear modules in 4 bits, in sizes that pack"
+    return None
+
+
+def _window(attention: Any) -> int:
+    """How far back a layer sees: where layers may differ, each knows its own."""
+    owner = attention if hasattr(attention, "sliding_window") else attention.config
+    return getattr(owner, "sliding_window", None) or NO_WINDOW
+
+
+def _fusable(layer: Any) -> bool:
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    return all(packable(linear) for linear in linears) and layer.input_layernorm.weight.dtype == torch.bfloat16

@@ -1,0 +1,32 @@
+"""bitsandbytes' 4-bit linear modules, made to run on our packed product where it can multiply them."""
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+
+from onebase_engine.kernels.bitsandbytes_import import Linear4bit
+from onebase_engine.kernels.cpu.packed import packable
+
+
+def _choose_packing(model: torch.nn.Module) -> None:
+    """Let 4-bit weights be packed at their first use where the packed product can multiply them: bitsandbytes would
+    try with any size on a CPU that it has a product for, and on no other."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = packable(module)
+
+
+def nf4_copy(head: Any) -> Linear4bit:
+    """The head in NF4; a tied embedding stays as it is."""
+    copy = Linear4bit(
+        head.in_features, head.out_features, bias=head.bias is not None, compute_dtype=head.weight.dtype,
+        compress_statistics=False, quant_type="nf4", device="meta",
+    )  # fmt: skip
+    copy.weight = Params4bit(
+        head.weight.detach().clone(), requires_grad=False, compress_statistics=False, quant_type="nf4"
+    )
+    copy.bias = head.bias
+    copy = copy.to(head.weight.device).eval()
+    copy.support_avx512bf16_for_cpu = packable(copy)  # as in `base.load`
+    return copy

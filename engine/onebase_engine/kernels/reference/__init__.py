@@ -1,0 +1,1 @@
+"""The kernels' definitions in plain torch."""

@@ -1,0 +1,1 @@
+"""Which adapters are in memory, and bringing in those that are not."""

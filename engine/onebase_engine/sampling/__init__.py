@@ -1,0 +1,1 @@
+"""Choosing tokens, and what is read off a prompt beside them."""

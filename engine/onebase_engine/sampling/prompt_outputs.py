@@ -1,0 +1,109 @@
+"""What is read off a prompt beside its next token: logprobs of its tokens, hidden states for heads and embeddings.
+
+Invariant: row j of a piece of work is the position max(start, prefix) + j, because a learned prefix has no rows.
+Sequences that want every row share no cached prefix, so each position passes here exactly once; those that pass
+again after a preemption are known by how many have been taken.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from onebase_engine.request import Output
+from onebase_engine.runner.adapter_slots import AdapterSlots
+from onebase_engine.runner.classifier_heads import pool, probabilities
+from onebase_engine.runner.lm_head import Scores
+from onebase_engine.sampling.sampler import describe
+from onebase_engine.scheduling.scheduler import Plan, Work
+from onebase_engine.scheduling.sequence import Sequence
+
+
+@dataclass
+class _Taken:
+    """Hidden states so far: of the prompt's own tokens, or only of the last position."""
+
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    count: int = 0
+
+
+class PromptReader:
+    """Keeps what the steps gave until the prompt is done."""
+
+    def __init__(self, model: AdapterSlots) -> None:
+        self._model = model
+        self._taken: dict[str, _Taken] = {}
+
+    def wants_every_row(self, sequence: Sequence) -> bool:
+        """Whether what follows each of the prompt's tokens is wanted, not only what follows the last."""
+        if sequence.generated:
+            return False
+        match sequence.request.task:
+            case "generate":
+                return sequence.request.sampling.prompt_logprobs is not None
+            case "embed":
+                return True
+        head = self._model.head(sequence.slot)
+        return head is None or head.kind == "token" or head.pooling != "last"
+
+    def read(self, plan: Plan, scores: Scores) -> list[int]:
+        """Take what a step tells of prompts; returns the rows that next tokens are to be chosen from, in order."""
+        row = 0
+        sampled = []
+        for work in plan.work:
+            rows = _rows(work) if self.wants_every_row(work.sequence) else int(work.samples)
+            if work.sequence.request.task != "generate":
+                self._take_hidden(work, scores, row, rows)
+            elif rows and self.wants_every_row(work.sequence):
+                self._take_logprobs(work, scores, row)
+            row += rows
+            if work.samples and work.sequence.request.task == "generate":
+                sampled.append(row - 1)
+        return sampled
+
+    def conclude(self, sequence: Sequence) -> Output:
+        """The answer for a prompt that is done."""
+        hidden = torch.cat(self._taken.pop(sequence.request.id).hidden)
+        if sequence.request.task == "embed":
+            vector = torch.nn.functional.normalize(pool(hidden, "mean"), dim=0)
+            return Output(sequence.request.id, embedding=tuple(vector.tolist()), finish_reason="stop")
+        head = self._model.head(sequence.slot)
+        if head is None:
+            why = "This adapter has no classification head."
+            return Output(sequence.request.id, finish_reason="error", error=why, error_kind="adapter")
+        found = tuple(tuple(row) for row in probabilities(head, hidden))
+        return Output(sequence.request.id, probabilities=found, finish_reason="stop")
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what was taken for a sequence that ends early."""
+        self._taken.pop(sequence.request.id, None)
+
+    def _take_logprobs(self, work: Work, scores: Scores, row: int) -> None:
+        """The row of position p predicts the token at p + 1."""
+        sequence = work.sequence
+        first, end = _first(work), work.start + work.count
+        new = [p for p in sequence.own[len(sequence.prompt_logprobs) :] if first < p <= end]
+        if new:
+            logits = scores.logits([row + p - 1 - first for p in new])
+            tops = [sequence.request.sampling.prompt_logprobs or 0] * len(new)
+            sequence.prompt_logprobs += describe(logits, [sequence.tokens[p] for p in new], tops)
+
+    def _take_hidden(self, work: Work, scores: Scores, row: int, rows: int) -> None:
+        if not rows:
+            return
+        taken = self._taken.setdefault(work.sequence.request.id, _Taken())
+        if not self.wants_every_row(work.sequence):
+            taken.hidden = [scores.hidden([row])]
+            return
+        first, end = _first(work), work.start + work.count
+        new = [p for p in work.sequence.own[taken.count :] if first <= p < end]
+        if new:
+            taken.hidden.append(scores.hidden([row + p - first for p in new]))
+            taken.count += len(new)
+
+
+def _first(work: Work) -> int:
+    return max(work.start, work.sequence.layout.prefix)
+
+
+def _rows(work: Work) -> int:
+    return max(0, work.start + work.count - _first(work))

@@ -1,0 +1,95 @@
+"""A request while the engine works on it: its tokens, how far they are computed, the blocks that it holds."""
+
+import hashlib
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from onebase_adapters.primitives.virtual_tokens import NO_LAYOUT, Layout
+from onebase_engine.cache.prefix_hash import BlockHash
+from onebase_engine.grammar import Grammar
+from onebase_engine.request import EngineRequest, FinishReason, TokenLogprobs
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Invariant: the keys and values of tokens[:computed] are in `blocks`; the rest is still to be computed,
+    be it prompt, a new token, or all of it again after a preemption."""
+
+    request: EngineRequest
+    arrival: int
+    """Order of arrival; smaller is older."""
+    eos_token_ids: frozenset[int]
+    slot: int = 0
+    """Where its adapter is resident."""
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[BlockHash] = field(default_factory=list)
+    """Of the full blocks of `tokens`, as far as they have been needed."""
+    salt: bytes = b""
+    grammar: Grammar | None = None
+    """What its output has to follow."""
+    layout: Layout = NO_LAYOUT
+    """The adapter's virtual tokens, which stand among `tokens`."""
+    prompt_tokens: int = 0
+    """Tokens before the output, virtual ones included."""
+    own: Items[int] = ()
+    """Ascending positions of the prompt's own tokens."""
+    entered: int = -1
+    """The scheduler's step at which it was first queued; -1 before."""
+    cached_tokens: int = 0
+    """Prompt tokens that were found in the cache when it first ran."""
+    arrived: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    """Seconds until it first ran."""
+    started: bool = False
+    """Whether it has run at all (then `cached_tokens` is settled)."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """Of the prompt's tokens so far, if the request wants them; the first is None."""
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self.prompt_tokens = len(self.tokens)
+        self.own = range(len(self.tokens))
+        owner = f"{self.request.tenant}\0{self.request.adapter or ''}"
+        if self.request.sampling.prompt_logprobs is not None or self.request.task != "generate":
+            # It needs what the model makes of all its prompt, so it must find none of it computed.
+            owner += f"\0{self.arrival}"
+        if self.request.sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+        self.salt = hashlib.blake2b(owner.encode(), digest_size=16).digest()
+
+    def place(self, slot: int, layout: Layout, vocab: int) -> None:
+        """Take up the resident adapter's slot and its virtual tokens, before anything is computed."""
+        self.slot = slot
+        self.layout = layout
+        if layout.tokens:
+            self.tokens = layout.arrange(self.request.prompt, vocab)
+            self.prompt_tokens = len(self.tokens)
+            self.own = [position for position, token in enumerate(self.tokens) if token < vocab]
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def missing(self) -> int:
+        """Tokens not yet computed."""
+        return len(self.tokens) - self.computed
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end it."""
+        sampling = self.request.sampling
+        eos = frozenset() if sampling.ignore_eos else self.eos_token_ids
+        return eos | frozenset(sampling.stop_token_ids)
+
+    def append(self, token: int) -> FinishReason | None:
+        """Take a chosen token; a stop token is not kept. Returns why the sequence is over, if it is."""
+        sampling = self.request.sampling
+        if self.generated >= sampling.min_tokens and token in self.stop_tokens:
+            return "stop"
+        self.tokens.append(token)
+        return "length" if self.generated >= sampling.max_tokens else None

@@ -1,0 +1,140 @@
+"""The base's tokenizer and chat template, read from its folder with the `tokenizers` library alone."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders
+
+from onebase_adapters.errors import BaseModelError
+from onebase_engine.text.chat_template import ChatTemplateError, _find_template, _read_json
+from onebase_engine.text.detokenizer import ByteDetokenizer, Detokenizer, TokenBytes, WindowDetokenizer
+
+_TAIL = 6
+"""Prompt tokens that a WindowDetokenizer starts from: enough for its decoder to be past the beginning."""
+
+
+@dataclass(frozen=True)
+class TextCodec:
+    """Encodes prompts, decodes outputs, renders chats."""
+
+    tokenizer: Tokenizer
+    chat_template: str | None = None
+    special_words: Mapping[str, str] | None = None
+    """`bos_token` and its like, which templates write out."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. Special tokens that the text spells out become themselves, as chat templates need."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and for each where it begins and ends in the text, in characters; special tokens are nowhere,
+        so begin and end at one place."""
+        encoded = self.tokenizer.encode(text)
+        return encoded.ids, encoded.offsets
+
+    def decode(self, tokens: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of a whole sequence."""
+        detokenizer = self.detokenizer((), skip_special=skip_special)
+        return detokenizer.push(tokens) + detokenizer.flush()
+
+    def detokenizer(self, prompt: Sequence[int], *, skip_special: bool = True) -> Detokenizer:
+        """For the text that follows `prompt`, token by token."""
+        if self._byte_level:
+            return ByteDetokenizer(self._shown_bytes if skip_special else self._all_bytes)
+        return WindowDetokenizer(self.tokenizer, prompt[-_TAIL:], skip_special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """One token's bytes, which need not be whole characters."""
+        if self._byte_level:
+            return self._all_bytes[token]
+        written = self.tokenizer.id_to_token(token) or ""
+        if len(written) == 6 and written.startswith("<0x") and written.endswith(">"):
+            return bytes([int(written[3:5], 16)])  # SentencePiece's byte fallback
+        # Decoded after another copy of itself: alone, it could lose a leading space.
+        alone: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        twice: str = self.tokenizer.decode([token, token], skip_special_tokens=False)
+        return twice[len(alone) :].encode()
+
+    def token_text(self, token: int) -> str:
+        """One token as logprobs name it: its text, or as OpenAI has it `bytes:\\xf0\\x9f` if it has none."""
+        value = self.token_bytes(token)
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)
+
+    @cached_property
+    def template_knows_tools(self) -> bool:
+        """Whether the chat template shows tools, and turns that call them, by itself."""
+        return self.chat_template is not None and re.search(r"\btools\b", self.chat_template) is not None
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt of a conversation. Raises ChatTemplateError."""
+        # transformers', for its hardening against what a template from a hub may try; imports no torch.
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if self.chat_template is None:
+            raise ChatTemplateError(
+                "The base model has no chat template; use /v1/completions with the prompt written out."
+            )
+        try:
+            rendered, _ = render_jinja_template(
+                [list(messages)],
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **{**(self.special_words or {}), **variables},
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+            raise ChatTemplateError(f"The base's chat template refuses this: {error}", field="messages") from error
+        text: str = rendered[0]
+        return text
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return isinstance(self.tokenizer.decoder, decoders.ByteLevel)
+
+    @cached_property
+    def _all_bytes(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer, frozenset())
+
+    @cached_property
+    def _shown_bytes(self) -> TokenBytes:
+        added = self.tokenizer.get_added_tokens_decoder()
+        return TokenBytes(self.tokenizer, frozenset(token for token, word in added.items() if word.special))
+
+
+def load_codec(folder: Path) -> TextCodec:
+    """Read a model folder's tokenizer and chat template. Raises BaseModelError."""
+    tokenizer = _load_tokenizer(folder)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    words = {}
+    for key, value in config.items():
+        if key.endswith("_token"):
+            word = value.get("content") if isinstance(value, dict) else value
+            if isinstance(word, str):
+                words[key] = word
+    return TextCodec(tokenizer, _find_template(folder, config), words)
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        if path.is_file():
+            return Tokenizer.from_file(str(path))
+        # Only a SentencePiece or vocab.txt file: transformers converts it, at the price of importing torch.
+        from transformers import AutoTokenizer
+
+        converted: Tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        return converted
+    except Exception as error:  # `tokenizers` raises plain Exception
+        raise BaseModelError(f"Cannot read the tokenizer in {folder}: {error}", field="model") from error

@@ -1,0 +1,86 @@
+"""`onebase adapters`: what an adapter is and whether it can be served, and adapters out of fine-tuned models."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from onebase_engine.base.base_spec import DEFAULT_BASE
+
+app = typer.Typer(help="Look at adapters, and make them from fine-tuned models.", no_args_is_help=True)
+
+
+@app.command("inspect")
+def inspect_command(
+    path: Annotated[Path, typer.Argument(help="An adapter's folder: ours, or any that PEFT wrote.")],
+    *,
+    model: Annotated[str, typer.Option(help="The base it would be served on.")] = DEFAULT_BASE,
+) -> None:
+    """Tell an adapter's method, size and parts, and whether and how it is served."""
+    from onebase_adapters.formats.checks import check_folder
+    from onebase_adapters.formats.peft_folder import WEIGHTS_FILE
+    from onebase_adapters.formats.read_adapter import read_adapter
+    from onebase_adapters.lowering.lower import load_adapter
+    from onebase_adapters.primitives.instruction_set import Head, Template
+    from onebase_engine.base.base_spec import BaseSpec
+    from onebase_engine.base.load_base import load_base
+    from onebase_engine.base.model_weights import ModelWeights
+
+    files = read_adapter(path)
+    weights = path / WEIGHTS_FILE
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None)
+    trained_on = files.sidecar.get("base", {}).get("model") or files.config.get("base_model_name_or_path")
+    table.add_row("method", str(files.config.get("peft_type")))
+    table.add_row("trained on", str(trained_on))
+    table.add_row("tensors", f"{len(files.tensors)}, {sum(t.numel() for t in files.tensors.values()):,} numbers")
+    table.add_row("file", f"{weights.stat().st_size / 2**20:.2f} MiB, sha256 {digest}")
+    console.print(table)
+    # Raises what a server would answer when it refuses the adapter.
+    base = load_base(BaseSpec(model, device="cpu"), progress=console.print)
+    check_folder(path, base.tokenizer.get_vocab())
+    adapter = load_adapter(path, digest, base.shape, ModelWeights(base.model))
+    table = Table(show_header=False, box=None, title=f"served on {model} as", title_justify="left")
+    for line in adapter.summary():
+        table.add_row("", line)
+    if adapter.rank:
+        table.add_row("rank", str(adapter.rank))
+    table.add_row("parameters", f"{adapter.parameters:,}")
+    table.add_row("changes", f"{adapter.sites} modules")
+    table.add_row("context", f"{adapter.layout.tokens} virtual tokens a request")
+    if (head := adapter.one(Head)) is not None:
+        table.add_row("labels", ", ".join(head.labels))
+    if (template := adapter.one(Template)) is not None:
+        for part in ("before", "after", "messages", "stop"):
+            if text := getattr(template, part):
+                table.add_row(part, json.dumps(text, ensure_ascii=False))
+    for note in adapter.notes:
+        table.add_row("note", note)
+    console.print(table)
+
+
+@app.command("extract")
+def extract_command(
+    finetuned: Annotated[Path, typer.Argument(help="Folder of the fully fine-tuned model.")],
+    *,
+    output: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    base: Annotated[str, typer.Option(help="What it was fine-tuned from.")] = DEFAULT_BASE,
+    rank: Annotated[int, typer.Option(min=1, help="Largest rank of a site's update.")] = 64,
+) -> None:
+    """Make a low-rank adapter of (fine-tuned minus base), and tell its error."""
+    from onebase_adapters.extract import extract
+
+    result = extract(finetuned, base, output, rank=rank)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{result.sites} sites, rank {result.rank} at most: relative error {result.error:.2%}")
+    if result.untouched:
+        console.print(
+            f"trained, but not in the adapter: {', '.join(result.untouched[:5])} ({len(result.untouched)})"
+        )
+    console.print(f"Wrote {output}")

@@ -1,0 +1,108 @@
+"""The training commands' options: a field of TrainConfig is an option, and its docstring is the help.
+
+A command names the fields that it offers and is given one TrainConfig, so each setting is told in one place.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from functools import wraps
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+from rich.markup import escape
+
+from onebase_adapters.errors import ConfigError
+from onebase_contract.settings import TrainConfig
+
+Command = Callable[..., None]
+Model = Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")]
+"""Of the commands that train nothing."""
+
+_FORMS: dict[Any, str] = {
+    tuple[str, ...]: "NAME,...",
+    tuple[int, ...]: "INTEGER,...",
+    Mapping[str, int]: "NAME=INTEGER,...",
+    Mapping[str, float]: "NAME=NUMBER,...",
+    Mapping[str, str]: "NAME=TEXT,...",
+}
+"""How values of these types are written."""
+
+
+def _docs(config: type) -> dict[str, str]:
+    """The docstrings below a class's fields, which Python keeps in the source alone."""
+    docs = {}
+    for field, doc in pairwise(ast.walk(ast.parse(inspect.getsource(config)))):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+            docs[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(doc.value))
+    return docs
+
+
+_HINTS, _DOCS = get_type_hints(TrainConfig), _docs(TrainConfig)
+
+
+def takes_settings(*names: str, **defaults: Any) -> Callable[[Command], Command]:
+    """Make of `command(config, *, ...)` what typer calls: options for TrainConfig's fields `names` (none: for all)
+    stand in the place of `config`, with `defaults` where the command's are not the trainer's."""
+    defaults = {field.name: field.default for field in fields(TrainConfig)} | defaults
+    chosen = names or tuple(_HINTS)
+
+    def decorate(command: Command) -> Command:
+        _, *own = inspect.signature(command).parameters.values()
+        options = [_option(name, defaults[name]) for name in chosen]
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            given = {name: values.pop(name) for name in chosen}
+            read = {name: _read(name, value) for name, value in given.items() if value is not None}
+            command(TrainConfig(**read), **values)
+
+        run.__annotations__ = {option.name: option.annotation for option in [*options, *own]}
+        run.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _option(name: str, default: Any) -> inspect.Parameter:
+    """What typer reads. Without a value, the field keeps TrainConfig's own default."""
+    hint = _HINTS[name]
+    form = _FORMS.get(hint)
+    if form is not None:
+        hint, default = str | None, None
+    elif default is MISSING:
+        default = inspect.Parameter.empty
+    if name == "data":
+        hint = list[Path]
+    flags = [f"--{name.replace('_', '-')}"] if hint is bool else []  # no --no-...
+    option = typer.Option(*flags, help=escape(_DOCS[name]), metavar=form)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
+    )
+
+
+def _read(name: str, value: Any) -> Any:
+    """The field's value, of the option's. Raises ConfigError."""
+    if isinstance(value, list):
+        return tuple(value)
+    hint = _HINTS[name]
+    if hint not in _FORMS:
+        return value
+    types = get_args(hint)
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    try:
+        if get_origin(hint) is tuple:
+            return tuple(types[0](part) for part in parts)
+        return {key: types[1](text) for key, text in map(_pair, parts)}
+    except ValueError as error:
+        raise ConfigError(f"{name} must read {_FORMS[hint]}, found {value!r}.", field=name) from error
+
+
+def _pair(part: str) -> tuple[str, str]:
+    key, _, text = part.partition("=")
+    if not key or not text:
+        raise ValueError(part)
+    return key, text

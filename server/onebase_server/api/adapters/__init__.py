@@ -1,0 +1,1 @@
+"""Adapters by name: where they come from, which are served, several for one request."""

@@ -1,0 +1,125 @@
+"""From a checked body to what the engine is asked: prompts as tokens, sampling parameters, and their limits."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onebase_server.api.adapters.directory import Target
+from onebase_server.api.error_replies import InvalidRequestError
+from onebase_server.api.generation.tools import instructions, spelled_out
+from onebase_server.api.schemas.chat import Message, Tool
+from onebase_server.api.services import Services
+
+_LONG_TEXT = 20_000
+"""Characters from which tokenising is worth a thread: the event loop serves everybody's streams."""
+
+
+async def prompt_tokens(
+    services: Services, target: Target, prompt: str | Sequence[int], *, add_special_tokens: bool, field: str
+) -> list[int]:
+    """Token ids of a prompt as the target gets it: with its template around it, checked.
+
+    Raises InvalidRequestError."""
+    if isinstance(prompt, str):
+        text = templated(target, prompt)
+        tokens = await encode(services, text, add_special_tokens=add_special_tokens, field=field)
+    else:
+        tokens = list(prompt)
+        if target.template is not None:
+            before, after = (
+                services.codec.encode(text, add_special_tokens=False)
+                for text in (target.template.before, target.template.after)
+            )
+            tokens = before + tokens + after
+    check_prompt(services, tokens, field=field)
+    return tokens
+
+
+def templated(target: Target, prompt: str) -> str:
+    """A prompt's text with the target's template around it."""
+    template = target.template
+    return prompt if template is None else template.before + prompt + template.after
+
+
+async def encode(services: Services, text: str, *, add_special_tokens: bool, field: str) -> list[int]:
+    """Token ids of a text. Raises InvalidRequestError for half a surrogate pair, which JSON can write and UTF-8
+    cannot."""
+    check_unicode(text, field)
+    if len(text) < _LONG_TEXT:
+        return services.codec.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(services.codec.encode, text, add_special_tokens=add_special_tokens)
+
+
+def check_unicode(text: str, field: str) -> None:
+    """Raises InvalidRequestError for a text that UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"Character {error.start} is a lone surrogate.", field=field) from error
+
+
+def render_chat(
+    services: Services,
+    target: Target,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Tool] = (),
+    add_generation_prompt: bool | None,
+    variables: Mapping[str, Any] | None,
+) -> str:
+    """The prompt of a conversation, by the base's template; the target's own turns go in front.
+
+    Raises ChatTemplateError."""
+    turns: list[dict[str, Any]] = [] if target.template is None else list(target.template.messages)
+    known = services.codec.template_knows_tools
+    turns += [_turn(message, known) for message in messages]
+    if tools and not known:
+        turns.append({"role": "system", "content": instructions(tools)})
+    own = target.template is not None or (tools and not known)
+    return services.codec.render_chat(
+        _one_system_turn(turns) if own else turns,
+        tools=[tool.document() for tool in tools] if tools and known else None,
+        add_generation_prompt=add_generation_prompt is not False,
+        **(variables or {}),
+    )
+
+
+def _turn(message: Message, template_knows_tools: bool) -> dict[str, Any]:
+    if not template_knows_tools and (message.role == "tool" or message.tool_calls):
+        return spelled_out(message)
+    # `developer` is OpenAI's later name for `system`; templates know the earlier one.
+    turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    turn["content"] = message.content or ""
+    for key in ("name", "tool_call_id"):
+        if getattr(message, key) is not None:
+            turn[key] = getattr(message, key)
+    if message.tool_calls:
+        # Templates write arguments out themselves, so they get them as objects.
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": call.function.parsed()},
+            }
+            for call in message.tool_calls
+        ]
+    return turn
+
+
+def _one_system_turn(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All system texts (the adapter's, the request's, the tools') become one: most chat templates take only one, at
+    the beginning."""
+    system = [turn["content"] for turn in turns if turn["role"] == "system"]
+    rest = [turn for turn in turns if turn["role"] != "system"]
+    return [{"role": "system", "content": "\n\n".join(system)}, *rest] if system else rest
+
+
+def check_prompt(services: Services, prompt: Sequence[int], *, field: str) -> None:
+    """Refuse an empty prompt and ids that are not in the vocabulary (those past it mean virtual tokens)."""
+    if not prompt:
+        raise InvalidRequestError("The prompt is empty: it has no tokens.", field=field)
+    vocabulary = services.engine.info.vocab
+    if max(prompt) >= vocabulary:
+        raise InvalidRequestError(
+            f"Token {max(prompt)} is not in the vocabulary of {vocabulary} tokens.", field=field
+        )

@@ -1,0 +1,139 @@
+"""What all bodies share. Every field is checked and unknown ones are refused: nothing is silently ignored.
+
+Names and meanings are OpenAI's, and vLLM's for what goes beyond.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from onebase_server.api.error_replies import InvalidRequestError
+
+MOST_SEQUENCES = 1024
+"""Sequences that one request may ask for: prompts times n."""
+
+
+class Refused:
+    """Why a field that clients know is refused here, and the values of it that ask for nothing."""
+
+    def __init__(self, why: str, *neutral: Any) -> None:
+        self.why = why
+        self.neutral = (None, *neutral)
+
+
+class Body(BaseModel):
+    """Strict: a number sent as a string is an error, and so is a field that does not exist."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    refused: ClassVar[Mapping[str, Refused]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or cls.refused.keys().isdisjoint(data):
+            return data
+        for field, reason in cls.refused.items():
+            if data.get(field) not in reason.neutral:
+                raise InvalidRequestError(f"{field} is not supported: {reason.why}.", field=field)
+        return {field: value for field, value in data.items() if field not in cls.refused}
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _prompts(value: Any) -> Any:
+    """Any of OpenAI's four shapes to a list of strings or of token lists."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(map(_is_token, value)):
+            return [value]
+        if all(isinstance(prompt, str) for prompt in value):
+            return value
+        if all(isinstance(prompt, list) and all(map(_is_token, prompt)) for prompt in value):
+            return value
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _token_keys(value: Any) -> Any:
+    """JSON's object keys are strings; logit_bias's are token ids."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {int(key): bias for key, bias in value.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError("keys must be token ids") from error
+
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def _text_of_parts(value: Any) -> Any:
+    """A message's content: a string, or a list of text parts, which become lines as in vLLM."""
+    if not isinstance(value, list):
+        return value
+    lines = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise ValueError(f"part {index} must be {{'type': 'text', 'text': ...}}; got type {kind!r}")
+        lines.append(part["text"])
+    return "\n".join(lines)
+
+
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+Prompts = Annotated[list[str | list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+Stops = Annotated[list[StopString], BeforeValidator(_one_or_more), Field(max_length=64)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[int, Bias], BeforeValidator(_token_keys)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Logprobs = Annotated[int, Field(ge=0, le=20)]
+Text = Annotated[str, BeforeValidator(_text_of_parts)]
+
+
+class AdapterPart(Body):
+    """One of the adapters that a request composes."""
+
+    name: str = Field(min_length=1)
+    weight: float = Field(1.0, ge=-100, le=100, allow_inf_nan=False)
+
+
+class Targeted(Body):
+    """What runs: the base, an adapter, or several at once."""
+
+    model: str | None = None
+    """An adapter's name, or the base's; left out, it is the base."""
+    adapters: list[AdapterPart] | None = Field(None, min_length=1, max_length=8)
+    """Instead of one adapter's name: several, whose changes of the base are weighted and added up."""
+
+
+class Error(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field of the request that is wrong."""
+    code: str | None
+
+
+class ErrorDocument(BaseModel):
+    """Every error, as OpenAI has them."""
+
+    error: Error

@@ -1,0 +1,33 @@
+"""Bodies of /tokenize and /detokenize."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from onebase_server.api.error_replies import InvalidRequestError
+from onebase_server.api.schemas.body import Body, Targeted, TokenId
+from onebase_server.api.schemas.chat import Message, TemplateVariables
+
+
+class TokenizeRequest(Targeted):
+    """POST /tokenize: a prompt, or a conversation."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("Send either prompt or messages.", field="prompt")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,37 @@
+"""Single values of a record, taken out and checked."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from onebase_training.data.reading.text_files import Record
+
+_ABSENT = object()
+
+
+def text(record: Record, key: str, value: Any = _ABSENT) -> str:
+    """The text in the column `key`, or `value`, which is then a part of it. Raises DataError."""
+    if value is _ABSENT:
+        if key not in record.columns:
+            found = ", ".join(map(repr, record.columns)) or "none"
+            raise record.error(f"the column {key!r} is missing (found: {found}).", field=key)
+        value = record.columns[key]
+    if value is None:
+        raise record.error(f"{key} is null.", field=key)
+    if not isinstance(value, str):
+        raise record.error(f"{key} must be text, found {type(value).__name__}.", field=key)
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise record.error(f"{key} holds half of a surrogate pair (an escape such as \\ud83d alone).", field=key)
+    return value
+
+
+def only_key(record: Record, names: Sequence[str]) -> str:
+    """Which of the column names `names`, all for the same thing, the record uses. Raises DataError."""
+    used = [name for name in names if name in record.columns]
+    if len(used) > 1:
+        raise record.error(f"the columns {', '.join(used)} mean the same: keep one.", field=used[1])
+    return used[0] if used else names[0]
+
+
+def task(record: Record) -> str:
+    """The record's task, or ""."""
+    return "" if record.columns.get("task") is None else text(record, "task")
