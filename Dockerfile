@@ -12,8 +12,11 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 ARG TORCH_INDEX=
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -c constraints.txt torch
 COPY adapters adapters
+COPY engine engine
+COPY contract contract
 COPY server server
 COPY training training
+COPY onebase onebase
 RUN pip install --no-cache-dir -c constraints.txt '.[otel]'
 
 USER onebase

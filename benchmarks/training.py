@@ -30,12 +30,10 @@ from onebase_contract.settings import Arithmetic, TrainConfig
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.load_base import load_base
 from onebase_engine.kernels.bitsandbytes_import import Linear4bit
-from onebase_training.data import NO_LOSS, Encoded, read_dataset
-from onebase_training.data.encoding import encode
+from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
 from onebase_training.data.encoding.packing import plan_batches
 from onebase_training.fitting.training_loop import Loop
 from onebase_training.methods import lora
-from onebase_training.methods.attach import find_method
 from onebase_training.model.arithmetic import DTYPES, measure_speeds
 from onebase_training.model.base_for_training import load_for_training
 from onebase_training.model.trained_model import Trained
@@ -123,7 +121,7 @@ def our_loop(examples: Sequence[Encoded], budget: int, steps: int, work: Path, a
         data=work, output=work, max_steps=steps, eval_every=10**6, learning_rate=1e-3, arithmetic=arithmetic,
         device="cpu",
     )  # fmt: skip
-    base = load_for_training(config, find_method("qlora"), silent)
+    base = load_for_training(config, "nf4", silent)
     model = Trained(lora.attach(base, config, steps), base.device, arithmetic=arithmetic)
     lengths = [len(one.input_ids) for one in examples]
     plan = plan_batches(lengths, budget=budget, epochs=20, seed=0)[:steps]

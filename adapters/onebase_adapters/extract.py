@@ -8,27 +8,36 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from torch import nn
 
 from onebase_adapters.atomic_files import staged_directory
 from onebase_adapters.base_shape import BaseShape
 from onebase_adapters.errors import AdapterMismatchError, ConfigError
 from onebase_adapters.factorise import factorise
 from onebase_adapters.formats.peft_folder import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE
-from onebase_engine.base.catalog import fetch_base
-from onebase_engine.base.describe import describe_base, fingerprint_folder
-from onebase_engine.base.load_base import quiet_loading
-from onebase_engine.base.model_weights import ModelWeights
+from onebase_adapters.lowering.source import BaseWeights
 
 _NORMS = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
 )
 """Norms of the Llama kind, and the sites that read what they give."""
+
+
+@dataclass(frozen=True)
+class FullModel:
+    """A model with all of its weights, in bfloat16 or wider."""
+
+    module: nn.Module
+    weights: BaseWeights
+
+    @property
+    def sizes(self) -> dict[str, torch.Size]:
+        """Of its parameters, by name."""
+        return {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
 
 @dataclass(frozen=True)
@@ -43,21 +52,15 @@ class Extraction:
     """Parameters that were trained but that no low-rank update can carry."""
 
 
-def extract(finetuned: Path, base: str, output: Path, *, rank: int) -> Extraction:
-    """Write the difference between the model in `finetuned` and `base` as a LoRA folder for PEFT and for us.
+def extract(before: FullModel, after: FullModel, shape: BaseShape, output: Path, *, rank: int) -> Extraction:
+    """Write the difference between a base of `shape` and its fine-tune as a LoRA folder for PEFT and for us.
 
-    Raises ConfigError (output exists), BaseModelError, AdapterMismatchError (another architecture) or StorageError.
+    Raises ConfigError (output exists), AdapterMismatchError (another architecture) or StorageError.
     """
     if output.exists():
         raise ConfigError(f"{output} exists. Choose another output.", field="output")
-    folder = fetch_base(base)
-    before, after = _load(folder), _load(fetch_base(str(finetuned)))
-    shape = describe_base(before, base, fingerprint_folder(folder))
-    sizes = {name: parameter.shape for name, parameter in before.named_parameters()}
-    if sizes != {name: parameter.shape for name, parameter in after.named_parameters()}:
-        raise AdapterMismatchError(
-            f"{finetuned} is not a fine-tune of {base}: other layers or sizes.", field="path"
-        )
+    if before.sizes != after.sizes:
+        raise AdapterMismatchError(f"This is no fine-tune of {shape.name}: other layers or sizes.", field="path")
     tensors: dict[str, torch.Tensor] = {}
     lost = total = 0.0
     for site, change in _changes(before, after, shape):
@@ -78,14 +81,9 @@ def extract(finetuned: Path, base: str, output: Path, *, rank: int) -> Extractio
     return result
 
 
-def _load(folder: Path) -> Any:
-    with quiet_loading():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-
-
-def _changes(before: Any, after: Any, shape: BaseShape) -> Iterator[tuple[str, torch.Tensor]]:
+def _changes(before: FullModel, after: FullModel, shape: BaseShape) -> Iterator[tuple[str, torch.Tensor]]:
     """Each site's difference [out, in], float32."""
-    old, new = ModelWeights(before), ModelWeights(after)
+    old, new = before.weights, after.weights
     factors = dict(_norm_factors(before, after, shape))
     for site in [*shape.sites, shape.embedding]:
         weight = new.weight(site)
@@ -96,17 +94,17 @@ def _changes(before: Any, after: Any, shape: BaseShape) -> Iterator[tuple[str, t
         yield site, change.t() if site == shape.embedding else change
 
 
-def _norm_factors(before: Any, after: Any, shape: BaseShape) -> Iterator[tuple[str, torch.Tensor]]:
+def _norm_factors(before: FullModel, after: FullModel, shape: BaseShape) -> Iterator[tuple[str, torch.Tensor]]:
     """By site: how much more its fine-tuned norm scales its input [in_features]."""
     for norm, sites in _norms(before, shape):
-        old, new = (model.get_submodule(norm).weight.detach().float() for model in (before, after))
+        old, new = (model.module.get_parameter(f"{norm}.weight").float() for model in (before, after))
         if not torch.equal(old, new) and bool((old != 0).all()):
             for site in sites:
                 yield site, new / old
 
 
-def _norms(model: Any, shape: BaseShape) -> Iterator[tuple[str, list[str]]]:
-    names = {name for name, _ in model.named_modules()}
+def _norms(model: FullModel, shape: BaseShape) -> Iterator[tuple[str, list[str]]]:
+    names = {name for name, _ in model.module.named_modules()}
     for layer in range(shape.layers):
         for norm, sites in _NORMS:
             path = f"model.layers.{layer}"
@@ -117,12 +115,12 @@ def _norms(model: Any, shape: BaseShape) -> Iterator[tuple[str, list[str]]]:
         yield "model.norm", ["lm_head"]
 
 
-def _untouched(before: Any, after: Any, shape: BaseShape) -> Iterator[str]:
+def _untouched(before: FullModel, after: FullModel, shape: BaseShape) -> Iterator[str]:
     """Names of changed parameters that are neither a site's weight nor a norm moved into one."""
     carried = {f"{site}.weight" for site in [*shape.sites, shape.embedding]}
     carried |= {f"{norm}.weight" for norm, _ in _norms(before, shape)}
-    changed = dict(after.named_parameters())
-    for name, parameter in before.named_parameters():
+    changed = dict(after.module.named_parameters())
+    for name, parameter in before.module.named_parameters():
         if name not in carried and not torch.equal(parameter, changed[name]):
             yield name
 

@@ -1,1 +1,1 @@
-"""The engine: scheduler, paged cache, runner and sampler in a process of their own. No HTTP, no text."""
+"""One frozen base and all adapters in one batch: scheduler, paged cache, runner, sampler. No HTTP, no command."""

@@ -35,7 +35,6 @@ from onebase_engine.scheduling.scheduler import Plan, Scheduler, Work
 from onebase_engine.scheduling.sequence import Sequence
 from onebase_engine.start_phases import Phases
 from onebase_engine.startup import _cache_blocks, _give_back_memory
-from onebase_server.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ class Engine:
         phases.end()
         log.info(
             "the engine is loaded",
-            extra=fields(**{part.replace(" ", "_"): round(took, 2) for part, took in phases.seconds.items()}),
+            extra={"fields": {part.replace(" ", "_"): round(took, 2) for part, took in phases.seconds.items()}},
         )
         token_bytes = cache_shape(base.model.config).token_bytes
         self.info = EngineInfo(
@@ -312,7 +311,7 @@ class Engine:
         """A forward pass failed. Out of memory costs the largest piece of work its request; the others' pieces
         are simply due again. Any other failure ends all that took part, since nobody knows whose fault it was."""
         requests = [work.sequence.request.id for work in plan.work]
-        log.exception("the forward pass failed", extra=fields(requests=requests))
+        log.exception("the forward pass failed", extra={"fields": {"requests": requests}})
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if out_of_memory:
             failed = [max(plan.work, key=lambda work: work.count).sequence]
@@ -338,5 +337,5 @@ class Engine:
 
 
 def _failure(request_id: str, kind: str, why: str) -> Output:
-    log.info("a request failed: %s", why, extra=fields(requests=[request_id], error=kind))
+    log.info("a request failed: %s", why, extra={"fields": {"requests": [request_id], "error": kind}})
     return Output(request_id, finish_reason="error", error=why, error_kind=kind)

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from onebase_engine.base.base_spec import BaseSpec
-from onebase_server.logs import LogFormat, LogLevel
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The command line: `onebase train`, `tune`, `compare`, `evaluate`, `methods` and `data`."""
+"""The `onebase` command: one file for each of its commands."""

@@ -74,9 +74,18 @@ def extract_command(
     rank: Annotated[int, typer.Option(min=1, help="Largest rank of a site's update.")] = 64,
 ) -> None:
     """Make a low-rank adapter of (fine-tuned minus base), and tell its error."""
-    from onebase_adapters.extract import extract
+    from onebase_adapters.extract import FullModel, extract
+    from onebase_engine.base.catalog import fetch_base
+    from onebase_engine.base.describe import describe_base, fingerprint_folder
+    from onebase_engine.base.load_base import load_full
+    from onebase_engine.base.model_weights import ModelWeights
 
-    result = extract(finetuned, base, output, rank=rank)
+    folder = fetch_base(base)
+    before, after = (
+        FullModel(model, ModelWeights(model)) for model in map(load_full, (folder, fetch_base(str(finetuned))))
+    )
+    shape = describe_base(before.module, base, fingerprint_folder(folder))
+    result = extract(before, after, shape, output, rank=rank)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{result.sites} sites, rank {result.rank} at most: relative error {result.error:.2%}")
     if result.untouched:

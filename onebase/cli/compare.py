@@ -23,10 +23,11 @@ def compare(
     """Train several methods with the same budget, and recommend one."""
     from rich.console import Console
 
+    from onebase.cli.terminal import comparison_view
     from onebase_adapters.atomic_files import disk_errors
     from onebase_contract.events import Event, Stage
-    from onebase_training.comparison import comparison_page as compare_show
     from onebase_training.comparison import method_comparison as comparison
+    from onebase_training.comparison.comparison_page import render
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     console = Console()
@@ -35,20 +36,20 @@ def compare(
         if isinstance(event, Stage):
             typer.echo(event.text, err=True)
 
-    entries = comparison.compare(config, names, comparison.train_watched, tell)
+    entries = comparison.compare(config, names, train_watched, tell)
     choice = comparison.choose(entries)
-    compare_show.show(entries, choice, console)
+    comparison_view.show(entries, choice, console)
     page = config.output / "compare.html"
     title = f"{', '.join(entry.method for entry in entries)} on {config.model}"
     with disk_errors(str(page)):
-        page.write_text(compare_show.render(entries, choice, title), encoding="utf-8")
+        page.write_text(render(entries, choice, title), encoding="utf-8")
     console.print(f"Wrote {page}", highlight=False, soft_wrap=True)
 
 
 def train_watched(config: TrainConfig, before: Evaluation | None) -> TrainResult:
     """`train`, shown in the terminal. At the module's top, where a new process finds it."""
-    from onebase_training.show.terminal import watched
-    from onebase_training.train import train
+    from onebase.cli.terminal.run_view import watched
+    from onebase_training.training_run import train
 
     with watched() as progress:
         return train(config, progress, before=before)

@@ -1,13 +1,18 @@
-"""The `onebase` command. Its subcommands are found by the entry-point group `onebase.commands`, so that each
-package brings its own and none imports another."""
+"""The `onebase` command: every command by its name, and what an error of ours looks like."""
 
 import sys
-from importlib.metadata import entry_points
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from onebase.cli import adapters, data
+from onebase.cli.compare import compare
+from onebase.cli.evaluate import evaluate
+from onebase.cli.methods import methods
+from onebase.cli.serve import serve
+from onebase.cli.train import train
+from onebase.cli.tune import tune
 from onebase_adapters.errors import OneBaseError
 
 app = typer.Typer(
@@ -18,19 +23,12 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def root() -> None:
-    """Keeps `onebase COMMAND` a group even while only one command is installed."""
-
-
 def main() -> None:
-    """`onebase`. An entry point of the group is a command's function, or a Typer of several commands."""
-    for entry in sorted(entry_points(group="onebase.commands"), key=lambda point: point.name):
-        command = entry.load()
-        if isinstance(command, typer.Typer):
-            app.add_typer(command, name=entry.name)
-        else:
-            app.command(entry.name)(command)
+    """`onebase`."""
+    for command in (compare, evaluate, methods, serve, train, tune):
+        app.command()(command)
+    app.add_typer(adapters.app, name="adapters")
+    app.add_typer(data.app, name="data")
     run(app)
 
 
@@ -43,3 +41,7 @@ def run(app: typer.Typer) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

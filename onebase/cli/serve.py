@@ -9,10 +9,9 @@ import typer
 
 from onebase_adapters.errors import ConfigError
 from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec, Quantization
-from onebase_engine.engine_config import EngineConfig
+from onebase_engine.engine_config import EngineConfig, LogLevel
 from onebase_engine.user_folders import data_home
 from onebase_server.jobs.runner import JobSettings
-from onebase_server.logs import LogLevel
 from onebase_server.server_config import ServerConfig
 
 

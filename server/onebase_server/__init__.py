@@ -1,1 +1,1 @@
-"""The server: an engine process that knows tokens and adapters, and an API process that knows HTTP and text."""
+"""Serving: the HTTP API, fine-tuning jobs, and the process that holds the engine."""

@@ -9,12 +9,11 @@ import logging
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-LogLevel = Literal["debug", "info", "warning", "error"]
-LogFormat = Literal["text", "json"]
+from onebase_engine.engine_config import LogFormat, LogLevel
 
 _request: ContextVar[dict[str, Any] | None] = ContextVar("request", default=None)
 

@@ -8,12 +8,12 @@ import pytest
 
 _SERVE = """
 import sys
-from onebase_adapters.base.lean import stay_alone
+from onebase_engine.kernels.lean_imports import stay_alone
 stay_alone()
 from support.engines import Driver, engine_config
-from onebase_server.engine.engine import Engine
+from onebase_engine.engine import Engine
 from pathlib import Path
-from onebase_server.engine.request import EngineRequest, SamplingParams
+from onebase_engine.request import EngineRequest, SamplingParams
 engine = Engine(engine_config(Path(sys.argv[1])), progress=lambda _: None)
 engine.submit(EngineRequest("a", (5, 9, 300), SamplingParams(temperature=1.0, max_tokens=4)))
 while engine.busy:
@@ -36,7 +36,7 @@ def test_help_and_typos_cost_no_torch(line: str) -> None:
     ask = f"""
 import sys
 sys.argv = ["onebase", *{line.split()}]
-from onebase_adapters.cli import main
+from onebase.cli.main import main
 try:
     main()
 finally:

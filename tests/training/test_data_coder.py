@@ -7,8 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from onebase_adapters.errors import DataError
-from onebase_training.data import NO_LOSS, Encoded, Example, Turn
-from onebase_training.data.encoding import encode
+from onebase_training.data import NO_LOSS, Encoded, Example, Turn, encode
 
 CHAT = (Turn("user", "ab"), Turn("assistant", "c"), Turn("user", "d"), Turn("assistant", "e"))
 

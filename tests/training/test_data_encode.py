@@ -6,8 +6,7 @@ from onebase_adapters.errors import DataError
 from onebase_engine.base.base_spec import DEFAULT_BASE
 from onebase_engine.base.catalog import fetch_base
 from onebase_engine.text.tokenizer import TextCodec, load_codec
-from onebase_training.data import NO_LOSS, Encoded, Example, Turn, encode_for_head
-from onebase_training.data.encoding import encode
+from onebase_training.data import NO_LOSS, Encoded, Example, Turn, encode, encode_for_head
 
 pytestmark = pytest.mark.real
 

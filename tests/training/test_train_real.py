@@ -14,11 +14,9 @@ from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.load_base import load_base
 from onebase_engine.runner.batched_model import ServedModel
 from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
-from onebase_training.data import Encoded, Example
-from onebase_training.data.encoding import encode
+from onebase_training.data import Encoded, Example, encode
 from onebase_training.evaluation.served import ServedRows
 from onebase_training.methods import lora
-from onebase_training.methods.attach import find_method
 from onebase_training.model.attached import Attached
 from onebase_training.model.base_for_training import load_for_training
 from onebase_training.model.frozen_weights import hold
@@ -47,7 +45,7 @@ def test_a_packed_row_has_the_loss_that_peft_has_in_4_bits(tmp_path: Path) -> No
             total += float(peer(input_ids=ids, labels=labels).loss) * int((labels != -100).sum())
 
     config = TrainConfig(data=tmp_path, output=tmp_path, rank=8, device="cpu", arithmetic="float32")
-    ours = load_for_training(config, find_method("qlora"), silent)
+    ours = load_for_training(config, "nf4", silent)
     torch.manual_seed(0)
     model = Trained(lora.attach(ours, config, 1), ours.device, arithmetic="float32").train()
     with torch.no_grad():
@@ -68,7 +66,7 @@ def test_server_and_trainer_stay_close_to_float32_on_the_same_weights(tmp_path: 
     by_server = torch.cat([logprobs(rows.logits(part, range(255)), part) for part in parts])
 
     config = TrainConfig(data=tmp_path, output=tmp_path, device="cpu", arithmetic="float32")
-    base = load_for_training(config, find_method("qlora"), silent)
+    base = load_for_training(config, "nf4", silent)
     trained = Trained(Attached(base.model, lambda _: None), base.device, arithmetic="float32").eval()
     found = []
     for part in parts:

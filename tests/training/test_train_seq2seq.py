@@ -17,8 +17,7 @@ from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.load_base import quiet_loading
 from onebase_engine.engine import Engine
 from onebase_engine.runner.batching import Chunk
-from onebase_training.data import NO_LOSS, Encoded, read_dataset
-from onebase_training.data.encoding import encode
+from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
 from onebase_training.data.encoding.packing import pack
 from onebase_training.model.attached import Attached
 from onebase_training.model.trained_model import Trained

@@ -8,8 +8,7 @@ from onebase_contract.run_folder import Workspace
 from onebase_contract.settings import TrainConfig
 from onebase_engine.base.load_base import LoadedBase
 from onebase_engine.kernels.device import resolve_device
-from onebase_training.data import Dataset, Encoded, encode_for_head, read_dataset, read_datasets, split
-from onebase_training.data.encoding import encode
+from onebase_training.data import Dataset, Encoded, encode, encode_for_head, read_dataset, read_datasets, split
 from onebase_training.model.arithmetic import choose_arithmetic
 from onebase_training.model.attached import Attached
 

@@ -80,7 +80,7 @@ def _train(
     )
     config = with_arithmetic(config, workspace, progress)
     dataset, held_out = read_data(config)
-    base = load_for_training(config, method, progress)
+    base = load_for_training(config, method.quantization, progress, expanded=method.expanded)
     limit = min(config.max_length, base.shape.context)
     found = check(dataset, base.tokenizer, max_length=limit, held_out=held_out, samples=0)
     for line in describe(found):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from onebase_adapters.errors import BaseModelError
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.catalog import fetch_base
 from onebase_engine.base.describe import describe_base, fingerprint_folder, is_encoder
-from onebase_engine.base.lean_imports import without_compiler
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.bitsandbytes_import import Params4bit
 from onebase_engine.kernels.device import resolve_device
-from onebase_engine.kernels.linear4bit import _choose_packing
+from onebase_engine.kernels.lean_imports import without_compiler
+from onebase_engine.kernels.linear4bit import choose_packing
 
 with without_compiler():
     from transformers import (
@@ -92,7 +93,7 @@ def load_base(
         model.pooler = None  # reads one token alone; heads of ours read the hidden states
     model.eval()
     model.requires_grad_(False)
-    _choose_packing(model)
+    choose_packing(model)
     if spec.quantization != "none":
         _let_go_of_files(model)
     shape = describe_base(model, spec.model, fingerprint_folder(folder))
@@ -144,3 +145,10 @@ def _eos_tokens(model: torch.nn.Module, tokenizer_eos: int | None) -> Items[int]
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     tokens = [configured] if isinstance(configured, int) else list(configured or [])
     return tokens if tokenizer_eos is None or tokenizer_eos in tokens else [*tokens, tokenizer_eos]
+
+
+def load_full(folder: Path) -> PreTrainedModel:
+    """A causal language model with all of its weights in bfloat16, on the CPU."""
+    with quiet_loading():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return model

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 from onebase_engine.base.describe import cache_shape
-from onebase_engine.kernels.batch import BLOCK
+from onebase_engine.kernels.batch import BLOCK, Batch
 from onebase_engine.kernels.interface import Kernels
-from onebase_engine.runner.batching import Context
 
 
 class PagedKV:
@@ -31,9 +30,9 @@ class PagedKV:
             for _ in range(shape.layers)
         ]
 
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, context: Context) -> None:
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
         """k, v [T, kv_heads, dim], the last two dimensions contiguous."""
-        self._kernels.write_kv(k, v, self.k[layer], self.v[layer], context.batch)
+        self._kernels.write_kv(k, v, self.k[layer], self.v[layer], batch)
 
     def put(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: np.ndarray) -> None:
         """Write k, v [n, kv_heads, dim] that were not computed, at `slots` [n] as in `Batch.cache_slots`."""
@@ -46,10 +45,10 @@ class PagedKV:
         self,
         layer: int,
         q: torch.Tensor,
-        context: Context,
+        batch: Batch,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
         """q [T, heads, dim] (last two dimensions contiguous) -> [T, heads, dim]; see `reference.attend`."""
-        return self._kernels.attend(q, self.k[layer], self.v[layer], context.batch, scale, window, softcap)
+        return self._kernels.attend(q, self.k[layer], self.v[layer], batch, scale, window, softcap)

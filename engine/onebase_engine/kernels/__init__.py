@@ -1,1 +1,1 @@
-"""What a served model needs beside the base's own products, by device; `contract` says what, and chooses."""
+"""The kernels: one contract (`interface`), three backends (reference, CPU, CUDA), chosen once for a model."""

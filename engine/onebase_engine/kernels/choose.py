@@ -18,7 +18,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, head_dim: int, widt
     """The fastest kernels for a model on `device` whose activations and cache are `dtype`; `widths` are the inputs
     of its linear sites."""
     if device.type == "cpu" and dtype == torch.bfloat16 and head_dim % 16 == 0 and not any(w % 4 for w in widths):
-        from onebase_adapters.kernels.cpu import backend, target
+        from onebase_engine.kernels.cpu import backend, target
 
         if target.TARGET != target.PLAIN:
             return backend
@@ -26,7 +26,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, head_dim: int, widt
     if device.type == "cuda" and dtype == torch.bfloat16:
         lacking = _lacking_for_triton(device)
         if lacking is None:
-            from onebase_adapters.kernels.cuda import backend as cuda
+            from onebase_engine.kernels.cuda import backend as cuda
 
             return cuda
         log.warning("%s is served by slow kernels: %s", device, lacking)

@@ -81,3 +81,14 @@ class Table(Protocol):
     def clear(self, slot: int) -> None:
         """Forget the slot's part."""
         ...
+
+
+class KeyValuePages(Protocol):
+    """The paged cache as fused decoders read and write it."""
+
+    k: list[torch.Tensor]
+    """Of each layer [blocks, kv_heads, dim, BLOCK]."""
+    v: list[torch.Tensor]
+    """Of each layer [blocks, kv_heads, BLOCK, dim]."""
+    kv_heads: int
+    dim: int

@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
 
-from onebase_engine.kernels.bitsandbytes_import import Linear4bit
+from onebase_engine.kernels.bitsandbytes_import import Linear4bit, Params4bit
 from onebase_engine.kernels.cpu.packed import packable
 
 
-def _choose_packing(model: torch.nn.Module) -> None:
+def choose_packing(model: torch.nn.Module) -> None:
     """Let 4-bit weights be packed at their first use where the packed product can multiply them: bitsandbytes would
     try with any size on a CPU that it has a product for, and on no other."""
     for module in model.modules():

@@ -16,7 +16,6 @@ from onebase_adapters.primitives.virtual_tokens import Layout
 from onebase_engine.engine_info import AdapterInfo, HeadInfo, TemplateInfo
 from onebase_engine.request import Part
 from onebase_engine.runner.adapter_slots import AdapterSlots
-from onebase_server.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -149,13 +148,13 @@ class Residency:
                 return False
             self._model.remove(self._resident.pop(idle).slot)
             self.evictions += 1
-            log.debug("an adapter has left for another", extra=fields(adapter=idle))
+            log.debug("an adapter has left for another", extra={"fields": {"adapter": idle}})
         return True
 
     def _place(self, adapter: LoweredAdapter) -> _Resident:
         resident = self._resident[adapter.digest] = _Resident(self._model.put(adapter), adapter.layout)
         self.loads += 1
-        log.debug("an adapter is resident", extra=fields(adapter=adapter.digest, slot=resident.slot))
+        log.debug("an adapter is resident", extra={"fields": {"adapter": adapter.digest, "slot": resident.slot}})
         return resident
 
     def close(self) -> None:

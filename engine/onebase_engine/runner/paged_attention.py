@@ -37,9 +37,9 @@ def _paged_attention(
     context: Context = module.onebase_context
     layer = module.layer_idx
     rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
-    cache.write(layer, rows[1], rows[2], context)
+    cache.write(layer, rows[1], rows[2], context.batch)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return cache.attend(layer, rows[0], context, scale, sliding_window, softcap)[None], None
+    return cache.attend(layer, rows[0], context.batch, scale, sliding_window, softcap)[None], None
 
 
 def register_attention() -> None:

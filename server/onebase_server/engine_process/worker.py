@@ -172,7 +172,7 @@ def _load(config: EngineConfig, inbox: _Inbox, phases: Phases) -> "Engine":
         from onebase_engine.kernels.cpu.build import Build
 
         kernels = Build(phases.tell)
-    from onebase_engine.base.lean_imports import stay_alone
+    from onebase_engine.kernels.lean_imports import stay_alone
 
     stay_alone()
     from onebase_engine.engine import Engine

@@ -37,10 +37,7 @@ def main() -> None:
             os.environ[name] = str(limits["threads"])
     if os.getppid() == 1:  # the server ended before it could be watched
         sys.exit(1)
-    sys.argv = ["onebase", "train", *sys.argv[2:]]
-    from onebase.cli.main import main as onebase
-
-    onebase()
+    os.execv(sys.executable, [sys.executable, "-m", "onebase.cli.main", "train", *sys.argv[2:]])
 
 
 if __name__ == "__main__":

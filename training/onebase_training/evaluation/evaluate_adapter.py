@@ -20,8 +20,7 @@ from onebase_engine.base.load_base import load_base
 from onebase_engine.runner.batched_model import ServedModel
 from onebase_engine.runner.classifier_heads import probabilities
 from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
-from onebase_training.data import NO_LOSS, Dataset, Encoded, encode_for_head, read_dataset
-from onebase_training.data.encoding import encode
+from onebase_training.data import NO_LOSS, Dataset, Encoded, encode, encode_for_head, read_dataset
 from onebase_training.data.encoding.encode_template import encode_with
 from onebase_training.evaluation.answers import ends_of, room, write_answers
 from onebase_training.evaluation.evaluation_result import Evaluation, Sample, mark

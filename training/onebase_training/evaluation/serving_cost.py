@@ -22,8 +22,7 @@ from onebase_engine.base.model_weights import ModelWeights
 from onebase_engine.runner.batched_model import ServedModel
 from onebase_engine.runner.batching import Chunk
 from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
-from onebase_training.data import Example, encode_for_head
-from onebase_training.data.encoding import encode
+from onebase_training.data import Example, encode, encode_for_head
 from onebase_training.data.encoding.encode_template import encode_with
 from onebase_training.evaluation.served import ServedRows
 

@@ -5,19 +5,20 @@ import torch
 from onebase_adapters.errors import ConfigError
 from onebase_contract.events import Progress, Stage
 from onebase_contract.settings import TrainConfig
-from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.base.base_spec import BaseSpec, Quantization
 from onebase_engine.base.load_base import LoadedBase, load_base
 from onebase_engine.kernels.device import free_memory
-from onebase_training.methods.attach import Method
 from onebase_training.model.arithmetic import DTYPES
 from onebase_training.model.encoder_decoder_batches import PAIRED_METHODS
 from onebase_training.model.frozen_weights import expand_in_passes, held_bytes, hold
 from onebase_training.model.packed_attention import PACKED_ATTENTION
 
 
-def load_for_training(config: TrainConfig, method: Method, progress: Progress) -> LoadedBase:
+def load_for_training(
+    config: TrainConfig, quantization: Quantization, progress: Progress, *, expanded: bool = False
+) -> LoadedBase:
     """The base in the method's format, with the attention that fits the device."""
-    spec = BaseSpec(config.model, quantization=method.quantization, device=config.device)
+    spec = BaseSpec(config.model, quantization=quantization, device=config.device)
     threads = torch.get_num_threads()
     base = load_base(spec, progress=lambda text: progress(Stage(text)))
     # numba's OpenMP has made it the number of cores, whatever OMP_NUM_THREADS (torchrun's: 1) says.
@@ -31,7 +32,7 @@ def load_for_training(config: TrainConfig, method: Method, progress: Progress) -
         base.model.set_attn_implementation(PACKED_ATTENTION)
     dtype = DTYPES[config.arithmetic or "bf16"]
     extra = held_bytes(base.model, dtype)
-    expanded = method.expanded or config.spread_weights or bool(config.modules_to_save)
+    expanded = expanded or config.spread_weights or bool(config.modules_to_save)
     if expanded and extra and config.dequantize == "never":
         raise ConfigError(
             f"{config.method} needs the base's weights expanded here.",

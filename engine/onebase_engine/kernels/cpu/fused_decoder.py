@@ -15,7 +15,6 @@ from numba import get_num_threads
 from torch import nn
 
 from onebase_adapters.base_shape import BaseShape
-from onebase_engine.cache.kv_pages import PagedKV
 from onebase_engine.kernels.batch import Batch, Owners
 from onebase_engine.kernels.cpu import backend as cpu
 from onebase_engine.kernels.cpu.attention import NO_WINDOW
@@ -24,7 +23,7 @@ from onebase_engine.kernels.cpu.elementwise import add_rms_norm, gate_mul, rope_
 from onebase_engine.kernels.cpu.packed import PackedLinear, packable
 from onebase_engine.kernels.cpu.run_layers import COS, SIN, run_layers
 from onebase_engine.kernels.cpu.tables import BottleneckTable
-from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.interface import Kernels, KeyValuePages
 from onebase_engine.kernels.site_tables import SiteTables, add_bottlenecks
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ class FusedLayer:
         before: Any,
         projections: list[Projection],
         bottlenecks: list[BottleneckTable],
-        cache: PagedKV,
+        cache: KeyValuePages,
     ) -> None:
         """`before`: the layer whose output it reads, None for the first."""
         attention = layer.self_attn
@@ -231,7 +230,7 @@ def _weight(owner: Any, name: str) -> int:
 
 
 def fuse(
-    model: Any, shape: BaseShape, kernels: Kernels, cache: PagedKV, slots: int
+    model: Any, shape: BaseShape, kernels: Kernels, cache: KeyValuePages, slots: int
 ) -> tuple[FusedModel, list[SiteTables], list[BottleneckTable]] | None:
     """The fused forward of `model`, and the tables of its layers' sites and sublayers; None where it cannot be
     fused."""
@@ -264,7 +263,7 @@ def fuse(
     return FusedModel(model, layers, scratch), sites, sublayers
 
 
-def _lacking_for_fusion(model: Any, kernels: Kernels, cache: PagedKV) -> str | None:
+def _lacking_for_fusion(model: Any, kernels: Kernels, cache: KeyValuePages) -> str | None:
     if kernels is not cpu:
         return "the fused ones are made of the fast kernels for CPUs"
     if type(model).__name__ not in _MODELS:

@@ -14,11 +14,11 @@ from bitsandbytes.functional import QuantState, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from onebase_engine.base.lean_imports import without_compiler
 from onebase_engine.kernels.cpu.matmul4bit import multiply
 from onebase_engine.kernels.cpu.quantize4bit import pack
 from onebase_engine.kernels.cpu.target import PLAIN, TARGET
 from onebase_engine.kernels.cpu.tile4bit import FEATURES, UNROLL
+from onebase_engine.kernels.lean_imports import without_compiler
 
 _NO_TILES = np.empty((0, 1), np.int32)
 _NOTHING = np.empty(0, np.int64)

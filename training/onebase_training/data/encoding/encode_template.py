@@ -6,7 +6,7 @@ from typing import Any
 
 from onebase_adapters.primitives.instruction_set import Template
 from onebase_training.data import NO_LOSS, Encoded, Example, Turn
-from onebase_training.data.encoding import encode
+from onebase_training.data.encoding.encode import encode
 
 
 def encode_with(
