@@ -13,7 +13,7 @@ from onebase_training.methods.peft_parts import is_transposed, put_peft, target_
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 5e-3
-"""Measured, see DECISIONS.md: E begins at zero, and moves the update only by its product with P and Q."""
+"""Measured, see docs/decisions/0044: E begins at zero, and moves the update only by its product with P and Q."""
 RANK = 8
 """On average, at the end; it begins with half as much again, as in the paper's experiments."""
 

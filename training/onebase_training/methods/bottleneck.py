@@ -18,7 +18,7 @@ from onebase_engine.base.load_base import LoadedBase
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-3
-"""Measured, see DECISIONS.md. Houlsby et al. search 3e-5 to 3e-3."""
+"""Measured, see docs/decisions/0044. Houlsby et al. search 3e-5 to 3e-3."""
 
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 _MLP = ("mlp", "output.dense")

@@ -9,7 +9,7 @@ from onebase_engine.base.load_base import LoadedBase, quiet_loading
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-4
-"""Measured, see DECISIONS.md. Larger bases want less: 2e-5 is usual for 7B (LLaMA 2, section 3.1)."""
+"""Measured, see docs/decisions/0044. Larger bases want less: 2e-5 is usual for 7B (LLaMA 2, section 3.1)."""
 
 
 def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:

@@ -16,7 +16,7 @@ from onebase_training.methods.deltas import delta
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-3
-"""Measured, see DECISIONS.md."""
+"""Measured, see docs/decisions/0044."""
 RANK = 8
 _attach = delta(peft.HRAConfig, RANK)
 

@@ -14,7 +14,7 @@ from onebase_training.methods.peft_parts import attach_peft, is_transposed, task
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 3e-2
-"""Measured, see DECISIONS.md. The paper has 3e-3, with Adafactor and 1000 steps."""
+"""Measured, see docs/decisions/0044. The paper has 3e-3, with Adafactor and 1000 steps."""
 
 _OF_INPUTS = ("down_proj", "fc2", "dense_4h_to_h", "wo")
 """What architectures call the MLP's last linear module; there the input is scaled."""

@@ -11,7 +11,7 @@ from onebase_training.methods.peft_parts import attach_peft, is_transposed, targ
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-3
-"""Measured, see DECISIONS.md. Larger bases want less: QLoRA has 2e-4 for 7B and 1e-4 from 33B on."""
+"""Measured, see docs/decisions/0044. Larger bases want less: QLoRA has 2e-4 for 7B and 1e-4 from 33B on."""
 RANK = 16
 ROUNDED = ("lora_A", "lora_B")
 

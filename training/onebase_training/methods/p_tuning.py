@@ -13,7 +13,7 @@ from onebase_training.methods.peft_parts import put_peft, task_type
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 3e-3
-"""Measured, see DECISIONS.md."""
+"""Measured, see docs/decisions/0044."""
 
 
 def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:

@@ -19,7 +19,7 @@ from onebase_training.methods.prompt_tuning import text_tokens
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-2
-"""Measured, see DECISIONS.md: keys and values themselves are trained, and take far more than weights do."""
+"""Measured, see docs/decisions/0055: keys and values themselves are trained, and take far more than weights do."""
 
 
 def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:

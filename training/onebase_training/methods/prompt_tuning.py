@@ -9,7 +9,7 @@ from onebase_training.methods.peft_parts import put_peft, task_type
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 3e-2
-"""Measured, see DECISIONS.md. The paper has 0.3, with Adafactor and far larger bases."""
+"""Measured, see docs/decisions/0044. The paper has 0.3, with Adafactor and far larger bases."""
 
 
 def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
