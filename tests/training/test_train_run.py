@@ -22,8 +22,7 @@ from safetensors.torch import load_file
 
 from onebase.cli.terminal.run_view import show
 from onebase_adapters.errors import AdapterMismatchError, ConfigError, DataError
-from onebase_adapters.formats.checks import check_base
-from onebase_adapters.formats.read_adapter import read_adapter
+from onebase_adapters.formats.read_adapter import check_base, read_adapter
 from onebase_contract.events import Evaluated, Event, Stage, Step, json_lines
 from onebase_contract.settings import Arithmetic, TrainConfig
 from onebase_engine.base.base_spec import BaseSpec, Quantization
