@@ -221,7 +221,7 @@ def test_recomputed_activations_change_no_adapter(config: TrainConfig) -> None:
 def test_a_batch_that_cannot_fit_is_refused_before_training(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onebase_engine.kernels.device.free_memory", lambda _: 1 << 16)
+    monkeypatch.setattr("onebase_training.fitting.estimate.free_memory", lambda _: 1 << 16)
     with pytest.raises(ConfigError, match="batch-tokens"):
         train(config)
     assert left_behind(config) == []

@@ -62,6 +62,7 @@ def load_base(
     folder = fetch_base(spec.model, progress=progress)
     device = resolve_device(spec.device)
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)  # where kernels are launched that name no device
     options: dict[str, Any] = {}
     if spec.quantization != "none":
