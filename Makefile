@@ -34,8 +34,9 @@ $(TESTED): $(STAMP) tests/other_clients/package.json
 	! command -v npm > /dev/null || npm install --silent --no-package-lock --prefix tests/other_clients
 	touch $@
 
+# Two processes with a thread each: threads that wait for one another in a loop would take both cores from it.
 test: $(TESTED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # As far as other versions of what it is built on can matter, in an environment of its own for each.
 test-lowest test-newest: test-%:

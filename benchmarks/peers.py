@@ -22,6 +22,7 @@ def load_peer(spec: BaseSpec) -> LoadedBase:
 @torch.inference_mode()
 def generate_seconds(model: Any, prompts: torch.Tensor, new_tokens: int, **options: Any) -> float:
     """Seconds of one generate() call; prompts [n, length]."""
+    _wait()
     started = time.perf_counter()
     out = model.generate(
         input_ids=prompts,
@@ -33,7 +34,13 @@ def generate_seconds(model: Any, prompts: torch.Tensor, new_tokens: int, **optio
     )
     if out.shape[1] != prompts.shape[1] + new_tokens:
         raise RuntimeError(f"generate() made {out.shape[1] - prompts.shape[1]} tokens, not {new_tokens}")
+    _wait()
     return time.perf_counter() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @torch.inference_mode()

@@ -28,10 +28,11 @@ from examples.prepare import prepare
 from onebase_contract.events import silent
 from onebase_contract.settings import Arithmetic, TrainConfig
 from onebase_engine.base.base_spec import BaseSpec
-from onebase_engine.base.load_base import load_base
+from onebase_engine.base.load_base import LoadedBase, load_base
 from onebase_engine.kernels.bitsandbytes_import import Linear4bit
 from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
 from onebase_training.data.encoding.packing import plan_batches
+from onebase_training.fitting.estimate import settle
 from onebase_training.fitting.training_loop import Loop
 from onebase_training.methods import lora
 from onebase_training.model.arithmetic import DTYPES, measure_speeds
@@ -49,6 +50,8 @@ class Clock(TrainerCallback):
         self.marks.clear()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.marks.append((time.perf_counter(), time.process_time()))
 
     def speeds(self, tokens: int) -> tuple[float, float]:
@@ -61,9 +64,10 @@ Side = Callable[[], tuple[float, float]]
 """Trains a few steps; gives tokens a second, and a CPU second."""
 
 
-def plain_script(examples: Sequence[Encoded], batch: int, steps: int, pad: int, arithmetic: Arithmetic) -> Side:
-    """The usual script."""
-    model = load_base(BaseSpec(device="cpu")).model
+def plain_script(
+    model: Any, examples: Sequence[Encoded], batch: int, steps: int, pad: int, arithmetic: Arithmetic = "bf16"
+) -> Side:
+    """The usual script, on a model as `load_base` has it."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = DTYPES[arithmetic]
@@ -97,7 +101,7 @@ def plain_script(examples: Sequence[Encoded], batch: int, steps: int, pad: int, 
         per_device_train_batch_size=batch,
         learning_rate=1e-3,
         bf16=arithmetic == "bf16",
-        use_cpu=True,
+        use_cpu=model.device.type == "cpu",
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
@@ -115,16 +119,12 @@ def plain_script(examples: Sequence[Encoded], batch: int, steps: int, pad: int, 
     return run
 
 
-def our_loop(examples: Sequence[Encoded], budget: int, steps: int, work: Path, arithmetic: Arithmetic) -> Side:
-    """What `onebase train --method qlora` runs."""
-    config = TrainConfig(
-        data=work, output=work, max_steps=steps, eval_every=10**6, learning_rate=1e-3, arithmetic=arithmetic,
-        device="cpu",
-    )  # fmt: skip
-    base = load_for_training(config, "nf4", silent)
-    model = Trained(lora.attach(base, config, steps), base.device, arithmetic=arithmetic)
+def our_loop(base: LoadedBase, config: TrainConfig, examples: Sequence[Encoded], steps: int, work: Path) -> Side:
+    """What `onebase train --method qlora` runs, on a base as `load_for_training` has it."""
+    model = Trained(lora.attach(base, config, steps), base.device, arithmetic=config.arithmetic or "bf16")
     lengths = [len(one.input_ids) for one in examples]
-    plan = plan_batches(lengths, budget=budget, epochs=20, seed=0)[:steps]
+    plan = plan_batches(lengths, budget=config.batch_tokens or 1024, epochs=20, seed=0)[:steps]
+    settle(model, examples, plan, config)
     loop = Loop(model, config, work=work, examples=examples, held_out=examples[:1], plan=plan, progress=silent)
     clock = Clock()
     loop.add_callback(clock)
@@ -163,9 +163,15 @@ def main() -> None:
         for kind in options.arithmetic.split(","):
             if "plain script".startswith(options.only):
                 batch = max(1, round(budget / mean))
-                sides[f"plain script, {kind}"] = plain_script(examples, batch, steps, pad, kind)
+                plain = load_base(BaseSpec(device="cpu")).model
+                sides[f"plain script, {kind}"] = plain_script(plain, examples, batch, steps, pad, kind)
             if "onebase train".startswith(options.only):
-                sides[f"onebase train, {kind}"] = our_loop(examples, budget, steps, work / kind, kind)
+                config = TrainConfig(
+                    data=work, output=work, max_steps=steps, eval_every=10**6, learning_rate=1e-3,
+                    batch_tokens=budget, arithmetic=kind, device="cpu",
+                )  # fmt: skip
+                base = load_for_training(config, "nf4", silent)
+                sides[f"onebase train, {kind}"] = our_loop(base, config, examples, steps, work / kind)
         speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for _ in range(options.rounds):
             for name, run in sides.items():

@@ -14,6 +14,7 @@ from support.batches import (
     deal_pages,
     make_batch,
     make_bottlenecks,
+    make_linear4bit,
     make_owners,
     make_table,
     make_vectors,
@@ -26,7 +27,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 
-from onebase_engine.kernels.cuda import attention, backend, elementwise, lowrank  # noqa: E402
+from onebase_engine.kernels.cuda import attention, backend, elementwise, lowrank, matmul4bit  # noqa: E402
 
 SHARED = 99 * 1024
 """Bytes of fast memory for a block of threads that every GPU since Ampere has."""
@@ -117,3 +118,27 @@ def test_attention_compiles(
     backend.write_kv(k, k, *caches, batch)
     backend.attend(q, *caches, batch, 0.3, window, softcap)
     assert attend.programs == write.programs == 1
+
+
+@pytest.mark.parametrize("rows", [1, 64, 500])
+@pytest.mark.parametrize(("in_features", "out_features"), [(4096, 6144), (192, 70)])
+def test_products_compile(build: Callable[..., Built], in_features: int, out_features: int, rows: int) -> None:
+    multiply, add_up = build(matmul4bit, "_multiply"), build(matmul4bit, "_add_up")
+    product = matmul4bit.Packed([make_linear4bit(1, in_features, out_features, bias=True)])
+    product(random_bf16(1, rows, in_features))
+    assert multiply.programs == add_up.programs == 1
+
+
+@pytest.mark.parametrize("gemma", [False, True])
+def test_what_stands_between_products_compiles(build: Callable[..., Built], gemma: bool) -> None:
+    names = ("_add_rms_norm", "_rope_write", "_gate_mul")
+    kernels = [build(elementwise, name) for name in names]
+    x, weight = random_bf16(1, 3, 4096), random_bf16(2, 4096)
+    elementwise.add_rms_norm(x, x, weight if gemma else None, weight, 1e-6, gemma=gemma)
+    batch = make_batch([(0, 3)], backend, 2, deal_pages([3], 0, 4))
+    caches = torch.empty(4, 2, 128, 16).bfloat16(), torch.empty(4, 2, 16, 128).bfloat16()
+    angles = random_bf16(3, 8, 128), random_bf16(4, 8, 128)
+    norms = (weight[:128], weight[:128]) if gemma else None
+    elementwise.rope_write(random_bf16(5, 3, 8 * 128), norms, angles, *caches, batch.on_device, 1e-6, gemma=gemma)
+    elementwise.gate_mul(x, gelu=gemma)
+    assert [kernel.programs for kernel in kernels] == [1, 1, 1]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import masking_utils
 
 from onebase_adapters.base_shape import BaseShape
 from onebase_adapters.primitives.instruction_set import (
@@ -35,8 +34,9 @@ pytest.importorskip("triton", reason="triton is made for Linux")
 from onebase_engine.kernels.cuda import attention, backend, elementwise, lowrank
 
 META = torch.device("meta")
-KERNELS = [(attention, "_attend"), (attention, "_write_kv"), (lowrank, "_shrink"), (lowrank, "_expand")]
-KERNELS += [(elementwise, "_affine_rows")]
+KERNELS = [(attention, "_attend"), (lowrank, "_shrink"), (lowrank, "_expand"), (elementwise, "_affine_rows")]
+FUSED = [(elementwise, "_add_rms_norm"), (elementwise, "_rope_write"), (elementwise, "_gate_mul")]
+PLAIN = [(attention, "_write_kv")]
 
 
 class Launches:
@@ -80,14 +80,13 @@ def everything(shape: BaseShape) -> LoweredAdapter:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "glm"])
 def test_a_step_stays_on_the_device(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = [Launches() for _ in KERNELS]
-    for place, stand_in in zip(KERNELS, kernels, strict=True):
+    used = [*KERNELS, *(FUSED if family == "llama" else PLAIN)]
+    kernels = [Launches() for _ in used]
+    for place, stand_in in zip(used, kernels, strict=True):
         monkeypatch.setattr(*place, stand_in)
     monkeypatch.setattr(served, "choose_kernels", lambda *_: backend)
     real = torch.Tensor.data_ptr
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: 16 if t.is_meta else real(t))  # else 0, which is none
-    # transformers looks at the positions once, before its first layer.
-    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
     register_attention()
     spec = BaseSpec(str(save_model(tmp_path, family)), quantization="none", device="cpu")
     base = load_base(spec, attention=ATTENTION_NAME)

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from onebase_adapters.base_shape import Site
 from onebase_adapters.primitives.by_site import Parts
 from onebase_adapters.primitives.instruction_set import ACTIVATIONS, Bottleneck, LowRank
 from onebase_engine.kernels.arena import Arena
 from onebase_engine.kernels.batch import BLOCK, Batch, Owners, Traits
+from onebase_engine.kernels.bitsandbytes_import import Linear4bit, Params4bit
 from onebase_engine.kernels.cpu.tables import BottleneckTable, LowRankTable, Vectors
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.tiles import low_rank_tiles
@@ -102,3 +104,19 @@ def make_vectors(width: int, slots: int, having: Sequence[int], device: torch.de
     for slot in having:
         vectors.put(slot, random_bf16(slot + width, width))
     return vectors
+
+
+def make_linear4bit(
+    seed: int, in_features: int, out_features: int, *, bias: bool = False, device: torch.device = CPU
+) -> Linear4bit:
+    """Random weights in NF4, their scales quantised, too; as bitsandbytes lays them out."""
+    module = Linear4bit(
+        in_features, out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+    )
+    weight = random_bf16(seed, out_features, in_features).to(device)
+    module.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
+    if bias:
+        module.bias = nn.Parameter(random_bf16(seed + 1, out_features).to(device), requires_grad=False)
+    module.to(device)
+    module.support_avx512bf16_for_cpu = False
+    return module

@@ -4,6 +4,7 @@
 thing differ from each other; how far each is from the exact result says whether one of them is worse.
 """
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,24 +19,28 @@ from transformers.pytorch_utils import Conv1D
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.load_base import load_base, quiet_loading
 
+DEVICE = os.environ.get("ONEBASE_TEST_DEVICE", "cpu")
+"""Where the served model is, in the tests of methods; `benchmarks.gpu` sets it."""
+
 _ROUNDING = 0.06
 """Of the logits' spread: what two bfloat16 computations may differ by."""
 
 
-def load_plain(folder: Path) -> Any:
+def load_plain(folder: Path, device: str = "cpu") -> Any:
     """The model as transformers alone runs it, in NF4."""
-    return load_base(BaseSpec(str(folder), device="cpu"), attention="eager").model
+    return load_base(BaseSpec(str(folder), device=device), attention="eager").model
 
 
 def load_exact(folder: Path) -> Any:
-    """The model in float32 on the weights of its NF4 form."""
+    """The model in float32, on the CPU, on the weights of its NF4 form."""
     with quiet_loading():
         exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    for name, module in load_plain(folder).named_modules():
+    for name, module in load_plain(folder, DEVICE).named_modules():
         if isinstance(module, Linear4bit):
             module.bias = None
             with torch.no_grad():
-                weight = module(torch.eye(module.in_features, dtype=torch.bfloat16)).float()  # [in, out]
+                one = torch.eye(module.in_features, dtype=torch.bfloat16, device=DEVICE)
+                weight = module(one).float().cpu()  # [in, out]
             target = exact.get_submodule(name)
             target.weight = torch.nn.Parameter(weight if isinstance(target, Conv1D) else weight.t().contiguous())
     return exact.eval()

@@ -22,8 +22,7 @@ from safetensors.torch import load_file
 
 from onebase.cli.terminal.run_view import show
 from onebase_adapters.errors import AdapterMismatchError, ConfigError, DataError
-from onebase_adapters.formats.checks import check_base
-from onebase_adapters.formats.read_adapter import read_adapter
+from onebase_adapters.formats.read_adapter import check_base, read_adapter
 from onebase_contract.events import Evaluated, Event, Stage, Step, json_lines
 from onebase_contract.settings import Arithmetic, TrainConfig
 from onebase_engine.base.base_spec import BaseSpec, Quantization
@@ -222,7 +221,7 @@ def test_recomputed_activations_change_no_adapter(config: TrainConfig) -> None:
 def test_a_batch_that_cannot_fit_is_refused_before_training(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onebase_engine.kernels.device.free_memory", lambda _: 1 << 16)
+    monkeypatch.setattr("onebase_training.fitting.estimate.free_memory", lambda _: 1 << 16)
     with pytest.raises(ConfigError, match="batch-tokens"):
         train(config)
     assert left_behind(config) == []

@@ -29,7 +29,14 @@ from onebase_training.evaluation.evaluation_result import Evaluation, Sample, ma
 from onebase_training.evaluation.held_out_loss import classify, measure
 from onebase_training.fitting import fsdp
 from onebase_training.fitting.checkpoints import best_checkpoint, history, last_checkpoint, restore, step_of
-from onebase_training.fitting.distributed import Ranks, barrier, gathered, take_own_gpu, this_process
+from onebase_training.fitting.distributed import (
+    Ranks,
+    barrier,
+    gathered,
+    leave_deepspeed,
+    take_own_gpu,
+    this_process,
+)
 from onebase_training.fitting.early_stopping import Stopped, early_stop
 from onebase_training.fitting.estimate import settle
 from onebase_training.fitting.training_loop import Loop, count_steps
@@ -166,6 +173,7 @@ def _answers_of(
     whole = config.method == "full"
     spec = BaseSpec(str(folder) if whole else config.model, device=config.device)
     adapter = None if whole or find_method(config.method).attach is None else folder
+    leave_deepspeed()
     try:
         return served_answers(spec, adapter, some, max_new_tokens=limit, progress=progress)
     except AdapterError as error:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from onebase_adapters.base_shape import BaseShape
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
 from onebase_adapters.formats.peft_folder import CONFIG_FILE, WEIGHTS_FILE
-from onebase_adapters.formats.read_adapter import AdapterFiles
 
 _WHOLE = "tokenizer.json"
 _ADDED = "added_tokens.json"
@@ -84,21 +82,6 @@ def _tokens(name: str, content: bytes) -> dict[str, int]:
     words = read.model.vocab
     tokens = words if isinstance(words, dict) else {word: number for number, (word, _) in enumerate(words)}
     return tokens | {word.content: word.id for word in read.added_tokens}
-
-
-def check_base(files: AdapterFiles, base: BaseShape) -> None:
-    """Refuse an adapter that says it was trained on another base. Raises AdapterMismatchError.
-
-    A foreign adapter says so only by its shapes, which lowering checks.
-    """
-    trained_on = files.sidecar.get("base", {})
-    fingerprint = trained_on.get("fingerprint") if isinstance(trained_on, dict) else None
-    if fingerprint and fingerprint != base.fingerprint:
-        raise AdapterMismatchError(
-            f"Trained on {trained_on.get('model', 'another base')} ({fingerprint}), but this server's base is "
-            f"{base.name} ({base.fingerprint}): other weights. Serve that base, or train again on this one.",
-            field="path",
-        )
 
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from onebase_adapters.errors import AdapterFormatError, AdapterPathError
+from onebase_adapters.base_shape import BaseShape
+from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError, AdapterPathError
 from onebase_adapters.formats.checks import check_listing
 from onebase_adapters.formats.peft_folder import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE, read_object
 
@@ -46,3 +47,18 @@ def read_adapter(folder: Path) -> AdapterFiles:
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterFormatError(f"Tensor {name!r} holds NaN or infinity.", field="path")
     return AdapterFiles(read_object(folder / CONFIG_FILE), tensors, read_object(folder / SIDECAR_FILE))
+
+
+def check_base(files: AdapterFiles, base: BaseShape) -> None:
+    """Refuse an adapter that says it was trained on another base. Raises AdapterMismatchError.
+
+    A foreign adapter says so only by its shapes, which lowering checks.
+    """
+    trained_on = files.sidecar.get("base", {})
+    fingerprint = trained_on.get("fingerprint") if isinstance(trained_on, dict) else None
+    if fingerprint and fingerprint != base.fingerprint:
+        raise AdapterMismatchError(
+            f"Trained on {trained_on.get('model', 'another base')} ({fingerprint}), but this server's base is "
+            f"{base.name} ({base.fingerprint}): other weights. Serve that base, or train again on this one.",
+            field="path",
+        )

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from onebase_adapters.base_shape import BaseShape
 from onebase_adapters.errors import AdapterFormatError
-from onebase_adapters.formats.checks import check_base
-from onebase_adapters.formats.read_adapter import read_adapter
+from onebase_adapters.formats.read_adapter import check_base, read_adapter
 from onebase_adapters.lowering import beft, bottleneck, ia3, lora, poly, prefix, prompt, template
 from onebase_adapters.lowering import retrained_tokens as tokens
 from onebase_adapters.lowering import weight_methods as general

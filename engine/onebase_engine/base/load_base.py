@@ -18,6 +18,7 @@ from onebase_engine.base.catalog import fetch_base
 from onebase_engine.base.describe import describe_base, fingerprint_folder, is_encoder
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.bitsandbytes_import import Params4bit
+from onebase_engine.kernels.cpu import quantize as quantize  # bitsandbytes' kernel from here on
 from onebase_engine.kernels.device import resolve_device
 from onebase_engine.kernels.lean_imports import without_compiler
 from onebase_engine.kernels.linear4bit import choose_packing
@@ -61,6 +62,7 @@ def load_base(
     folder = fetch_base(spec.model, progress=progress)
     device = resolve_device(spec.device)
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)  # where kernels are launched that name no device
     options: dict[str, Any] = {}
     if spec.quantization != "none":

@@ -44,6 +44,10 @@ class Owners:
         """`tiles` on a device, copied there at the first call."""
         return self._on(device, "tiles", self.tiles)
 
+    def hold(self, tiles: torch.Tensor) -> None:
+        """Let `tiles_on` give this copy, which may change from step to step."""
+        self._copies["tiles"] = tiles
+
     def _on(self, device: torch.device, name: str, array: np.ndarray) -> torch.Tensor:
         if name not in self._copies:
             self._copies[name] = torch.from_numpy(array).to(device, non_blocking=True)
@@ -91,10 +95,14 @@ class Batch:
     """[v] int64: which of their adapter's virtual tokens they are."""
     items: np.ndarray
     """As the kernels' `attention_items` makes them."""
+    held: DeviceArrays | None = None
+    """What `on_device` gives, where that is kept from step to step."""
 
     @cached_property
     def on_device(self) -> DeviceArrays:
         """Copies on the device, in one transfer."""
+        if self.held is not None:
+            return self.held
         arrays = (self.positions, self.visible, self.cache_slots, self.tables, self.items)
         starts = np.cumsum([0] + [_aligned(array.size) for array in arrays])
         packed = np.zeros(starts[-1], np.int32)

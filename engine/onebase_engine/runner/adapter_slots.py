@@ -32,6 +32,8 @@ class AdapterSlots:
         self._free_slots = list(range(slots, 0, -1))
         self._arenas: dict[int, Arena] = {}
         self._slot_bytes: dict[int, int] = {}
+        self._changes = 0
+        """How often an adapter came or left."""
 
     @property
     def free_slots(self) -> int:
@@ -43,6 +45,7 @@ class AdapterSlots:
         Raises IndexError when no slot is free, AdapterError when no memory is left; nothing of it stays then.
         """
         slot = self._free_slots.pop()
+        self._changes += 1
         try:
             self._fill(slot, adapter)
         except (MemoryError, OSError, RuntimeError) as error:
@@ -66,6 +69,7 @@ class AdapterSlots:
 
     def remove(self, slot: int) -> None:
         """Free a slot that no running sequence uses."""
+        self._changes += 1
         stores: list[SiteTables | BottleneckTable | Table] = [*self._sites, *self._sublayers, *self._tables]
         for store in stores:
             store.clear(slot)

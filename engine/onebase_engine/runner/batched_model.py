@@ -13,19 +13,22 @@ from onebase_engine.base.describe import cache_shape
 from onebase_engine.base.load_base import LoadedBase, load_base
 from onebase_engine.base.package_files import Progress
 from onebase_engine.cache.kv_pages import PagedKV
+from onebase_engine.kernels.batch import Batch
 from onebase_engine.kernels.choose import choose_kernels
-from onebase_engine.kernels.cpu.fused_decoder import FusedModel, fuse
+from onebase_engine.kernels.cpu.fused_decoder import Fused, fuse
 from onebase_engine.kernels.cpu.plain_product import replace_emulated
 from onebase_engine.kernels.cpu.screen import Screen
 from onebase_engine.kernels.cpu.tables import BottleneckTable
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.linear4bit import nf4_copy
+from onebase_engine.kernels.reference import backend as reference
 from onebase_engine.runner.adapter_linear import hook_linears, hook_sublayer
 from onebase_engine.runner.adapter_slots import AdapterSlots
 from onebase_engine.runner.batching import Chunk, Context, make_batch
 from onebase_engine.runner.learned_prefix import PrefixTable
 from onebase_engine.runner.lm_head import HeadKind, HiddenScores, LogitScores, Scores
 from onebase_engine.runner.paged_attention import ATTENTION_NAME, hook_attention, register_attention
+from onebase_engine.runner.step_replay import Capture, Replays
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +47,15 @@ class ServedModel(AdapterSlots):
             base.device, torch.bfloat16, cache_shape(base.model.config).dim,
             [site.in_features for site in base.shape.sites.values()],
         )  # fmt: skip
-        self.cache = PagedKV(base.model.config, blocks, self._kernels, base.device)
+        replays = base.device.type == "cuda" and self._kernels is not reference and Replays.suit(base.model)
+        # A captured step's rows that are nobody's write into one block more.
+        self.cache = PagedKV(base.model.config, blocks + replays, self._kernels, base.device)
         hook_attention(base.model, self.cache, self._context)
         if head == "nf4" and not base.shape.encoder:
             base.model.set_output_embeddings(nf4_copy(base.model.get_output_embeddings()))
         self._bare_head = base.model.get_output_embeddings()
         self._screen = self._make_screen() if head == "screened" else None
-        self._fused: FusedModel | None = None
+        self._fused: Fused | None = None
         if (made := fuse(base.model, base.shape, self._kernels, self.cache, slots + 1)) is not None:
             self._fused, self._sites, self._sublayers = made
         covered = {site.name for tables in self._sites for site in tables.sites}
@@ -61,12 +66,22 @@ class ServedModel(AdapterSlots):
         self._head_tables = next((tables for tables in self._sites if tables.sites[0].name == "lm_head"), None)
         self._prefixes = PrefixTable(self.cache)
         self._tables.append(self._prefixes)
+        self._replays: Replays | None = None
+        if replays and not base.shape.encoder:
+            self.replay_decodes(spare_block=blocks)
 
     @classmethod
     def load(cls, spec: BaseSpec, *, slots: int, blocks: int, progress: Progress = log.info) -> "ServedModel":
         """Load `spec` and hook it. Raises BaseModelError."""
         register_attention()
         return cls(load_base(spec, attention=ATTENTION_NAME, progress=progress), slots=slots, blocks=blocks)
+
+    def replay_decodes(self, *, spare_block: int, capture: Capture | None = None) -> None:
+        """Capture decoding steps from here on; see `Replays`."""
+        tables = [tables.low_rank for tables in self._sites]
+        self._replays = Replays(
+            self._run, tables, self._kernels, self._device, spare_block=spare_block, capture=capture
+        )
 
     def _make_screen(self) -> Screen | None:
         if self._bare_head is None:
@@ -97,28 +112,53 @@ class ServedModel(AdapterSlots):
         chunks = self._prefixes.write(chunks)
         if not chunks:
             return LogitScores(torch.empty(0, 0), torch.empty(0, 0))
+        if (scores := self._replayed(chunks)) is not None:
+            return scores
         batch = self._context.batch = make_batch(
             chunks, self._kernels, self._traits, self._device, vocab=self.shape.vocab,
             kv_heads=self.cache.kv_heads, encoder=self.shape.encoder,
         )  # fmt: skip
-        hidden = self._inputs(batch)
         if self._fused is not None:
+            hidden = self._inputs(batch)
             changed = self._head_tables is not None and self._head_tables.touch(batch.head_owners.slots)
             last = self._fused(batch, hidden)
             if changed:
                 return HiddenScores(last, self._model.lm_head, None, together=True)
             return HiddenScores(last, self._bare_head, self._screen)
-        positions = torch.as_tensor(batch.positions + self.shape.first_position, device=self._device)[None]
         if self.shape.encoder:
+            hidden, positions = self._inputs(batch), self._positions(batch)
             out = self._model(inputs_embeds=hidden[None], position_ids=positions).last_hidden_state[0]
             return LogitScores(torch.empty(0, 0), out[batch.sample_rows])
+        return LogitScores(*self._run(batch))
+
+    def _replayed(self, chunks: Sequence[Chunk]) -> Scores | None:
+        """Of a step that is captured, or can be."""
+        if self._replays is None or self._inputs.touches({chunk.slot for chunk in chunks}):
+            return None
+        if not self._replays.fit(chunks, self._traits, self.shape.vocab):
+            return None
+        found = self._replays(chunks, self._changes)
+        return None if found is None else LogitScores(*(part.clone() for part in found))
+
+    def _run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decoder's logits and last hidden states for the batch's sample rows."""
+        self._context.batch = batch
+        if self._fused is not None:
+            last = self._fused(batch, self._inputs(batch))
+            return self._model.lm_head(last), last
         logits: torch.Tensor = self._model(
-            inputs_embeds=hidden[None],
-            position_ids=positions,
+            inputs_embeds=self._inputs(batch)[None],
+            position_ids=self._positions(batch),
             use_cache=False,
             logits_to_keep=batch.sample_rows,
         ).logits[0]
-        return LogitScores(logits, self._context.head_input)
+        return logits, self._context.head_input
+
+    def _positions(self, batch: Batch) -> torch.Tensor:
+        """[1, T] places in the model's table of positions."""
+        if batch.held is not None:
+            return (batch.held.positions + self.shape.first_position)[None]
+        return torch.as_tensor(batch.positions + self.shape.first_position, device=self._device)[None]
 
 
 def _hook_sublayers(base: LoadedBase, slots: int, kernels: Kernels, context: Context) -> list[BottleneckTable]:

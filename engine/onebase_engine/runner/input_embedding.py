@@ -38,6 +38,10 @@ class InputEmbedding:
         self._virtual.pop(slot, None)
         self._updates.pop(slot, None)
 
+    def touches(self, slots: set[int]) -> bool:
+        """Whether any of these slots has an adapter that changes the embeddings of tokens."""
+        return not self._updates.keys().isdisjoint(slots)
+
     def __call__(self, batch: Batch) -> torch.Tensor:
         """[T, hidden]."""
         hidden: torch.Tensor = self._module(batch.token_ids)

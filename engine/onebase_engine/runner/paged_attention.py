@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from onebase_engine.cache.kv_pages import PagedKV
 from onebase_engine.runner.batching import Context
@@ -43,6 +43,6 @@ def _paged_attention(
 
 
 def register_attention() -> None:
-    """Make `onebase_paged` known to transformers, with no mask: the kernel masks by position."""
+    """Make `onebase_paged` known to transformers, but no mask for it, so that none is made, and no number of the
+    device waited for: the kernel masks by position."""
     AttentionInterface.register(ATTENTION_NAME, _paged_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)

@@ -27,7 +27,7 @@ _COSTS: dict[str, Cost] = {
 
 def render(entries: Sequence[Entry], choice: Choice, title: str) -> str:
     """The page's HTML, which needs no other file."""
-    template = (files("onebase_training.comparison") / "compare.html.jinja").read_text(encoding="utf-8")
+    template = (files("onebase_training.comparison") / "comparison_page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
         title=title,

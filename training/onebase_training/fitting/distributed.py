@@ -49,6 +49,13 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
+def leave_deepspeed() -> None:
+    """Let transformers load a model as without ZeRO-3, once the run's own is trained."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
 @contextmanager
 def gathered(model: nn.Module, *, written: bool = False) -> Iterator[None]:
     """Within it, trained parameters that ZeRO-3 has spread are whole everywhere. All processes must enter.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import peft
 
 from onebase_adapters.errors import ConfigError
-from onebase_adapters.formats.checks import check_base, check_folder
-from onebase_adapters.formats.read_adapter import read_adapter
+from onebase_adapters.formats.checks import check_folder
+from onebase_adapters.formats.read_adapter import check_base, read_adapter
 from onebase_contract.settings import TrainConfig
 from onebase_engine.base.base_spec import Quantization
 from onebase_engine.base.load_base import LoadedBase

@@ -16,7 +16,7 @@ from onebase_training.methods.peft_parts import rewrite
 from onebase_training.model.attached import Attached, ClassHead
 
 LEARNING_RATE = 3e-3
-"""Measured, see docs/decisions/0055: its inputs are hidden states, some of whose numbers are large (SmolLM2's reach 48).
+"""Measured, see docs/decisions/0055. Its inputs are hidden states, some of them large (SmolLM2's reach 48).
 So it takes far less than a prefix does."""
 _SPREAD = 1e-3
 """Of its first weights. The usual 0.02 would let those numbers decide, at random."""

@@ -18,7 +18,7 @@ _WIDTH, _HEIGHT, _LEFT = 800, 260, 48
 
 def render_report(result: TrainResult, hashes: Mapping[str, str]) -> str:
     """The page's HTML. `hashes` has the digest of each file written."""
-    template = (files("onebase_training.report") / "report.html.jinja").read_text(encoding="utf-8")
+    template = (files("onebase_training.report") / "run_page.html.jinja").read_text(encoding="utf-8")
     notes = result.notes
     lengths = sorted(result.lengths)
     data = {**notes["data"], "tokens": sum(lengths)}

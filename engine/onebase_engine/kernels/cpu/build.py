@@ -16,6 +16,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from onebase_engine.kernels.cpu import bottleneck as bottleneck
+from onebase_engine.kernels.cpu import plain_product as plain_product
+from onebase_engine.kernels.cpu import quantize4bit as quantize4bit
+from onebase_engine.kernels.cpu import run_layers as run_layers
+from onebase_engine.kernels.cpu import screen as screen
 from onebase_engine.kernels.cpu.cache import remove_unused, version_folder
 from onebase_engine.kernels.cpu.target import PLAIN, TARGET
 from onebase_engine.kernels.cpu.task import Compiled

@@ -44,7 +44,7 @@ def _version() -> str:
     """A digest of all that compiled code depends on."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for source in [here.parent / "block.py", *sorted(here.glob("*.py"))]:
+    for source in [here.parent / "batch.py", *sorted(here.glob("*.py"))]:
         digest.update(source.read_bytes())
     machine = cpu_target.target_context.codegen().magic_tuple()
     versions = (platform.python_version(), numba.__version__, llvmlite.__version__)

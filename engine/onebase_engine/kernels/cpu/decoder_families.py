@@ -19,7 +19,7 @@ _JOINED = (
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """How a class of transformers' differs from Llama."""
 
     projections: tuple[tuple[str, tuple[str, ...]], ...] = _APART
@@ -32,19 +32,19 @@ class _Kind:
     """Norms' weights are stored as what exceeds 1 and multiply in float32, and the activation is gelu."""
 
 
-_GEMMA3 = _Kind(
+_GEMMA3 = Kind(
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     behind=("post_attention_layernorm", "post_feedforward_layernorm"),
     gemma=True,
 )
 
 
-_MODELS = {
-    "LlamaForCausalLM": _Kind(),
-    "MistralForCausalLM": _Kind(),
-    "Qwen2ForCausalLM": _Kind(),
-    "Qwen3ForCausalLM": _Kind(),
-    "Phi3ForCausalLM": _Kind(_JOINED),
+MODELS = {
+    "LlamaForCausalLM": Kind(),
+    "MistralForCausalLM": Kind(),
+    "Qwen2ForCausalLM": Kind(),
+    "Qwen3ForCausalLM": Kind(),
+    "Phi3ForCausalLM": Kind(_JOINED),
     "Gemma3ForCausalLM": _GEMMA3,
 }
 """transformers' classes whose arithmetic is exactly this file's."""

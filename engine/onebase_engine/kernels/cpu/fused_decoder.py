@@ -6,6 +6,7 @@ against. Projections that share an input run as one product. Only where it is ex
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,17 +18,23 @@ from torch import nn
 from onebase_adapters.base_shape import BaseShape
 from onebase_engine.kernels.batch import Batch, Owners
 from onebase_engine.kernels.cpu import backend as cpu
+from onebase_engine.kernels.cpu import decoder_families as families
 from onebase_engine.kernels.cpu.attention import NO_WINDOW
-from onebase_engine.kernels.cpu.decoder_families import _MODELS, _Kind
+from onebase_engine.kernels.cpu.decoder_families import Kind
 from onebase_engine.kernels.cpu.elementwise import add_rms_norm, gate_mul, rope_attend
 from onebase_engine.kernels.cpu.packed import PackedLinear, packable
 from onebase_engine.kernels.cpu.run_layers import COS, SIN, run_layers
 from onebase_engine.kernels.cpu.tables import BottleneckTable
 from onebase_engine.kernels.interface import Kernels, KeyValuePages
+from onebase_engine.kernels.reference import backend as reference
 from onebase_engine.kernels.site_tables import SiteTables, add_bottlenecks
 
 log = logging.getLogger(__name__)
 
+
+Fused = Callable[[Batch, torch.Tensor], torch.Tensor]
+"""From a batch and its embeddings [T, hidden], which are used up, to the last hidden states [n, hidden] of its
+sample rows, ready for the LM head."""
 
 _LEAST_ANGLES = 2048
 """Positions whose angles are computed at first."""
@@ -116,7 +123,7 @@ class FusedLayer:
     def __init__(
         self,
         layer: Any,
-        kind: _Kind,
+        kind: Kind,
         before: Any,
         projections: list[Projection],
         bottlenecks: list[BottleneckTable],
@@ -136,7 +143,7 @@ class FusedLayer:
         self._cache = (cache.k[attention.layer_idx].data_ptr(), cache.v[attention.layer_idx].data_ptr())
         self._heads = (config.num_attention_heads, cache.kv_heads, cache.dim)
         self._scale = attention.scaling
-        self._window = _window(attention)
+        self._window = window_of(attention) or NO_WINDOW
 
     @property
     def numbers(self) -> list[int]:
@@ -187,7 +194,7 @@ class FusedModel:
     """A decoder's forward pass over a flat batch, without embedding and LM head."""
 
     def __init__(self, model: Any, layers: list[FusedLayer], scratch: Scratch) -> None:
-        decoder, kind = model.model, _MODELS[type(model).__name__]
+        decoder, kind = model.model, families.MODELS[type(model).__name__]
         self._norms = (_weight(decoder.layers[-1], kind.behind[1]), decoder.norm.weight.data_ptr(), kind.gemma)
         self._layers = layers
         self._scratch = scratch
@@ -231,14 +238,20 @@ def _weight(owner: Any, name: str) -> int:
 
 def fuse(
     model: Any, shape: BaseShape, kernels: Kernels, cache: KeyValuePages, slots: int
-) -> tuple[FusedModel, list[SiteTables], list[BottleneckTable]] | None:
+) -> tuple[Fused, list[SiteTables], list[BottleneckTable]] | None:
     """The fused forward of `model`, and the tables of its layers' sites and sublayers; None where it cannot be
     fused."""
-    lacking = _lacking_for_fusion(model, kernels, cache)
+    if kernels is not cpu and kernels is not reference:
+        from onebase_engine.kernels.cuda.fused_decoder import fuse_on_gpu
+
+        return fuse_on_gpu(model, shape, kernels, cache, slots)
+    lacking = (
+        "its kernels are the plain ones" if kernels is reference else lacking_for_fusion(model, cache, packable)
+    )
     if lacking is not None:
         log.info("%s keeps transformers' own layers: %s", type(model).__name__, lacking)
         return None
-    config, kind = model.config, _MODELS[type(model).__name__]
+    config, kind = model.config, families.MODELS[type(model).__name__]
     hidden, heads = config.hidden_size, config.num_attention_heads * cache.dim
     scratch = Scratch(
         hidden, heads + 2 * cache.kv_heads * cache.dim, heads, hidden,
@@ -263,30 +276,29 @@ def fuse(
     return FusedModel(model, layers, scratch), sites, sublayers
 
 
-def _lacking_for_fusion(model: Any, kernels: Kernels, cache: KeyValuePages) -> str | None:
-    if kernels is not cpu:
-        return "the fused ones are made of the fast kernels for CPUs"
-    if type(model).__name__ not in _MODELS:
-        return f"fused ones are known for {', '.join(_MODELS)}"
+def lacking_for_fusion(model: Any, cache: KeyValuePages, fits: Callable[[nn.Module], bool]) -> str | None:
+    """Why the model cannot be fused, if it cannot; `fits`: whether the product takes a linear module."""
+    if type(model).__name__ not in families.MODELS:
+        return f"fused ones are known for {', '.join(families.MODELS)}"
     if not Angles.fit(model.model.rotary_emb, cache.dim):
         return "its rotary embedding depends on the longest sequence, or turns a part of each head"
-    config, gemma = model.config, _MODELS[type(model).__name__].gemma
+    config, gemma = model.config, families.MODELS[type(model).__name__].gemma
     wanted = "gelu_pytorch_tanh" if gemma else "silu"
     if (found := getattr(config, "hidden_activation", None) or config.hidden_act) != wanted:
         return f"the fused ones have {wanted}, not {found}"
     if getattr(config, "attn_logit_softcapping", None) or getattr(config, "use_bidirectional_attention", None):
         return "the fused ones have no soft cap on scores, and look back only"
-    if not all(_fusable(layer) for layer in model.model.layers):
+    if not all(_fusable(layer, fits) for layer in model.model.layers):
         return "the fused ones take bfloat16 with linear modules in 4 bits, in sizes that pack"
     return None
 
 
-def _window(attention: Any) -> int:
+def window_of(attention: Any) -> int | None:
     """How far back a layer sees: where layers may differ, each knows its own."""
     owner = attention if hasattr(attention, "sliding_window") else attention.config
-    return getattr(owner, "sliding_window", None) or NO_WINDOW
+    return getattr(owner, "sliding_window", None) or None
 
 
-def _fusable(layer: Any) -> bool:
+def _fusable(layer: Any, fits: Callable[[nn.Module], bool]) -> bool:
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    return all(packable(linear) for linear in linears) and layer.input_layernorm.weight.dtype == torch.bfloat16
+    return all(fits(linear) for linear in linears) and layer.input_layernorm.weight.dtype == torch.bfloat16

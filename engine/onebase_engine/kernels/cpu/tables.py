@@ -59,8 +59,10 @@ class LowRankTable:
         self.spans = np.zeros(slots, np.int64)
         """Bytes from a slot's A to the end of its last B, which lie in a row."""
         self.widest = 0
-        """The largest sum of a slot's ranks."""
+        """Room for the largest sum of a slot's ranks that there has been: it grows in steps and never shrinks,
+        because captured steps (see `model.replay`) are made for it."""
         self._rows: torch.Tensor | None = None
+        self._stale = True
         self._paired_columns = paired_columns
         self._arenas: dict[int, Arena] = {}
         """By slot: what the addresses point into."""
@@ -116,17 +118,18 @@ class LowRankTable:
         self._changed()
 
     def _changed(self) -> None:
-        self.widest = int(self.ranks.sum(0).max())
-        self._rows = None
+        self.widest = max(self.widest, _rounded(int(self.ranks.sum(0).max()), _LANES))
+        self._stale = True
 
     def rows_on(self, device: torch.device) -> torch.Tensor:
         """All of this on `device`, [slots, 2 + 4 * sites] int64: for each slot the address of A, those of each B,
-        the ranks, the bits of the scales, and the columns."""
-        if self._rows is None:
+        the ranks, the bits of the scales, and the columns. It stays where it is."""
+        if self._stale or self._rows is None:
             bits = self.scales.view(np.int32)
             columns = np.repeat(self.columns[:, None], len(self.a), axis=1)
-            rows = np.concatenate([self.a[None], self.b, self.ranks, bits, columns])
-            self._rows = torch.from_numpy(rows.T.copy()).to(device)
+            rows = torch.from_numpy(np.concatenate([self.a[None], self.b, self.ranks, bits, columns]).T.copy())
+            self._rows = rows.to(device) if self._rows is None else self._rows.copy_(rows)
+            self._stale = False
         return self._rows
 
     @property

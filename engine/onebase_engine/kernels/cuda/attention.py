@@ -43,7 +43,7 @@ def _attend(
     BLOCK: tl.constexpr,
     OPERAND: tl.constexpr,
 ) -> None:
-    """Program (item, kv head, which TOKENS of the item's tokens). WIDTH is DIM rounded up to a power of two."""
+    """Program (item, kv head, which TOKENS of the item's tokens). WIDTH is a power of two from DIM up."""
     item = items + tl.program_id(0) * 3
     head = tl.program_id(1)
     sequence = tl.load(item).to(tl.int64)
@@ -69,14 +69,15 @@ def _attend(
             start = tl.maximum(tl.load(positions + first) - WINDOW + 1, 0) // KEYS * KEYS
         for step in range(start, end, KEYS):
             at = step + tl.arange(0, KEYS)
-            # Not past the last key that anyone wrote: what lies behind it may be no number.
-            written = at < end
-            block = tl.load(tables + sequence * blocks + at // BLOCK, mask=written, other=0).to(tl.int64)
+            block = tl.load(tables + sequence * blocks + at // BLOCK, mask=at < end, other=0).to(tl.int64)
             page = (block * kv_heads + head) * (DIM * BLOCK)
             offset = at % BLOCK
+            # A page's keys lie side by side in each dimension. They are loaded to its end: scores of those that
+            # nobody wrote are not seen.
+            keys_at = k_cache + page[None, :] + d[:, None] * BLOCK + offset[None, :]
             keys = tl.load(
-                k_cache + page[None, :] + d[:, None] * BLOCK + offset[None, :],
-                mask=written[None, :] & (d[:, None] < DIM),
+                tl.max_contiguous(tl.multiple_of(keys_at, (BLOCK, BLOCK)), (1, BLOCK)),
+                mask=(at // BLOCK * BLOCK < end)[None, :] & (d[:, None] < DIM),
                 other=0.0,
             )
             scores = tl.dot(query, keys.to(OPERAND), input_precision="ieee") * scale
@@ -93,9 +94,10 @@ def _attend(
             faded = tl.exp(highest - level)
             highest = raised
             total = total * faded + tl.sum(weights, axis=1)
+            # What was not written may be no number, which a weight of nothing does not undo.
             values = tl.load(
                 v_cache + page[:, None] + offset[:, None] * DIM + d[None, :],
-                mask=written[:, None] & (d[None, :] < DIM),
+                mask=(at < end)[:, None] & (d[None, :] < DIM),
                 other=0.0,
             )
             sums = tl.dot(weights.to(OPERAND), values.to(OPERAND), sums * faded[:, None], input_precision="ieee")
@@ -117,7 +119,9 @@ def attend(
     heads, dim = q.shape[1:]
     kv_heads = k_cache.shape[1]
     group = heads // kv_heads
-    width = triton.next_power_of_2(dim)
+    # Not under 64: narrower values are swizzled otherwise than keys are, and ptxas 12.8 (triton 3.6 and 3.7) then
+    # takes the values' place in shared memory from a register that holds something else.
+    width = max(64, triton.next_power_of_2(dim))
     # The largest square of scores that leaves the registers enough for the sums, on every GPU since Ampere.
     side = 64 if width <= 128 else 32
     tokens = max(1, min(QUERY_TOKENS, side // group))
@@ -127,7 +131,7 @@ def attend(
         q, out, k_cache, v_cache, batch.items, batch.positions, batch.visible, batch.tables, q.stride(0), kv_heads,
         batch.tables.shape[1], scale, WINDOW=window or 0, SOFTCAP=softcap or 0.0, GROUP=group, DIM=dim,
         WIDTH=width, TOKENS=tokens, ROWS=max(16, triton.next_power_of_2(tokens * group)), KEYS=side, BLOCK=BLOCK,
-        OPERAND=OPERAND, num_warps=4 if width <= 64 else 8, num_stages=2,
+        OPERAND=OPERAND, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 

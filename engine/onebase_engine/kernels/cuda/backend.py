@@ -20,7 +20,7 @@ def attention_items(query_start: np.ndarray, positions: np.ndarray, kv_heads: in
 
 def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRankTable) -> None:
     """As `reference.add_low_rank`."""
-    if table.touches(owners.slots):
+    if table.widest:  # not only for these rows' adapters: a captured step must do for any
         lowrank.add_low_rank(x, y, owners.tiles_on(x.device), table)
 
 

@@ -25,11 +25,11 @@ TILE = 16
 """Rows in a tile, at most: what a tensor core takes at least."""
 _SPAN = 1024
 """Input columns that one program of `_shrink` sums over: enough programs for a whole GPU with a single tile."""
-_DEPTH = 128
+_DEPTH = 512
 """Input columns in one product."""
 _RANKS = 16
 """Ranks in one product."""
-_COLUMNS = 64
+_COLUMNS = 256
 """Output columns of one program of `_expand`."""
 
 
@@ -148,7 +148,7 @@ def _expand(
             known = (row[:, None] >= 0) & (r[None, :] < rank)
             source = hidden + row[:, None] * width + first + r[None, :]
             inner = tl.load(source, mask=known, other=0.0)
-            for _ in range(1, SPANS):
+            for _ in tl.static_range(1, SPANS):
                 source += rows * width
                 inner += tl.load(source, mask=known, other=0.0)
             if ACTIVATED:

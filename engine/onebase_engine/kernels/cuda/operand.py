@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
-OPERAND = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+OPERAND = tl.float32 if INTERPRETED else tl.bfloat16
 """Tensor cores take bfloat16 and sum in float32. The interpreter, which would multiply its bits as integers, gets
 the same numbers in float32."""

@@ -1,0 +1,184 @@
+"""`fused` on GPUs: decoders of the Llama kind with some ten kernels a layer, and projections that share an input as
+one product and one low-rank update."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from onebase_adapters.base_shape import BaseShape
+from onebase_engine.kernels.batch import Batch, Owners
+from onebase_engine.kernels.bitsandbytes_import import Linear4bit
+from onebase_engine.kernels.cpu import decoder_families as families
+from onebase_engine.kernels.cpu.decoder_families import Kind
+from onebase_engine.kernels.cpu.fused_decoder import Angles, lacking_for_fusion, window_of
+from onebase_engine.kernels.cpu.tables import BottleneckTable
+from onebase_engine.kernels.cuda.elementwise import add_rms_norm, gate_mul, rope_write
+from onebase_engine.kernels.cuda.matmul4bit import Packed, multiplies
+from onebase_engine.kernels.interface import Kernels, KeyValuePages
+from onebase_engine.kernels.site_tables import SiteTables, add_bottlenecks
+
+log = logging.getLogger(__name__)
+
+
+class Joined:
+    """Plain linear modules with the same input as one, of which they keep views."""
+
+    def __init__(self, modules: Sequence[Any]) -> None:
+        self._weight = torch.cat([module.weight.data for module in modules])
+        self._bias = None
+        if modules[0].bias is not None:
+            self._bias = torch.cat([module.bias.data for module in modules])
+        row = 0
+        for module in modules:
+            module.weight.data = self._weight[row : row + module.out_features]
+            row += module.out_features
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] to [rows, out]."""
+        return linear(x, self._weight, self._bias)
+
+
+class Projection:
+    """Linear sites that share an input: the base's product between the adapters' changes of input and output."""
+
+    def __init__(self, modules: list[Any], tables: SiteTables, kernels: Kernels) -> None:
+        self._multiply = Packed(modules) if isinstance(modules[0], Linear4bit) else Joined(modules)
+        self._modules = modules
+        self._tables = tables
+        self._kernels = kernels
+
+    def __call__(self, x: torch.Tensor, owners: Owners) -> torch.Tensor:
+        """x [rows, in] to [rows, out], contiguous bfloat16."""
+        if owners.affine and len(self._modules) == 1:
+            x = self._tables.change_input(x, owners)
+        y = self._multiply(x)
+        if not len(owners.tiles):
+            return y
+        if owners.affine and len(self._modules) > 1:
+            self._tables.recompute(x, y, owners, self._modules)
+        self._kernels.add_low_rank(x, y, owners, self._tables.low_rank)
+        if owners.affine:
+            self._tables.change_output(y, owners)
+        return y
+
+
+class GpuLayer:
+    """x + attention(norm(x)), then + mlp(norm(...)). What a layer adds last is left for the next one to add."""
+
+    def __init__(
+        self,
+        layer: Any,
+        kind: Kind,
+        before: Any,
+        projections: list[Projection],
+        bottlenecks: list[BottleneckTable],
+        cache: KeyValuePages,
+        kernels: Kernels,
+    ) -> None:
+        """`before`: the layer whose output it reads, None for the first."""
+        attention = layer.self_attn
+        self._qkv, self._o, self._gate_up, self._down = projections
+        self._after_attention, self._after_mlp = bottlenecks
+        self._norms = [layer.get_submodule(name).weight.data for name in kind.norms]
+        self._behind = (_weight(before, kind.behind[1]), _weight(layer, kind.behind[0]))
+        norms = _weight(attention, "q_norm"), _weight(attention, "k_norm")
+        self._head_norms = None if norms[0] is None or norms[1] is None else (norms[0], norms[1])
+        self._gemma = kind.gemma
+        self._eps = attention.config.rms_norm_eps
+        self._cache = cache.k[attention.layer_idx], cache.v[attention.layer_idx]
+        self._scale = attention.scaling
+        self._window = window_of(attention)
+        self._kernels = kernels
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        change: torch.Tensor | None,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        batch: Batch,
+    ) -> torch.Tensor:
+        """`x` [T, hidden] is changed in place, `change` is what the layer before left; returns what this leaves."""
+        owners, gemma, eps = batch.owners, self._gemma, self._eps
+        normed = add_rms_norm(x, change, self._behind[0], self._norms[0], eps, gemma=gemma)
+        qkv = self._qkv(normed, owners)
+        q = rope_write(qkv, self._head_norms, angles, *self._cache, batch.on_device, eps, gemma=gemma)
+        attended = self._kernels.attend(q, *self._cache, batch, self._scale, self._window)
+        change = self._o(attended.view(len(x), -1), owners)
+        if owners.bottleneck:
+            add_bottlenecks(normed, change, owners, self._after_attention, self._kernels)
+        normed = add_rms_norm(x, change, self._behind[1], self._norms[1], eps, gemma=gemma)
+        change = self._down(gate_mul(self._gate_up(normed, owners), gelu=gemma), owners)
+        if owners.bottleneck:
+            add_bottlenecks(normed, change, owners, self._after_mlp, self._kernels)
+        return change
+
+
+class GpuModel:
+    """A decoder's forward pass over a flat batch, without embedding and LM head."""
+
+    def __init__(self, model: Any, layers: list[GpuLayer], context: int, device: torch.device) -> None:
+        decoder, self._kind = model.model, families.MODELS[type(model).__name__]
+        self._layers = layers
+        self._behind = _weight(decoder.layers[-1], self._kind.behind[1])
+        self._norm = decoder.norm.weight.data
+        self._eps = model.config.rms_norm_eps
+        types = [Angles.layer_type(decoder.rotary_emb, layer.self_attn) for layer in decoder.layers]
+        like, positions = self._norm[:0], torch.arange(context, device=device)[None]
+        tables = {}
+        for kind in dict.fromkeys(types):
+            options = {} if kind is None else {"layer_type": kind}
+            cos, sin = decoder.rotary_emb(like, positions, **options)
+            tables[kind] = (cos[0].contiguous(), sin[0].contiguous())
+        self._angles = [tables[kind] for kind in types]
+
+    def __call__(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """As `Fused`."""
+        change = None
+        for layer, angles in zip(self._layers, self._angles, strict=True):
+            change = layer(hidden, change, angles, batch)
+        wanted = batch.sample_rows
+        last = None if change is None else change[wanted]
+        return add_rms_norm(hidden[wanted], last, self._behind, self._norm, self._eps, gemma=self._kind.gemma)
+
+
+def _weight(owner: Any, name: str) -> torch.Tensor | None:
+    """A norm's weight, where there is one."""
+    norm = getattr(owner, name, None) if name else None
+    return None if norm is None else norm.weight.data
+
+
+def fuse_on_gpu(
+    model: Any, shape: BaseShape, kernels: Kernels, cache: KeyValuePages, slots: int
+) -> tuple[GpuModel, list[SiteTables], list[BottleneckTable]] | None:
+    """As `fused.fuse`."""
+    lacking = lacking_for_fusion(model, cache, _fits)
+    if lacking is not None:
+        log.info("%s keeps transformers' own layers: %s", type(model).__name__, lacking)
+        return None
+    kind, device = families.MODELS[type(model).__name__], cache.k[0].device
+    layers, sites, sublayers = [], [], []
+    for index, layer in enumerate(model.model.layers):
+        projections = []
+        for owner, names in kind.projections:
+            group = [shape.sites[f"model.layers.{index}.{owner}.{name}"] for name in names]
+            tables = SiteTables(group, slots, kernels, device)
+            modules = [layer.get_submodule(f"{owner}.{name}") for name in names]
+            projections.append(Projection(modules, tables, kernels))
+            sites.append(tables)
+        bottlenecks = [
+            BottleneckTable(f"model.layers.{index}.{owner}", slots, device, transposed=kernels.TRANSPOSED_DOWN)
+            for owner in ("self_attn", "mlp")
+        ]
+        before = model.model.layers[index - 1] if index else None
+        layers.append(GpuLayer(layer, kind, before, projections, bottlenecks, cache, kernels))
+        sublayers += bottlenecks
+    return GpuModel(model, layers, shape.context, device), sites, sublayers
+
+
+def _fits(module: nn.Module) -> bool:
+    """Whether a linear module's product is known here; those of a model are all of one kind."""
+    return multiplies(module) or (type(module) is nn.Linear and module.weight.dtype == torch.bfloat16)
