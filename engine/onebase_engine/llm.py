@@ -37,6 +37,10 @@ from onebase_engine.text.tokenizer import load_codec
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
 """Text, or token ids."""
+Names = str | Sequence[str | None] | None
+"""One adapter for all prompts, or one for each; None is the base alone."""
+Settings = SamplingParams | Sequence[SamplingParams] | None
+"""One for all prompts, or one for each."""
 
 _WAKE_SECONDS = 0.05
 """So often an engine that waits for an adapter or a grammar is looked after, even if nothing wakes it."""
@@ -158,8 +162,8 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        adapter: str | None | Sequence[str | None] = None,
+        sampling_params: Settings = None,
+        adapter: Names = None,
     ) -> list[RequestOutput]:
         """Continue one prompt or several, together. Settings and adapter are for all of them, or one for each.
 
@@ -171,8 +175,8 @@ class LLM:
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        adapter: str | None | Sequence[str | None] = None,
+        sampling_params: Settings = None,
+        adapter: Names = None,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
@@ -223,9 +227,7 @@ class LLM:
             for (one, labels), output in zip(found, outputs, strict=True)
         ]
 
-    def embed(
-        self, prompts: Prompt | Sequence[Prompt], adapter: str | None | Sequence[str | None] = None
-    ) -> list[tuple[float, ...]]:
+    def embed(self, prompts: Prompt | Sequence[Prompt], adapter: Names = None) -> list[tuple[float, ...]]:
         """The mean of each prompt's last hidden states, of length 1. Raises as `generate`."""
         return [output.embedding for output in self._read(self._asked_all(_listed(prompts), adapter), "embed")]
 
@@ -233,7 +235,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         continuations: Prompt | Sequence[Prompt],
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: Names = None,
     ) -> list[ScoreOutput]:
         """How likely each continuation is after its prompt; one of either may be for all of the other. A token of
         room must be left in the context. Raises as `generate`."""
@@ -256,10 +258,10 @@ class LLM:
             scores.append(ScoreOutput(sum(entry.logprob for entry in logprobs), tokens, logprobs))
         return scores
 
-    def _generate(
-        self, asked: Sequence[_Asked], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[RequestOutput]:
-        params = _each(SamplingParams() if sampling_params is None else sampling_params, len(asked), "sampling_params")
+    def _generate(self, asked: Sequence[_Asked], sampling_params: Settings) -> list[RequestOutput]:
+        params = _each(
+            SamplingParams() if sampling_params is None else sampling_params, len(asked), "sampling_params"
+        )
         answers = [self._answers(one, its) for one, its in zip(asked, params, strict=True)]
         flat = [answer for group in answers for answer in group]
         texts = [""] * len(flat)
@@ -308,7 +310,9 @@ class LLM:
     def _request(self, asked: _Asked, params: SamplingParams, task: Task = "generate") -> EngineRequest:
         return EngineRequest(str(next(self._numbers)), asked.tokens, params, asked.adapter.digest, task=task)
 
-    def _run(self, answers: Sequence[Answer], fields: Sequence[str]) -> Generator[tuple[int, Output, str], None, None]:
+    def _run(
+        self, answers: Sequence[Answer], fields: Sequence[str]
+    ) -> Generator[tuple[int, Output, str], None, None]:
         """Each output with its answer's number and its new text, until all have ended."""
         with closing(self._outputs([answer.request for answer in answers], fields)) as outputs:
             for at, output in outputs:
@@ -382,7 +386,7 @@ class LLM:
             else:
                 self._engine.abort(request_id)
 
-    def _asked_all(self, prompts: Sequence[Prompt], adapter: str | None | Sequence[str | None]) -> list[_Asked]:
+    def _asked_all(self, prompts: Sequence[Prompt], adapter: Names) -> list[_Asked]:
         loaded = self._named(adapter, len(prompts))
         return [
             self._asked(prompt, its, _field("prompts", number, len(prompts)))
@@ -429,7 +433,7 @@ class LLM:
             if not 0 <= token < vocabulary:
                 raise ConfigError(f"Token {token} is not in the vocabulary of {vocabulary} tokens.", field=field)
 
-    def _named(self, adapter: str | None | Sequence[str | None], number: int) -> list[_Loaded]:
+    def _named(self, adapter: Names, number: int) -> list[_Loaded]:
         return [self._find(name, "adapter") for name in _each(adapter, number, "adapter")]
 
     def _find(self, name: str | None, field: str) -> _Loaded:
@@ -471,7 +475,9 @@ def _each(values: Any, number: int, field: str) -> list[Any]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         return [values] * number
     if len(values) != number:
-        raise ConfigError(f"{field} has {len(values)} entries for {number}: give one, or one for each.", field=field)
+        raise ConfigError(
+            f"{field} has {len(values)} entries for {number}: give one, or one for each.", field=field
+        )
     return list(values)
 
 

@@ -1,17 +1,20 @@
 """`onebase.LLM`: many prompts and adapters in one call, text as the API has it, and nothing left behind."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import onebase
 from onebase import LLM, SamplingParams
 from onebase_adapters.errors import (
     AdapterError,
@@ -32,7 +35,7 @@ BEFORE, AFTER, TURN = "Question: ", "\nAnswer:", "You answer."
 def save_template(folder: Path, **config: object) -> Path:
     folder.mkdir()
     save_file({}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "HARD_PROMPT", **config}))
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "TEMPLATE", **config}))
     return folder
 
 
@@ -42,8 +45,6 @@ def save_head(folder: Path, model: Path, kind: str) -> Path:
     config = json.loads((folder / "adapter_config.json").read_text())
     task = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}[kind]
     (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": task}))
-    from safetensors.torch import load_file
-
     tensors = load_file(folder / "adapter_model.safetensors")
     name = "score" if kind == "sequence" else "classifier"
     tensors[f"base_model.model.{name}.weight"] = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
@@ -302,6 +303,21 @@ def test_an_encoder_decoder_generates_and_does_nothing_else(tiny_model: Callable
     with pytest.raises(ConfigError, match="closed"):
         llm.generate(PROMPTS[0], GREEDY)
     llm.close()
+
+
+def test_the_readmes_example_runs(
+    llama: Path, loras: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "import LLM" in block]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").symlink_to(loras[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(onebase, "LLM", partial(LLM, str(llama), device="cpu", cache_gib=0.01))
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("mine ")
+    assert printed.split()[-1] == "64"
 
 
 def test_importing_onebase_imports_no_torch() -> None:
