@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -395,12 +396,10 @@ class LLM:
 
     def _asked(self, prompt: Prompt, adapter: _Loaded, field: str) -> _Asked:
         template = adapter.info.template if adapter.info is not None else None
-        if isinstance(prompt, str):
-            text = templated(template, prompt)
-            tokens = self._encode(text, field)
-        else:
-            text = None
-            tokens = templated_tokens(self._codec, template, prompt)
+        text = templated(template, prompt) if isinstance(prompt, str) else None
+        tokens = self._encode(prompt if text is None else text, field)
+        if text is None:
+            tokens = templated_tokens(self._codec, template, tokens)
         self._check(tokens, field)
         return _Asked(text, tuple(tokens), adapter, field)
 
@@ -415,7 +414,9 @@ class LLM:
 
     def _encode(self, prompt: Prompt, field: str, *, special: bool = True) -> list[int]:
         if not isinstance(prompt, str):
-            return list(prompt)
+            if not isinstance(prompt, Sequence) or not all(isinstance(token, Integral) for token in prompt):
+                raise ConfigError(f"{field} must be text or token ids, not {type(prompt).__name__}.", field=field)
+            return [int(token) for token in prompt]
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
@@ -466,7 +467,7 @@ def _completed(
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as several."""
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
     return [prompts] if one else list(prompts)  # type: ignore[list-item,arg-type]  # as was just checked
 
 

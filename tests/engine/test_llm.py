@@ -224,6 +224,7 @@ def test_a_score_is_the_sum_of_what_was_generated_with(name: str | None, llm: LL
         (lambda llm: llm.generate(["a", ""], GREEDY), ConfigError, "prompts[1]", "empty"),
         (lambda llm: llm.generate([9999], GREEDY), ConfigError, "prompts", "vocabulary"),
         (lambda llm: llm.generate([-1], GREEDY), ConfigError, "prompts", "vocabulary"),
+        (lambda llm: llm.generate([{"prompt": "a"}]), ConfigError, "prompts", "text or token ids"),
         (lambda llm: llm.generate("\ud800", GREEDY), ConfigError, "prompts", "surrogate"),
         (lambda llm: llm.generate(["a", [5] * 300], GREEDY), GenerationError, "prompts[1]", "context holds 256"),
         (lambda llm: llm.generate(["a", "b"], [GREEDY]), ConfigError, "sampling_params", "one for each"),
