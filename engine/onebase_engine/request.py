@@ -1,8 +1,9 @@
 """What a request asks of the engine, in tokens. Plain values, shared by the API's side and the engine's."""
 
-from typing import Literal
+from typing import Literal, Self
 
 import msgspec
+from msgspec.structs import replace
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Task = Literal["generate", "classify", "embed"]
@@ -35,6 +36,14 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """The same for the prompt's tokens (the first has none)."""
     grammar: str | None = None
     """What the output has to follow, as llguidance writes it; the end is chosen where the grammar allows it."""
+
+    def of_choice(self, number: int) -> Self:
+        """For one of several sequences of a prompt: of a seed each has its own, so that they differ and can be had
+        again."""
+        if self.seed is None or not number:
+            return self
+        # Within 64 bits, as the engine takes it.
+        return replace(self, seed=(self.seed + number + 2**63) % 2**64 - 2**63)
 
 
 class Part(msgspec.Struct, frozen=True):

@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, RobertaConfig
 
+from onebase import LLM
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.catalog import fetch_base
 from onebase_engine.base.load_base import load_base, quiet_loading
 from onebase_engine.engine import Engine
 from onebase_engine.engine_config import EngineConfig
 from onebase_engine.request import EngineRequest, Output, SamplingParams
+from onebase_engine.text.answer import GenerationError
 from support.tokenizer import save_tokenizer
 
 LABELS = ["a", "b", "c"]
@@ -163,3 +165,14 @@ def test_minilm_in_four_bits_is_near_itself() -> None:
         expected = torch.nn.functional.normalize(exact(torch.tensor([ids])).last_hidden_state[0].mean(0), dim=0)
         assert float(vectors[-1] @ expected) > 0.95
     assert float(vectors[0] @ vectors[1]) > float(vectors[0] @ vectors[2]) + 0.2
+
+
+def test_from_python_an_encoder_embeds_and_generates_nothing(folder: Path, engine: Engine) -> None:
+    with LLM(str(folder), quantization="none", device="cpu", cache_gib=0.01) as llm:
+        (vector,) = llm.embed([5, 6, 7])
+        (own,) = run(engine, EngineRequest("same", (5, 6, 7), SamplingParams(), task="embed")).values()
+        assert vector == own.embedding
+        for ask in (llm.generate, lambda prompt: list(llm.stream(prompt)), lambda prompt: llm.score(prompt, "b")):
+            with pytest.raises(GenerationError, match="is an encoder") as caught:
+                ask("a")
+            assert caught.value.kind == "task"

@@ -83,7 +83,7 @@ class TextCodec:
 
         if self.chat_template is None:
             raise ChatTemplateError(
-                "The base model has no chat template; use /v1/completions with the prompt written out."
+                "The base model has no chat template: write the prompt out, and ask for a completion of it."
             )
         try:
             rendered, _ = render_jinja_template(

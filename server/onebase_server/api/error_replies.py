@@ -17,7 +17,7 @@ from onebase_adapters.errors import (
     OneBaseError,
     StorageError,
 )
-from onebase_engine.request import Output
+from onebase_engine.text.answer import GenerationError
 from onebase_server.engine_process.engine_client import EngineUnavailableError, QueueFullError
 from onebase_server.jobs.job_store import FileInUseError, UnknownFileError, UnknownJobError
 from onebase_server.logs import note
@@ -39,14 +39,6 @@ class UnauthorizedError(OneBaseError):
 
 class ForbiddenError(OneBaseError):
     """The server is not set up to allow this to anyone."""
-
-
-class GenerationError(OneBaseError):
-    """The engine ended an accepted request without an answer. `kind` is the output's `error_kind`."""
-
-    def __init__(self, message: str, *, kind: str) -> None:
-        super().__init__(message, field="adapters" if kind == "composition" else None)
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -143,13 +135,6 @@ def noted(reply: ErrorReply) -> ErrorReply:
     """The same, once the request's log line knows of it."""
     note(error=reply.code or reply.type)
     return reply
-
-
-def generation_error(output: Output) -> GenerationError:
-    """The error for an Output that ends a request with `error` or `abort`."""
-    if output.finish_reason == "abort":
-        return GenerationError("The server is shutting down.", kind="shutting_down")
-    return GenerationError(output.error or "The engine failed.", kind=output.error_kind or "internal")
 
 
 def _reply_to_validation(errors: Sequence[Mapping[str, Any]]) -> ErrorReply:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from onebase_engine.request import TokenLogprobs
+from onebase_engine.text.hard_prompt import templated
 from onebase_server.api.adapters.composition import target_of
 from onebase_server.api.adapters.directory import Target
 from onebase_server.api.auth import Tenant
@@ -18,7 +19,7 @@ from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.error_replies import InvalidRequestError
 from onebase_server.api.generation.choices import Choice, make_choices, run_all, usage_of
 from onebase_server.api.generation.logprobs import CompletionLogprobs, joined
-from onebase_server.api.generation.prompts import prompt_tokens, templated
+from onebase_server.api.generation.prompts import prompt_tokens
 from onebase_server.api.generation.sampling_params import fit, sampling
 from onebase_server.api.generation.structured_output import grammar_of
 from onebase_server.api.schemas import answers as doc
@@ -225,5 +226,5 @@ def _echo(
     if not body.echo:
         return ""
     if isinstance(prompt, str):
-        return templated(target, prompt)
+        return templated(target.template, prompt)
     return services.codec.decode(tokens, skip_special=body.skip_special_tokens is not False)

@@ -15,12 +15,14 @@ from starlette.responses import Response
 
 from onebase_engine.engine_info import HeadInfo
 from onebase_engine.request import EngineRequest, Output, SamplingParams, Task
+from onebase_engine.text.answer import GenerationError, generation_error
+from onebase_engine.text.hard_prompt import templated
 from onebase_server.api.adapters.composition import target_of
 from onebase_server.api.adapters.directory import Target
 from onebase_server.api.auth import Tenant
 from onebase_server.api.disconnect import unless_disconnected
-from onebase_server.api.error_replies import GenerationError, InvalidRequestError, generation_error
-from onebase_server.api.generation.prompts import check_prompt, check_unicode, prompt_tokens, templated
+from onebase_server.api.error_replies import InvalidRequestError
+from onebase_server.api.generation.prompts import check_prompt, check_unicode, prompt_tokens
 from onebase_server.api.generation.sampling_params import fit
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
@@ -108,7 +110,7 @@ async def _placed_tokens(
     if not isinstance(prompt, str):
         return await prompt_tokens(services, target, prompt, add_special_tokens=False, field=field), None
     check_unicode(prompt, field)
-    text = templated(target, prompt)
+    text = templated(target.template, prompt)
     tokens, places = await asyncio.to_thread(services.codec.encode_with_places, text)
     check_prompt(services, tokens, field=field)
     before = len(target.template.before) if target.template is not None else 0

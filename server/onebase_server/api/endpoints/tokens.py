@@ -4,9 +4,10 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
+from onebase_engine.text.hard_prompt import templated
 from onebase_server.api.adapters.composition import target_of
 from onebase_server.api.auth import require_key
-from onebase_server.api.generation.prompts import check_prompt, encode, render_chat, templated
+from onebase_server.api.generation.prompts import check_prompt, encode, render_chat
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
@@ -21,7 +22,11 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     services = services_of(request)
     target = target_of(services.adapters, body)
     if body.prompt is not None:
-        text, special, field = templated(target, body.prompt), body.add_special_tokens is not False, "prompt"
+        text, special, field = (
+            templated(target.template, body.prompt),
+            body.add_special_tokens is not False,
+            "prompt",
+        )
     else:
         text = render_chat(
             services,

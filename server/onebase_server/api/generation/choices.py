@@ -7,10 +7,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from onebase_engine.request import EngineRequest, Output, TokenLogprobs
+from onebase_engine.request import EngineRequest, Output
+from onebase_engine.text.answer import Answer, GenerationError
 from onebase_engine.text.stop_strings import OutputText
 from onebase_server.api.adapters.directory import Target
-from onebase_server.api.error_replies import GenerationError, generation_error
 from onebase_server.api.prometheus import SequenceTimer
 from onebase_server.api.schemas.generation import Generation
 from onebase_server.api.services import Services
@@ -18,65 +18,18 @@ from onebase_server.engine_process.engine_client import EngineClient
 from onebase_server.logs import note
 
 
-class Choice:
-    """A request to the engine, and what has come of it so far."""
+class Choice(Answer):
+    """An answer that is timed."""
 
-    __slots__ = (
-        "cached_tokens",
-        "completion_tokens",
-        "finish_reason",
-        "index",
-        "new_logprobs",
-        "prompt_logprobs",
-        "request",
-        "stop_reason",
-        "text",
-        "timer",
-    )
+    __slots__ = ("timer",)
 
     def __init__(self, index: int, request: EngineRequest, text: OutputText, timer: SequenceTimer) -> None:
-        self.index = index
-        self.request = request
-        self.text = text
+        super().__init__(index, request, text)
         self.timer = timer
-        self.completion_tokens = 0
-        """All that were generated for it: those that a stop string cut off, and the end-of-sequence token, too."""
-        self.cached_tokens = 0
-        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-        self.new_logprobs: Sequence[TokenLogprobs] = ()
-        """Of the tokens in the latest output."""
-        self.finish_reason: str | None = None
-        self.stop_reason: str | int | None = None
-        """The stop string or stop token that ended it (vLLM's field); None for the model's own end."""
 
     def take(self, output: Output) -> str:
-        """Add an output; returns the text that may now be shown. Raises GenerationError if it is a bad ending."""
-        if output.cached_tokens:
-            self.cached_tokens = output.cached_tokens
         self.timer.waited = output.waited or self.timer.waited
-        if output.prompt_logprobs is not None:
-            self.prompt_logprobs = output.prompt_logprobs
-        before = self.text.tokens
-        shown = self.text.push(output.tokens) if output.tokens else ""
-        if output.logprobs:
-            self.new_logprobs = output.logprobs[: self.text.tokens - before]
-        else:
-            self.new_logprobs = ()
-        self.completion_tokens = self.text.tokens
-        reason = output.finish_reason
-        if reason is not None and self.text.stop is None:
-            if reason not in ("stop", "length"):
-                raise generation_error(output)
-            shown += self.text.finish()
-            self.finish_reason = reason
-            if output.stop_token is not None:
-                self.completion_tokens += 1
-                if output.stop_token in self.request.sampling.stop_token_ids:
-                    self.stop_reason = output.stop_token
-        if self.text.stop is not None:
-            self.finish_reason = "stop"
-            self.stop_reason = self.text.stop
-        return shown
+        return super().take(output)
 
 
 Show = Callable[[Choice, str], Awaitable[None]]
@@ -86,14 +39,11 @@ Show = Callable[[Choice, str], Awaitable[None]]
 def make_choices(
     services: Services, body: Generation, target: Target, request: EngineRequest, count: int, first_index: int
 ) -> list[Choice]:
-    """`count` sequences of one prompt, under `target`. Of a seed each has its own, so that they differ and can be
-    had again."""
+    """`count` sequences of one prompt, under `target`."""
     choices = []
     stops = (*(body.stop or ()), *(target.template.stop if target.template is not None else ()))
     for index in range(first_index, first_index + count):
-        sampling = request.sampling
-        if sampling.seed is not None and index > first_index:
-            sampling = replace(sampling, seed=_wrap(sampling.seed + index - first_index))
+        sampling = request.sampling.of_choice(index - first_index)
         text = OutputText(
             services.codec.detokenizer(request.prompt, skip_special=body.skip_special_tokens is not False),
             stops,
@@ -104,11 +54,6 @@ def make_choices(
         timer = services.metrics.sequence(target.label, len(request.prompt))
         choices.append(Choice(index, own, text, timer))
     return choices
-
-
-def _wrap(seed: int) -> int:
-    """Keep a seed within 64 bits, as the engine takes it."""
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 async def run_all(engine: EngineClient, choices: Sequence[Choice], show: Show) -> None:

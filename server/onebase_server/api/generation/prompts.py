@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onebase_engine.text.hard_prompt import one_system_turn, templated, templated_tokens, templated_turns
 from onebase_server.api.adapters.directory import Target
 from onebase_server.api.error_replies import InvalidRequestError
 from onebase_server.api.generation.tools import instructions, spelled_out
@@ -21,24 +22,12 @@ async def prompt_tokens(
 
     Raises InvalidRequestError."""
     if isinstance(prompt, str):
-        text = templated(target, prompt)
+        text = templated(target.template, prompt)
         tokens = await encode(services, text, add_special_tokens=add_special_tokens, field=field)
     else:
-        tokens = list(prompt)
-        if target.template is not None:
-            before, after = (
-                services.codec.encode(text, add_special_tokens=False)
-                for text in (target.template.before, target.template.after)
-            )
-            tokens = before + tokens + after
+        tokens = templated_tokens(services.codec, target.template, prompt)
     check_prompt(services, tokens, field=field)
     return tokens
-
-
-def templated(target: Target, prompt: str) -> str:
-    """A prompt's text with the target's template around it."""
-    template = target.template
-    return prompt if template is None else template.before + prompt + template.after
 
 
 async def encode(services: Services, text: str, *, add_special_tokens: bool, field: str) -> list[int]:
@@ -70,14 +59,12 @@ def render_chat(
     """The prompt of a conversation, by the base's template; the target's own turns go in front.
 
     Raises ChatTemplateError."""
-    turns: list[dict[str, Any]] = [] if target.template is None else list(target.template.messages)
     known = services.codec.template_knows_tools
-    turns += [_turn(message, known) for message in messages]
+    turns: list[Mapping[str, Any]] = [_turn(message, known) for message in messages]
     if tools and not known:
-        turns.append({"role": "system", "content": instructions(tools)})
-    own = target.template is not None or (tools and not known)
+        turns = one_system_turn([*turns, {"role": "system", "content": instructions(tools)}])
     return services.codec.render_chat(
-        _one_system_turn(turns) if own else turns,
+        templated_turns(target.template, turns),
         tools=[tool.document() for tool in tools] if tools and known else None,
         add_generation_prompt=add_generation_prompt is not False,
         **(variables or {}),
@@ -104,14 +91,6 @@ def _turn(message: Message, template_knows_tools: bool) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return turn
-
-
-def _one_system_turn(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All system texts (the adapter's, the request's, the tools') become one: most chat templates take only one, at
-    the beginning."""
-    system = [turn["content"] for turn in turns if turn["role"] == "system"]
-    rest = [turn for turn in turns if turn["role"] != "system"]
-    return [{"role": "system", "content": "\n\n".join(system)}, *rest] if system else rest
 
 
 def check_prompt(services: Services, prompt: Sequence[int], *, field: str) -> None:
