@@ -60,7 +60,7 @@ def extract(before: FullModel, after: FullModel, shape: BaseShape, output: Path,
     if output.exists():
         raise ConfigError(f"{output} exists. Choose another output.", field="output")
     if before.sizes != after.sizes:
-        raise AdapterMismatchError(f"This is no fine-tune of {shape.name}: other layers or sizes.", field="path")
+        raise AdapterMismatchError(f"It is not a fine-tune of {shape.name}: other layers or sizes.", field="path")
     tensors: dict[str, torch.Tensor] = {}
     lost = total = 0.0
     for site, change in _changes(before, after, shape):
@@ -97,7 +97,7 @@ def _changes(before: FullModel, after: FullModel, shape: BaseShape) -> Iterator[
 def _norm_factors(before: FullModel, after: FullModel, shape: BaseShape) -> Iterator[tuple[str, torch.Tensor]]:
     """By site: how much more its fine-tuned norm scales its input [in_features]."""
     for norm, sites in _norms(before, shape):
-        old, new = (model.module.get_parameter(f"{norm}.weight").float() for model in (before, after))
+        old, new = (model.module.get_parameter(f"{norm}.weight").detach().float() for model in (before, after))
         if not torch.equal(old, new) and bool((old != 0).all()):
             for site in sites:
                 yield site, new / old

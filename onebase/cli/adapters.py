@@ -3,13 +3,16 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from onebase_engine.base.base_spec import DEFAULT_BASE
+
+if TYPE_CHECKING:  # it imports torch
+    from onebase_adapters.extract import Extraction
 
 app = typer.Typer(help="Look at adapters, and make them from fine-tuned models.", no_args_is_help=True)
 
@@ -74,18 +77,7 @@ def extract_command(
     rank: Annotated[int, typer.Option(min=1, help="Largest rank of a site's update.")] = 64,
 ) -> None:
     """Make a low-rank adapter of (fine-tuned minus base), and tell its error."""
-    from onebase_adapters.extract import FullModel, extract
-    from onebase_engine.base.catalog import fetch_base
-    from onebase_engine.base.describe import describe_base, fingerprint_folder
-    from onebase_engine.base.load_base import load_full
-    from onebase_engine.base.model_weights import ModelWeights
-
-    folder = fetch_base(base)
-    before, after = (
-        FullModel(model, ModelWeights(model)) for model in map(load_full, (folder, fetch_base(str(finetuned))))
-    )
-    shape = describe_base(before.module, base, fingerprint_folder(folder))
-    result = extract(before, after, shape, output, rank=rank)
+    result = extract_folders(finetuned, base, output, rank=rank)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{result.sites} sites, rank {result.rank} at most: relative error {result.error:.2%}")
     if result.untouched:
@@ -93,3 +85,18 @@ def extract_command(
             f"trained, but not in the adapter: {', '.join(result.untouched[:5])} ({len(result.untouched)})"
         )
     console.print(f"Wrote {output}")
+
+
+def extract_folders(finetuned: Path, base: str, output: Path, *, rank: int) -> "Extraction":
+    """`extract` between two models on disk. Raises BaseModelError, too."""
+    from onebase_adapters.extract import FullModel, extract
+    from onebase_engine.base.catalog import fetch_base
+    from onebase_engine.base.describe import describe_base, fingerprint_folder
+    from onebase_engine.base.load_base import load_full
+    from onebase_engine.base.model_weights import ModelWeights
+
+    folder = fetch_base(base)
+    models = [load_full(path) for path in (folder, fetch_base(str(finetuned)))]
+    before, after = (FullModel(model, ModelWeights(model)) for model in models)
+    shape = describe_base(models[0], base, fingerprint_folder(folder))
+    return extract(before, after, shape, output, rank=rank)

@@ -1,64 +1,29 @@
-"""The root command: it finds the packages' commands, and prints our errors as one line."""
+"""The root command: it has every command, and prints our errors as one line."""
 
 import sys
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
-import typer
 
 from onebase.cli import main as cli
-from onebase_adapters.errors import DataError
 
-
-@dataclass(frozen=True)
-class Entry:
-    """As importlib.metadata's, and no more of it than is used."""
-
-    name: str
-    command: Any
-
-    def load(self) -> Any:
-        return self.command
-
-
-def single(word: str) -> None:
-    """One command."""
-    print("single", word)
-
-
-group = typer.Typer()
-
-
-@group.callback()
-def root() -> None:
-    """Several commands."""
-
-
-@group.command()
-def inner(word: str) -> None:
-    raise DataError(f"[bold] is no {word}")
+COMMANDS = ("adapters", "compare", "data", "evaluate", "methods", "serve", "train", "tune")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
-    monkeypatch.setattr(cli, "app", typer.Typer(pretty_exceptions_enable=False))
-    entries = [Entry("single", single), Entry("group", group)]
-    monkeypatch.setattr(cli, "entry_points", lambda group: entries)
     monkeypatch.setattr(sys, "argv", ["onebase", *words])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return ended.value.code
 
 
-def test_entries_are_commands_or_groups(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "single", "x") == 0
-    assert capsys.readouterr().out == "single x\n"
-    assert run(monkeypatch, "group", "inner", "--help") == 0
-    assert "inner" in capsys.readouterr().out
+def test_every_command_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--help") == 0
+    told = capsys.readouterr().out
+    assert all(f" {name} " in told for name in COMMANDS)
 
 
 def test_our_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "group", "inner", "colour") == 1
-    assert capsys.readouterr().err == "error: [bold] is no colour\n"
+    assert run(monkeypatch, "data", "check", "no-such-[bold]-file.jsonl") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "no-such-[bold]-file.jsonl" in error
+    assert error.count("\n") == 1

@@ -7,12 +7,12 @@ from bitsandbytes.nn import Linear4bit
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onebase_engine.kernels.cpu import screen as screen_module
 from onebase_engine.kernels.cpu.noise import add_gumbel, add_gumbel_of
 from onebase_engine.kernels.cpu.packed import PackedLinear, packable
 from onebase_engine.kernels.cpu.screen import UNSURE, Screen, best_tokens
 from onebase_engine.kernels.cpu.target import TARGET
 from onebase_engine.kernels.gumbel_noise import Noise, gumbel
-from onebase_engine.runner import lm_head as head_module
 from onebase_engine.runner.lm_head import HiddenScores
 from support.batches import random_bf16
 
@@ -145,7 +145,7 @@ def test_a_row_that_the_screen_leaves_too_many_of_is_scored_in_full(monkeypatch:
     for row, token in enumerate(found):
         assert exact[row, token] >= exact[row].max() - 1e-5
     settled = []
-    monkeypatch.setattr(head_module, "settle_unsure", lambda *arguments: settled.append(arguments[-1].copy()))
+    monkeypatch.setattr(screen_module, "settle_unsure", lambda *arguments: settled.append(arguments[-1].copy()))
     screen.best(hidden, noise)
     assert (settled[0] == UNSURE).tolist() == [True, False, True], "the case that is meant"
 

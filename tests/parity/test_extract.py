@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from onebase.cli.adapters import extract_folders
 from onebase_adapters.errors import AdapterMismatchError, ConfigError
-from onebase_adapters.extract import extract
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.load_base import quiet_loading
 from onebase_engine.runner.batched_model import ServedModel
@@ -42,7 +42,7 @@ def finetuned(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPa
 def test_all_of_a_full_rank_difference_is_served(
     finetuned: Path, tiny_model: Callable[[str], Path], tmp_path: Path, prompt: Any
 ) -> None:
-    result = extract(finetuned, str(tiny_model("llama")), tmp_path / "adapter", rank=128)
+    result = extract_folders(finetuned, str(tiny_model("llama")), tmp_path / "adapter", rank=128)
     assert result.error < 1e-3
     assert result.untouched == ()
     tokens = prompt(30, 2)
@@ -57,7 +57,7 @@ def test_all_of_a_full_rank_difference_is_served(
 def test_a_lower_rank_tells_its_error_and_loads_in_peft(
     finetuned: Path, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    result = extract(finetuned, str(tiny_model("llama")), tmp_path / "adapter", rank=2)
+    result = extract_folders(finetuned, str(tiny_model("llama")), tmp_path / "adapter", rank=2)
     assert 0.1 < result.error < 1
     with quiet_loading():
         base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
@@ -69,7 +69,7 @@ def test_another_architecture_and_a_taken_output_are_refused(
     finetuned: Path, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterMismatchError, match="not a fine-tune"):
-        extract(finetuned, str(tiny_model("qwen2")), tmp_path / "adapter", rank=2)
+        extract_folders(finetuned, str(tiny_model("qwen2")), tmp_path / "adapter", rank=2)
     (tmp_path / "taken").mkdir()
     with pytest.raises(ConfigError, match="exists"):
-        extract(finetuned, str(tiny_model("llama")), tmp_path / "taken", rank=2)
+        extract_folders(finetuned, str(tiny_model("llama")), tmp_path / "taken", rank=2)
