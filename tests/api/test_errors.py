@@ -223,7 +223,7 @@ async def test_a_base_without_a_template(
     services = Services.over(engine, TextCodec(codec.tokenizer), store, ApiSettings("tiny"))
     async with in_process(services) as http:
         error = await refused(http, {"messages": USER}, CHAT)
-        assert "no chat template; use /v1/completions" in error["message"]
+        assert "no chat template: write the prompt out, and ask for a completion" in error["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

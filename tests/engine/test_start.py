@@ -1,5 +1,6 @@
 """What a start does not do: import what serving never uses."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
 
 def test_the_engine_imports_neither_torchs_compiler_nor_peft(llama: Path) -> None:
     """And the compiler is as it was for who asks for it later."""
-    run = subprocess.run([sys.executable, "-c", _SERVE, llama], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", _SERVE, llama], capture_output=True, text=True, env=environment)
     assert (run.returncode, run.stdout.strip()) == (0, ""), run.stderr
 
 
