@@ -11,6 +11,7 @@ _SERVE = """
 import sys
 from onebase_engine.kernels.lean_imports import stay_alone
 stay_alone()
+from onebase_engine.kernels.cpu.build import Build  # as the worker does, before all else
 from support.engines import Driver, engine_config
 from onebase_engine.engine import Engine
 from pathlib import Path

@@ -108,7 +108,7 @@ def test_as_peft_with_scaled_embeddings_and_with_biases(
         folder = save_named(tmp_path / name, tiny_model(family), name)
         (ours,) = Feeder(model).logits([stream(model, tokens, *put(model, folder))])
         exact, plain = (logits_of_peft(base, folder, name, tokens, exact=exact) for exact in (True, False))
-        check_as_exact(ours, plain, exact)
+        check_as_exact(ours.cpu(), plain, exact)
 
 
 def test_all_methods_in_one_batch_give_the_same_bits_as_alone(

@@ -4,10 +4,10 @@ import copy
 from typing import Any
 
 import torch
-from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from onebase_engine.kernels.bitsandbytes_import import Linear4bit, dequantize_4bit, unpack_for_cpu
 
 
 class ModelWeights:
@@ -36,7 +36,7 @@ def _dequantised(weight: Any) -> torch.Tensor:
     if getattr(state, "packing_format_for_cpu", False):
         scales = state.absmax.t().reshape(-1).float()
         state.original_nested = False  # else the blocks' scales would be quantised a second time
-        data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+        data, state = unpack_for_cpu(data, state)
         state.absmax = scales
     dense: torch.Tensor = dequantize_4bit(data, state)
     return dense

@@ -50,7 +50,10 @@ def without_compiler() -> Iterator[None]:
         yield
     finally:
         outside.compile, outside._disable_dynamo = kept
-        del sys.modules[_COMPILER], outside._dynamo
+        del outside._dynamo
+        # Its parts, too: the real one would find them loaded, and so not as attributes of itself.
+        for name in [name for name in sys.modules if name == _COMPILER or name.startswith(f"{_COMPILER}.")]:
+            del sys.modules[name]
 
 
 def stay_alone() -> None:

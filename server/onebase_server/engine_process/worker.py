@@ -166,15 +166,16 @@ def _read(connection: socket.socket, inbox: _Inbox, ready: threading.Event) -> N
 def _load(config: EngineConfig, inbox: _Inbox, phases: Phases) -> "Engine":
     """Raises BaseModelError or ConfigError."""
     phases.begin("importing")
+    from onebase_engine.kernels.lean_imports import stay_alone
+
+    stay_alone()
+
     kernels = None
     if config.base.device == "cpu" or not Path("/dev/nvidiactl").exists():
         # Compiled beside all else that takes a while, where they are sure to be needed.
         from onebase_engine.kernels.cpu.build import Build
 
         kernels = Build(phases.tell)
-    from onebase_engine.kernels.lean_imports import stay_alone
-
-    stay_alone()
     from onebase_engine.engine import Engine
 
     return Engine(config, wake=lambda: inbox.put(_Signal.WAKE), phases=phases, kernels=kernels)

@@ -93,14 +93,14 @@ def _converted(value: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def _values(weight: torch.Tensor) -> torch.Tensor:
     """Floating-point [out, in]."""
-    from bitsandbytes.functional import dequantize_4bit
+    from onebase_engine.kernels.bitsandbytes_import import dequantize_4bit
 
     state = getattr(weight, "quant_state", None)
     return weight.detach() if state is None else dequantize_4bit(weight.data, state).to(torch.bfloat16)
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    from bitsandbytes.nn import Linear4bit
+    from onebase_engine.kernels.bitsandbytes_import import Linear4bit
 
     return isinstance(module, Linear4bit)
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.functional import QuantState, has_avx512bf16
-from bitsandbytes.nn import Linear4bit
 from torch import nn
 
+from onebase_engine.kernels.bitsandbytes_import import Linear4bit, QuantState, has_avx512bf16
 from onebase_engine.kernels.cpu.matmul4bit import multiply
 from onebase_engine.kernels.cpu.quantize4bit import pack
 from onebase_engine.kernels.cpu.target import PLAIN, TARGET

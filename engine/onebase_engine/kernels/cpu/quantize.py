@@ -4,8 +4,8 @@ It is registered with bitsandbytes as its kernel for CPUs, so whoever quantises 
 """
 
 import torch
-from bitsandbytes.functional import get_4bit_type
 
+from onebase_engine.kernels.bitsandbytes_import import get_4bit_type
 from onebase_engine.kernels.cpu.quantize4bit import quantize
 from onebase_engine.kernels.lean_imports import without_compiler
 

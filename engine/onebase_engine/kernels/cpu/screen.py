@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from numba import carray, njit, types
 
+from onebase_engine.kernels.bitsandbytes_import import dequantize_4bit
 from onebase_engine.kernels.cpu.noise import add_gumbel, gumbel_all
 from onebase_engine.kernels.cpu.packed import PackedLinear, fits_packed
 from onebase_engine.kernels.cpu.task import WHOLE, Arguments, array

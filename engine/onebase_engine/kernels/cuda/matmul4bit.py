@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from bitsandbytes.functional import dequantize_blockwise
 from torch import nn
 
-from onebase_engine.kernels.bitsandbytes_import import Linear4bit
+from onebase_engine.kernels.bitsandbytes_import import Linear4bit, dequantize_blockwise
 from onebase_engine.kernels.cuda.operand import INTERPRETED, OPERAND
 
 _BLOCK = 64
