@@ -124,7 +124,7 @@ def wait() -> None:
 
 
 def median_seconds(work: Callable[[], Any], times: int = 10) -> float:
-    """Of one call, after two to warm up."""
+    """The median time of one call, after two to warm up."""
     found = []
     for number in range(times + 2):
         wait()
@@ -142,7 +142,7 @@ def forget_peak() -> None:
 
 
 def peak_gib() -> float:
-    """Of the device's memory since `forget_peak`."""
+    """The most memory taken on the device since `forget_peak`."""
     return round(torch.cuda.max_memory_allocated() / 2**30, 2) if DEVICE.type == "cuda" else 0.0
 
 
@@ -446,7 +446,7 @@ def peers(bench: Bench) -> None:
 
 
 def profiled(bench: Bench) -> None:
-    """Of steps as they run."""
+    """A profile of steps as they run."""
     sizes = bench.sizes
     several = sizes.adapters[min(2, len(sizes.adapters) - 1)]
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE.type == "cuda")

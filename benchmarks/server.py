@@ -20,7 +20,7 @@ _KEY = "benchmark"
 
 @dataclass(frozen=True)
 class Memory:
-    """Of the server's processes, in bytes."""
+    """What the server's processes take, in bytes."""
 
     resident: int
     """Everything, libraries' code included; pages that processes share count once."""

@@ -55,7 +55,7 @@ class Clock(TrainerCallback):
         self.marks.append((time.perf_counter(), time.process_time()))
 
     def speeds(self, tokens: int) -> tuple[float, float]:
-        """Of so many tokens since the first step's end: a second, and a CPU second."""
+        """Tokens a second and a CPU second, for so many tokens since the first step's end."""
         wall, cpu = (last - first for first, last in zip(self.marks[0], self.marks[-1], strict=True))
         return tokens / wall, tokens / cpu
 

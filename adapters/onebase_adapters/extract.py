@@ -36,7 +36,7 @@ class FullModel:
 
     @property
     def sizes(self) -> dict[str, torch.Size]:
-        """Of its parameters, by name."""
+        """The shapes of its parameters, by name."""
         return {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
 

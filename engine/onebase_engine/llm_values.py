@@ -85,7 +85,7 @@ class ClassificationOutput:
 
     prompt_token_ids: tuple[int, ...]
     labels: tuple[str, ...]
-    """Of the head, in the order of the probabilities."""
+    """The head's, in the order of the probabilities."""
     probabilities: tuple[tuple[float, ...], ...]
     """One row for a text, or one for each token."""
 
@@ -100,7 +100,7 @@ class ScoreOutput:
     """How likely a continuation is after a prompt."""
 
     logprob: float
-    """Of the whole continuation: the sum of its tokens'."""
+    """The whole continuation's: the sum of its tokens'."""
     token_ids: tuple[int, ...]
     """The continuation's."""
     logprobs: tuple[TokenLogprobs, ...]

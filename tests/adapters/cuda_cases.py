@@ -45,7 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encount
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 TOLERANCE = 5e-6 if INTERPRETED else 1e-2
-"""Of the largest result; a GPU multiplies bfloat16."""
+"""The error allowed, as a share of the largest result: a GPU multiplies bfloat16."""
 PAGES = 160
 
 
@@ -329,7 +329,7 @@ def lora(model: ServedModel, rank: int, where: str = "") -> LoweredAdapter:
 
 
 def run_model(folder: Path, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """Of a prefill and a decode, with and without adapters: one on all sites of a layer, one on the same of all."""
+    """The logits of a prefill and a decode, with and without adapters: on all sites of a layer, on one of each layer."""
     model = load_model(folder, kernels, monkeypatch)
     slots = [model.put(lora(model, 3, ".1.")), model.put(lora(model, 20, "q_proj"))]
     chunks = [

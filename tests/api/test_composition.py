@@ -31,7 +31,7 @@ BOTH = [{"name": "a", "weight": 0.7}, {"name": "b", "weight": 0.3}]
 
 @pytest.fixture(autouse=True)
 async def digests(services: Services, tmp_path: Path, new_adapter: Callable[..., Path]) -> dict[str, str]:
-    """Of the registered adapters."""
+    """The registered adapters' digests, by name."""
     found = {}
     for name, config in ADAPTERS.items():
         folder = new_adapter(tmp_path / name, name.encode(), **config)

@@ -15,7 +15,7 @@ from onebase_engine.base.load_base import quiet_loading
 from support.models import auto_class
 
 _HIDDEN, _LAYERS = 64, 3
-"""Of the tiny Llama."""
+"""The tiny Llama's sizes."""
 _COMMON: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 _SITES = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 

@@ -133,7 +133,7 @@ def _end_texts(folder: Path) -> None:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Of transformers, for a language model of this kind."""
+    """The Auto class of transformers for a language model of this kind."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 

@@ -23,7 +23,7 @@ DEVICE = os.environ.get("ONEBASE_TEST_DEVICE", "cpu")
 """Where the served model is, in the tests of methods; `benchmarks.gpu` sets it."""
 
 _ROUNDING = 0.06
-"""Of the logits' spread: what two bfloat16 computations may differ by."""
+"""The share of the logits' spread that two bfloat16 computations may differ by."""
 
 
 def load_plain(folder: Path, device: str = "cpu") -> Any:

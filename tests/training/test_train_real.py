@@ -83,7 +83,7 @@ def test_server_and_trainer_stay_close_to_float32_on_the_same_weights(tmp_path: 
 
 
 def logprobs(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
-    """Of each token after the first, by the logits of the one before it."""
+    """The log-probability of each token after the first, by the logits of the one before it."""
     return logits.float().log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 

@@ -24,7 +24,7 @@ class _Word(msgspec.Struct):
 
 class _Model(msgspec.Struct):
     vocab: dict[str, int] | list[tuple[str, float]]
-    """Of Unigram: pairs with a score, in the order of their numbers."""
+    """A Unigram model has pairs of a token and its score, in the order of their ids."""
 
 
 class _Tokenizer(msgspec.Struct):

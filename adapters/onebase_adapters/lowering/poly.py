@@ -12,7 +12,7 @@ _EPSILON = 1e-12
 
 
 def lower(source: Source) -> Lowered:
-    """Of each site: `poly_lora_A` [splits, skills, in / splits, r], `poly_lora_B` [splits, skills, r, out / splits]
+    """Each site has `poly_lora_A` [splits, skills, in / splits, r], `poly_lora_B` [splits, skills, r, out / splits]
     and `poly_router.module_logits` [tasks, splits * skills]. With the task given, one LowRank."""
     sites = sorted({name.removesuffix(_A) for name in source.tensors if name.endswith(_A)})
     source.refuse_others({f"{site}{part}" for site in sites for part in (_A, _B, _ROUTER)})

@@ -39,4 +39,4 @@ class Layout:
 
 
 NO_LAYOUT = Layout()
-"""Of the base, and of adapters without virtual tokens."""
+"""The layout of the base, and of adapters without virtual tokens."""

@@ -74,7 +74,7 @@ class AdapterRecord:
     info: Mapping[str, Any]
     """What lowering found (method, rank, sizes)."""
     metrics: Mapping[str, Any] | None
-    """Of the training run, where our trainer made it."""
+    """The training run's, where our trainer made the adapter."""
     folder: Path
 
 

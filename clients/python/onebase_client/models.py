@@ -37,7 +37,7 @@ class Adapter(_Answer):
     versions: list[int] = []
     """All that there are; requests can give `name@version`."""
     digest: str
-    """Of its files' contents."""
+    """The digest of its files' contents."""
     base: str
     """Fingerprint of the base that it is for."""
     source: str
@@ -49,7 +49,7 @@ class Adapter(_Answer):
     """Why it is not served."""
     info: AdapterInfo
     metrics: dict[str, Any] | None = None
-    """Of the training run, where OneBase's trainer made it."""
+    """The training run's, where OneBase's trainer made the adapter."""
 
 
 class Model(_Answer):
@@ -73,7 +73,7 @@ class Usage(_Answer):
 
 
 class CompletionLogprobs(_Answer):
-    """Of a completion's tokens; the entries of the four lists belong together."""
+    """A completion's tokens; the entries of the four lists belong together."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -104,7 +104,7 @@ class Completion(_Answer):
 
     @property
     def text(self) -> str:
-        """Of the first choice; empty in a stream's last event, which has only the usage."""
+        """The first choice's text; empty in a stream's last event, which has only the usage."""
         return self.choices[0].text if self.choices else ""
 
 
@@ -123,7 +123,7 @@ class ChosenLogprob(TokenLogprob):
 
 
 class ChatLogprobs(_Answer):
-    """Of an answer's tokens."""
+    """An answer's tokens with their log-probabilities."""
 
     content: list[ChosenLogprob] | None = None
 
@@ -174,7 +174,7 @@ class Chat(_Answer):
 
     @property
     def text(self) -> str:
-        """Of the first choice."""
+        """The first choice's text."""
         return self.choices[0].message.content or ""
 
 

@@ -46,7 +46,7 @@ class Answer:
         self.cached_tokens = 0
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.new_logprobs: Sequence[TokenLogprobs] = ()
-        """Of the tokens in the latest output."""
+        """Those of the tokens in the latest output."""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         """The stop string or stop token that ended it (vLLM's field); None for the model's own end."""

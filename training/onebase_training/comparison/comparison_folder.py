@@ -23,18 +23,18 @@ class Entry:
 
     method: str
     before: Evaluation
-    """Of the base; with a head, of an untrained one on it."""
+    """The base's marks; with a head, those of an untrained one on it."""
     after: Evaluation
     steps: int
     stopped: Stopped
     parameters: int
     """Trained ones."""
     seconds: float
-    """Of training, evaluations left out."""
+    """Time spent in training steps, evaluations left out."""
     peak_memory: int
     """Bytes, as in TrainResult."""
     file_bytes: int
-    """Of the weights."""
+    """The size of the weights."""
     cost: ServingCost | None
     """None: it is a base of its own."""
 

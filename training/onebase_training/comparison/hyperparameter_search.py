@@ -40,7 +40,7 @@ class Tuned:
     tried: tuple[Tried, ...]
     """In order."""
     best: TrainConfig
-    """Of those that finished."""
+    """The best of those that finished."""
 
 
 def tune(config: TrainConfig, trials: int, run: Run, progress: Progress) -> Tuned:

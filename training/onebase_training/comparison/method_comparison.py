@@ -100,7 +100,7 @@ def _weigh(run: Run, config: TrainConfig, before: Evaluation | None, examples: S
 
 
 def choose(entries: Sequence[Entry]) -> Choice:
-    """Of those that the best is not better than for certain, the one with the smallest file."""
+    """The smallest file among those that the best does not clearly beat."""
     served = [entry for entry in entries if entry.cost is None or not entry.cost.refused]
     if not served:
         return Choice(entries[0].method, "It is not served: none of these is.")

@@ -35,7 +35,7 @@ class Overview:
     trained: int
     """Parameters that take gradients."""
     file_bytes: int
-    """Of the adapter's weights."""
+    """The size of the adapter's weights."""
     products: int
     """Multiplications that a served token costs beside the base's."""
     context: int

@@ -21,7 +21,7 @@ class TooLong:
     line: int
     tokens: int
     prompt: int
-    """Of its tokens; if these alone do not fit, it cannot be cut either."""
+    """Tokens of its prompt; if these alone do not fit, it cannot be cut either."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class _Response:
         items = _Items()
         answer = Answer(self.chat.body)
         number = told = 0
-        """Of the next event; log-probabilities that have been told."""
+        """The next event's number, and how many log-probabilities have been told."""
 
         async def tell(kind: str, **fields: Any) -> None:
             nonlocal number

@@ -15,7 +15,7 @@ def answers(model: type[BaseModel], status: int = 200, *, streams: bool = False)
 
 
 class PromptDetails(BaseModel):
-    """Of the prompt's tokens."""
+    """How the prompt's tokens were read."""
 
     cached_tokens: int
 
@@ -37,7 +37,7 @@ class PromptUsage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Of a completion's tokens."""
+    """A completion's tokens with their log-probabilities."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -67,7 +67,7 @@ class _Generated(BaseModel):
 
 
 class Completion(_Generated):
-    """Of POST /v1/completions."""
+    """The reply to POST /v1/completions."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
@@ -88,7 +88,7 @@ class TokenLogprob(TopLogprob):
 
 
 class ChatLogprobs(BaseModel):
-    """Of an answer's tokens."""
+    """An answer's tokens with their log-probabilities."""
 
     content: list[TokenLogprob]
     refusal: None
@@ -126,7 +126,7 @@ class ChatChoice(_Choice):
 
 
 class Chat(_Generated):
-    """Of POST /v1/chat/completions."""
+    """The reply to POST /v1/chat/completions."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
@@ -155,7 +155,7 @@ class OutputItem(BaseModel):
 
 
 class Response(BaseModel):
-    """Of POST /v1/responses."""
+    """The reply to POST /v1/responses."""
 
     id: str
     object: Literal["response"]
@@ -177,7 +177,7 @@ class Embedding(BaseModel):
 
 
 class Embeddings(BaseModel):
-    """Of POST /v1/embeddings."""
+    """The reply to POST /v1/embeddings."""
 
     object: Literal["list"]
     model: str
@@ -194,7 +194,7 @@ class Label(BaseModel):
 
 
 class LabelledToken(Label):
-    """Of one token."""
+    """A token's label."""
 
     token: str
     start: int | None
@@ -212,7 +212,7 @@ class Classified(BaseModel):
 
 
 class Classification(BaseModel):
-    """Of POST /v1/classify."""
+    """The reply to POST /v1/classify."""
 
     id: str
     object: Literal["list"]
@@ -236,7 +236,7 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """Of GET /v1/models."""
+    """The reply to GET /v1/models."""
 
     object: Literal["list"]
     data: list[Model]
@@ -261,7 +261,7 @@ class Adapter(BaseModel):
 
 
 class Adapters(BaseModel):
-    """Of GET /v1/adapters."""
+    """The reply to GET /v1/adapters."""
 
     object: Literal["list"]
     data: list[Adapter]
@@ -276,7 +276,7 @@ class Deleted(BaseModel):
 
 
 class Tokens(BaseModel):
-    """Of POST /tokenize."""
+    """The reply to POST /tokenize."""
 
     count: int
     max_model_len: int
@@ -285,7 +285,7 @@ class Tokens(BaseModel):
 
 
 class Prompt(BaseModel):
-    """Of POST /detokenize."""
+    """The reply to POST /detokenize."""
 
     prompt: str
 
@@ -309,7 +309,7 @@ class _Page(BaseModel):
 
 
 class Files(_Page):
-    """Of GET /v1/files."""
+    """The reply to GET /v1/files."""
 
     data: list[File]
     first_id: str | None
@@ -350,7 +350,7 @@ class Job(BaseModel):
 
 
 class Jobs(_Page):
-    """Of GET /v1/fine_tuning/jobs."""
+    """The reply to GET /v1/fine_tuning/jobs."""
 
     data: list[Job]
 
@@ -368,7 +368,7 @@ class JobEvent(BaseModel):
 
 
 class JobEvents(_Page):
-    """Of GET /v1/fine_tuning/jobs/{id}/events."""
+    """The reply to GET /v1/fine_tuning/jobs/{id}/events."""
 
     data: list[JobEvent]
 
@@ -386,7 +386,7 @@ class Checkpoint(BaseModel):
 
 
 class Checkpoints(_Page):
-    """Of GET /v1/fine_tuning/jobs/{id}/checkpoints."""
+    """The reply to GET /v1/fine_tuning/jobs/{id}/checkpoints."""
 
     data: list[Checkpoint]
     first_id: str | None
@@ -394,7 +394,7 @@ class Checkpoints(_Page):
 
 
 class Health(BaseModel):
-    """Of GET /health."""
+    """The reply to GET /health."""
 
     status: Literal["ok"]
     model: str
@@ -403,6 +403,6 @@ class Health(BaseModel):
 
 
 class Version(BaseModel):
-    """Of GET /version."""
+    """The reply to GET /version."""
 
     version: str
