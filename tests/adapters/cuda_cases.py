@@ -329,7 +329,7 @@ def lora(model: ServedModel, rank: int, where: str = "") -> LoweredAdapter:
 
 
 def run_model(folder: Path, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """The logits of a prefill and a decode, with and without adapters: on all sites of a layer, on one of each layer."""
+    """The logits of a prefill and a decode, with and without adapters: on all sites of a layer, or one of each."""
     model = load_model(folder, kernels, monkeypatch)
     slots = [model.put(lora(model, 3, ".1.")), model.put(lora(model, 20, "q_proj"))]
     chunks = [
