@@ -37,6 +37,8 @@ class TrainConfig:
     """The data's format; default: recognised from its columns."""
     max_length: int = 1024
     """Most tokens of one example; never more than the base's context."""
+    skip_bad: bool = False
+    """Leave out records that cannot be used, and say how many there were, instead of refusing the file."""
     too_long: Literal["error", "skip", "cut"] = "error"
     """What happens to an example of more tokens."""
 

@@ -24,6 +24,7 @@ def check_files(
     model: Model = DEFAULT_BASE,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens of an example.")] = 1024,
     format: Annotated[str | None, typer.Option(help="The format; default: seen from the columns.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")] = False,
     samples: Annotated[int, typer.Option(min=0, help="Examples to show token by token.")] = 3,
 ) -> None:
     """Show what a data file holds and what is wrong with it. An error of the data exits with 1."""
@@ -33,8 +34,8 @@ def check_files(
     from onebase_training.data.data_check import check
 
     console = Console()
-    data = read_datasets(files, format=format)
-    held_out = None if eval_data is None else read_dataset(eval_data, format=format)
+    data = read_datasets(files, format=format, skip_bad=skip_bad)
+    held_out = None if eval_data is None else read_dataset(eval_data, format=format, skip_bad=skip_bad)
     folder = fetch_base(model, progress=console.print)
     from transformers import AutoTokenizer
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from onebase.cli import data as data_cli
 from onebase.cli.terminal.data_view import show, token_texts
 from onebase_adapters.errors import DataError
 from onebase_training.data import Dataset, Example, Turn
-from onebase_training.data.data_check import Check, TooLong, check
+from onebase_training.data.data_check import Check, TooLong, check, describe
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}<assistant>"
 
@@ -77,6 +78,19 @@ def test_labels_are_counted(tokenizer: Any) -> None:
     words = dataset(*(pair(line, f"text {line}", (" yes", " no")[line % 2]) for line in range(20)))
     assert check(words, tokenizer, max_length=99).labels == {"yes": 10, "no": 10}
     assert check(dataset(pair(1, "a", "b"), pair(2, "c", "d")), tokenizer, max_length=99).labels == {}
+
+
+def test_labels_that_differ_in_writing_alone_and_unused_columns_are_told(tokenizer: Any) -> None:
+    labels = ["Yes", "yes ", "no", "ｎｏ", "maybe"]
+    labelled = [Example(line, prompt=f"text {line}", label=label) for line, label in enumerate(labels)]
+    data = replace(dataset(*labelled), unused={"id": 2}, skipped=("line 9: text is null.",))
+    found = check(data, tokenizer, max_length=99)
+    assert found.spellings == (("Yes", "yes "), ("no", "ｎｏ"))
+    text = shown(found, tokenizer)
+    assert "! labels that differ only in spaces, case or Unicode form: 'Yes' and 'yes '; 'no' and 'ｎｏ'" in text
+    assert "! the column 'id' is not used (something is in it in 2 records)" in text
+    assert "! 1 record left out; the first: line 9: text is null." in text
+    assert "columns that are not used: id" in describe(found)
 
 
 def test_turns_that_answer_nothing_or_are_not_answered(tokenizer: Any) -> None:

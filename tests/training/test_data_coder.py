@@ -55,6 +55,34 @@ def test_a_template_that_forgets_makes_a_sequence_of_each_turn() -> None:
     assert parts(last, tokenizer) == ("ab;<turn>c<end>d;<turn>(thought)e<end>", "(thought)e<end>")
 
 
+PLAIN = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+
+
+def test_turns_that_say_so_are_read_and_not_learned() -> None:
+    chat = (CHAT[0], Turn("assistant", "c", learned=False), *CHAT[2:])
+    (one,) = encode([Example(1, chat)], tokenizer := byte_level(PLAIN), max_length=99)
+    assert parts(one, tokenizer) == ("abc<end>de<end>", "e<end>")
+
+
+def test_all_of_a_document_is_learned_in_pieces() -> None:
+    text = Example(1, prompt="", completion="abcdefg", document=True)
+    pieces = encode([text], tokenizer := byte_level(), max_length=3)
+    assert [parts(one, tokenizer) for one in pieces] == [(part, part) for part in ("abc", "def", "g<eos>")]
+
+
+def test_tools_go_through_the_template() -> None:
+    template = "{% if tools %}{{ tools[0].function.name }};{% endif %}" + PLAIN.replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments.place }}{% endfor %}"
+    )
+    function = {"name": "weather", "arguments": {"place": "Rome"}}
+    call = Turn("assistant", "", fields={"tool_calls": [{"type": "function", "function": function}]})
+    example = Example(4, (CHAT[0], call), tools=({"type": "function", "function": {"name": "weather"}},))
+    (one,) = encode([example], tokenizer := byte_level(template), max_length=99)
+    assert parts(one, tokenizer) == ("weather;abRome<end>", "Rome<end>")
+    with pytest.raises(DataError, match="line 4: the base's chat template shows no tools"):
+        encode([example], byte_level(PLAIN), max_length=99)
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [

@@ -1,6 +1,7 @@
 """Every file format holds the same records; every broken file names the place where it breaks."""
 
 import csv
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -131,6 +132,38 @@ def test_class_numbers_become_names(tmp_path: Path) -> None:
     parquet.write_table(unlabelled.replace_schema_metadata(metadata), tmp_path / "test.parquet")
     with pytest.raises(DataError, match="line 3: label is null"):
         read_dataset(tmp_path / "test.parquet")
+
+
+def test_other_wrappings_hold_the_same(tmp_path: Path) -> None:
+    lines = as_jsonl(tmp_path / "plain").read_bytes()
+    wrapped = {"version": 1, "data": ROWS}
+    pandas = {name: {str(at): row[name] for at, row in enumerate(ROWS)} for name in ROWS[0]}
+    compressed = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(compressed, "zstd") as stream:
+        stream.write(lines)
+    for name, content in {
+        "d.jsonl.gz": gzip.compress(lines),
+        "d.jsonl.zst": compressed.getvalue().to_pybytes(),
+        "old.jsonl": b"\r".join(json.dumps(row).encode() for row in ROWS),
+        "wrapped.json": json.dumps(wrapped, indent=1).encode(),
+        "pandas.json": json.dumps(pandas).encode(),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert prompts(tmp_path / name) == [tuple(row.values()) for row in ROWS], name
+    (tmp_path / "one.json").write_bytes(json.dumps(ROWS[0], indent=1).encode())
+    assert prompts(tmp_path / "one.json") == [tuple(ROWS[0].values())]
+    (tmp_path / "uneven.json").write_text('{"prompt": {"0": "a"}, "completion": {"1": "b"}}')
+    with pytest.raises(DataError, match="its columns do not have the same rows"):
+        read_dataset(tmp_path / "uneven.json")
+    for name in ("d.jsonl.gz", "d.jsonl.zst"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:20])
+        with pytest.raises(DataError, match="cannot be decompressed"):
+            read_dataset(tmp_path / name)
+
+
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text(f"prompt,completion\n{'a' * 200_000},b\n")
+    assert prompts(tmp_path / "d.csv") == [("a" * 200_000, "b")]
 
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'

@@ -65,6 +65,44 @@ TAGGED = Example(1, words=("x", "y"), tags=("O", "B"))
             Example(1, words=("x", "y"), tags=("O", "B")),
         ),
         ({"words": "x y", "tags": "O B"}, "tokens-tags", TAGGED),
+        # Dolly's, OpenOrca's, BoolQ's and QNLI's columns; TRL's messages; text to go on training on.
+        (
+            {"instruction": "Q", "context": "C", "response": "A"},
+            "instruction",
+            Example(1, (Turn("user", "Q\n\nC"), CHAT[1])),
+        ),
+        (
+            {"system_prompt": "S", "question": "Q", "response": "A"},
+            "prompt-completion",
+            Example(1, (SYSTEM, *CHAT)),
+        ),
+        (
+            {"question": "Q", "passage": "P", "answer": False},
+            "prompt-completion",
+            Example(1, prompt="P\n\nQ", completion="false"),
+        ),
+        ({"prompt": [ASKED], "completion": [ANSWERED]}, "prompt-completion", Example(1, CHAT)),
+        ({"messages": json.dumps([ASKED, ANSWERED])}, "chat", Example(1, CHAT)),
+        ({"conversation": [ASKED, ANSWERED]}, "sharegpt", Example(1, CHAT)),
+        ({"input": "Q", "output": "A"}, "prompt-completion", Example(1, prompt="Q", completion="A")),
+        ({"query": "Q", "response": "A"}, "prompt-completion", Example(1, prompt="Q", completion="A")),
+        ({"inputs": "Q", "targets": "A"}, "prompt-completion", Example(1, prompt="Q", completion="A")),
+        ({"text": "A"}, "text", Example(1, prompt="", completion="A", document=True)),
+        (
+            {"messages": [ASKED, {**ANSWERED, "weight": 0}, ASKED, {**ANSWERED, "train": True}]},
+            "chat",
+            Example(1, (CHAT[0], Turn("assistant", "A", learned=False), *CHAT)),
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "Q", "loss": None},
+                    {"from": "gpt", "value": "A", "loss": True},
+                ]
+            },
+            "sharegpt",
+            Example(1, CHAT),
+        ),
     ],
 )
 def test_formats_are_recognised(tmp_path: Path, row: Any, format: str, expected: Example) -> None:
@@ -85,20 +123,29 @@ def test_labels_are_names(tmp_path: Path, label: Any) -> None:
     ("row", "message"),
     [
         ({}, "no format has these columns: none. The formats are chat"),
-        ({"chosen": "a", "rejected": "b"}, "no format has these columns: 'chosen', 'rejected'"),
+        ({"chosen": "a", "rejected": "b"}, r"preferences \(chosen, rejected\) cannot be learned"),
         ({"prompt": "a", "answer": "b", "response": "c"}, "response, answer mean the same"),
         ({"messages": []}, "messages must be a list with something in it"),
         ({"messages": ["hi"]}, r"messages\[0\] must be an object, found str"),
         ({"messages": [ASKED]}, "no turn of the assistant answers another"),
         ({"messages": [ANSWERED, ASKED]}, "no turn of the assistant answers another"),
         ({"messages": [ASKED, {"role": "assistant", "content": ""}]}, "a turn of the assistant is empty"),
-        ({"messages": [{"role": "tool", "content": "x"}, ANSWERED]}, r"messages\[0\] has the role 'tool'"),
+        ({"messages": [{"role": "critic", "content": "x"}, ANSWERED]}, r"messages\[0\] has the role 'critic'"),
         ({"messages": [{"role": ["user"], "content": "x"}, ANSWERED]}, r"messages\[0\] has the role \['user'\]"),
         ({"messages": [ASKED, {"role": "assistant", "content": None}]}, r"messages\[1\].content is null"),
-        ({"messages": [ASKED, {**ANSWERED, "tool_calls": [{}]}]}, "tool_calls"),
-        ({"messages": [ASKED, {**ANSWERED, "weight": 0}]}, r"messages\[1\] has the weight 0"),
+        ({"messages": [ASKED, {**ANSWERED, "tool_calls": [{}]}]}, "tool_calls must hold functions with a name"),
+        ({"messages": [ASKED, {**ANSWERED, "weight": 0}]}, "no turn of the assistant that is to be learned"),
+        (
+            {"messages": [ASKED, {**ANSWERED, "weight": 0.5}]},
+            r"messages\[1\].weight is 0.5: a turn is learned \(1\)",
+        ),
+        ({"messages": "[{"}, "messages is text, but no list as JSON"),
         ({"messages": [{**ASKED, "content": [{"type": "image_url"}]}, ANSWERED]}, "not a part of the type 'text'"),
-        ({"conversations": [{"from": "observation", "value": "x"}]}, "from 'observation', which is none of"),
+        ({"conversations": [{"from": "critic", "value": "x"}]}, "from 'critic', which is none of"),
+        (
+            {"conversations": [{"from": "function_call", "value": "x"}]},
+            r"conversations\[0\].value is no call as JSON",
+        ),
         ({"conversations": [{"from": "gpt"}]}, r"conversations\[0\].value is null"),
         ({"instruction": "Q", "output": ""}, "a turn of the assistant is empty"),
         ({"instruction": "Q", "output": "A", "history": [["q"]]}, "history must be a list of pairs"),
@@ -121,8 +168,8 @@ def test_a_wrong_record_says_what_is_wrong(tmp_path: Path, row: Any, message: st
 
 
 def test_a_record_of_another_format_has_its_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"line 2: the column 'prompt' is missing \(found: 'text', 'label'\)"):
-        read(tmp_path, {"prompt": "a", "completion": "b"}, {"text": "a", "label": "b"})
+    with pytest.raises(DataError, match=r"line 2: the column 'prompt' is missing \(found: 'txt', 'label'\)"):
+        read(tmp_path, {"prompt": "a", "completion": "b"}, {"txt": "a", "label": "b"})
 
 
 def test_a_format_can_be_named(tmp_path: Path) -> None:
@@ -166,3 +213,64 @@ def test_any_record_is_an_example_or_a_data_error(columns: dict[str, Any], forma
         answers = [turn.content for turn in example.turns if turn.role == "assistant"]
         assert any([answers, example.completion, example.label, example.tags])
         assert len(example.words) == len(example.tags)
+
+
+def test_two_texts_are_classified_together(tmp_path: Path) -> None:
+    rows = [{"question": "Q", "sentence": "S", "label": label} for label in (0, 1)]
+    assert read(tmp_path, *rows)[1] == Example(1, prompt="Q\nS", label="0")
+
+
+def test_calls_and_results_are_read(tmp_path: Path) -> None:
+    function = {"name": "weather", "arguments": {"place": "Rome"}}
+    openai = {
+        "id": "c",
+        "type": "function",
+        "function": {**function, "arguments": json.dumps(function["arguments"])},
+    }
+    calls = [
+        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [openai]}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "Q"},
+                {"from": "function_call", "value": json.dumps(function)},
+                {"from": "observation", "value": "12 C"},
+                {"from": "gpt", "value": "A"},
+            ],
+            "tools": json.dumps([{"name": "weather"}]),
+        },
+    ]
+    for row in calls:
+        example = read(tmp_path, row)[1]
+        (call,) = example.turns[1].fields["tool_calls"]
+        assert (call["type"], call["function"]) == ("function", function)
+    assert example.turns[2] == Turn("tool", "12 C")
+    assert example.tools == ({"type": "function", "function": {"name": "weather"}},)
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_what_is_not_used_is_named(tmp_path: Path) -> None:
+    row = {"question": "Q", "answer": "A", "id": 7, "empty": "", "source": {"url": "x"}}
+    messages = {"messages": [{**ASKED, "mood": "glad"}, ANSWERED], "tools": [], "split": "train"}
+    data = read_dataset(write(tmp_path / "d.jsonl", row, row, messages))
+    assert data.format == "chat+prompt-completion"
+    assert data.unused == {"id": 2, "source": 2, "messages[].mood": 1, "split": 1}
+
+
+def test_bad_records_are_told_together_or_left_out(tmp_path: Path) -> None:
+    good, bad = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}
+    path = write(tmp_path / "d.jsonl", good, *[bad] * 30)
+    path.write_text(path.read_text() + '{"prompt": "a"')
+    with pytest.raises(DataError) as caught:
+        read_dataset(path)
+    head, *lines = caught.value.message.splitlines()
+    assert head == "31 of 32 records cannot be used (--skip-bad leaves them out):"
+    assert (len(lines), lines[-1]) == (21, "and 11 more.")
+    assert "line 21: completion is empty" in lines[-2]
+    data = read_dataset(path, skip_bad=True)
+    assert (len(data), len(data.skipped)) == (1, 31)
+    with pytest.raises(DataError, match="30 of 30"):
+        read_dataset(write(tmp_path / "all.jsonl", *[bad] * 30), skip_bad=True)

@@ -15,7 +15,7 @@ from onebase_training.model.attached import Attached
 
 def read_data(config: TrainConfig) -> tuple[Dataset, Dataset]:
     """Training part and held-out part. Raises DataError."""
-    dataset = read_datasets(config.files, format=config.format)
+    dataset = read_datasets(config.files, format=config.format, skip_bad=config.skip_bad)
     if unknown := config.label_words.keys() - set(dataset.labels):
         raise DataError(
             f"label_words names {min(unknown)!r}, which is no label of {dataset.source} "
@@ -25,7 +25,8 @@ def read_data(config: TrainConfig) -> tuple[Dataset, Dataset]:
     dataset = dataset.with_words(config.label_words)
     if config.eval_data is None:
         return split(dataset, eval_fraction=config.eval_fraction, seed=config.seed)
-    return dataset, read_dataset(config.eval_data, format=config.format).with_words(config.label_words)
+    held_out = read_dataset(config.eval_data, format=config.format, skip_bad=config.skip_bad)
+    return dataset, held_out.with_words(config.label_words)
 
 
 def with_arithmetic(config: TrainConfig, workspace: Workspace, progress: Progress) -> TrainConfig:

@@ -24,7 +24,7 @@ from onebase_training.data.data_check import check, describe
 from onebase_training.data.encoding.encode_template import encode_with
 from onebase_training.data.encoding.packing import passes_of, plan_batches, plan_examples, tokens_of_pass
 from onebase_training.data.task_kind import classes_of
-from onebase_training.evaluation.answers import model_answers, served_answers
+from onebase_training.evaluation.answers import asked, model_answers, served_answers
 from onebase_training.evaluation.evaluation_result import Evaluation, Sample, mark
 from onebase_training.evaluation.held_out_loss import classify, measure
 from onebase_training.fitting import fsdp
@@ -161,7 +161,7 @@ def _model_answers(
         return classify(model, examples, base.tokenizer, config.batch_tokens)
     if not model.paired:
         return None
-    some = examples[: config.metric_examples]
+    some = asked(examples, config.metric_examples)
     return model_answers(model, some, base.tokenizer, max_new_tokens=config.max_new_tokens, progress=progress)
 
 
@@ -169,7 +169,7 @@ def _answers_of(
     folder: Path, fitted: "_Fitted", base: LoadedBase, config: TrainConfig, ranks: Ranks, progress: Progress
 ) -> list[Sample]:
     """What users of the written folder will be answered."""
-    some, limit = fitted.held_out[: config.metric_examples], config.max_new_tokens
+    some, limit = asked(fitted.held_out, config.metric_examples), config.max_new_tokens
     whole = config.method == "full"
     spec = BaseSpec(str(folder) if whole else config.model, device=config.device)
     adapter = None if whole or find_method(config.method).attach is None else folder
@@ -309,7 +309,7 @@ def _before(
     if not ranks.first:
         return Evaluation(loss, None, [])
     if answers is None:
-        some = held_out[: config.metric_examples]
+        some = asked(held_out, config.metric_examples)
         spec = BaseSpec(config.model, device=config.device)
         answers = served_answers(spec, None, some, max_new_tokens=config.max_new_tokens, progress=progress)
     before = Evaluation(loss, mark(answers, held_out), answers)

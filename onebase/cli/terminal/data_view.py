@@ -95,6 +95,15 @@ def _findings(check: Check) -> Iterator[Text]:
     if len(check.labels) > 1 and max(check.labels.values()) > 10 * min(check.labels.values()):
         rarest, total = min(check.labels, key=lambda name: check.labels[name]), sum(check.labels.values())
         yield _finding(False, f"the rarest label is {rarest!r}: {check.labels[rarest]} of {total}")
+    if check.spellings:
+        names = "; ".join(" and ".join(map(repr, group)) for group in check.spellings[:4])
+        yield _finding(False, f"labels that differ only in spaces, case or Unicode form: {names}")
+    for name, count in sorted(check.data.unused.items()):
+        yield _finding(False, f"the column {name!r} is not used (something is in it in {_count(count, 'record')})")
+    if check.data.skipped:
+        yield _finding(
+            False, f"{_count(check.data.skipped, 'record')} left out; the first: {check.data.skipped[0]}"
+        )
     if check.loose:
         where = _lines(check.loose)
         yield _finding(False, f"chats that begin with the assistant, or end with another (not learned): {where}")

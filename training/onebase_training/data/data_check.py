@@ -1,6 +1,7 @@
 """What is to be known of a data set before anything trains on it, as one plain value."""
 
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Check:
     """Examples of the very same prompt with different answers."""
     leaks: tuple[tuple[int, int], ...]
     """(line held out, line in training) of prompts that are near-duplicates."""
+    spellings: tuple[tuple[str, ...], ...]
+    """Labels that differ only in spaces, case or Unicode form."""
     loose: Lines
     """Chats that begin with the assistant's turn, or end with another's: these turns are read and not learned."""
     samples: tuple[Encoded, ...]
@@ -79,6 +82,7 @@ def check(
         duplicates=_duplicates(data.examples),
         conflicts=_conflicts(data.examples),
         leaks=() if held_out is None else _leaks(data.examples, held_out.examples),
+        spellings=_spellings(data.labels),
         loose=tuple(example.line for example in data.examples if _has_loose_turn(example)),
         samples=_spread(sequences, samples),
     )
@@ -89,6 +93,13 @@ def _labels(examples: Sequence[Example]) -> dict[str, int]:
     if is_classification(examples):
         counts.update(example.answer.strip() for example in examples if not example.tags)
     return dict(counts.most_common())
+
+
+def _spellings(labels: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for label in labels:
+        alike[" ".join(unicodedata.normalize("NFKC", label).casefold().split())].append(label)
+    return tuple(tuple(group) for group in alike.values() if len(group) > 1)
 
 
 def _duplicates(examples: Sequence[Example]) -> tuple[Lines, ...]:
@@ -147,6 +158,10 @@ def describe(found: Check) -> list[str]:
         "of nearly the same prompt as another": sum(map(len, found.duplicates)),
         "of the same prompt as another, with another answer": sum(map(len, found.conflicts)),
         "held out, but nearly as in training": len(found.leaks),
+        "labels that differ only in spaces, case or Unicode form": sum(map(len, found.spellings)),
+        "records left out": len(found.data.skipped),
     }
+    if found.data.unused:
+        lines.append(f"columns that are not used: {', '.join(sorted(found.data.unused))}")
     told = [f"{count:,} {what}" for what, count in doubts.items() if count]
     return [*lines, f"careful: {'; '.join(told)} (onebase data check shows them)"] if told else lines

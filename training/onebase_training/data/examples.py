@@ -1,7 +1,8 @@
 """What a data file holds once it is read: records of one shape, whatever its format was."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -10,6 +11,15 @@ class Turn:
 
     role: str
     content: str
+    learned: bool = True
+    """False: an assistant's turn that is read and not learned."""
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What else chat templates read of a message: `tool_calls`, `tool_call_id`, `name`."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether it is learned, where it answers another turn."""
+        return self.role == "assistant" and self.learned
 
 
 @dataclass(frozen=True)
@@ -19,10 +29,14 @@ class Example:
     line: int
     """1-based place in its file: the line in text files, the row in Parquet."""
     turns: tuple[Turn, ...] = ()
-    """A chat; the assistant's turns are learned."""
+    """A chat; the assistant's turns are learned, unless they say otherwise."""
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    """Functions that the chat may call, as OpenAI has them."""
     prompt: str | None = None
     """Raw text, as /v1/completions takes it; with `label`, the text to classify."""
     completion: str | None = None
+    document: bool = False
+    """The completion is a text that answers nothing: all of it is learned, in pieces where it is long."""
     label: str | None = None
     words: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
@@ -39,7 +53,7 @@ class Example:
     def asked(self) -> str:
         """What the model is given: the text up to the first answer."""
         if self.turns:
-            first = next((at for at, turn in enumerate(self.turns) if turn.role == "assistant"), None)
+            first = next((at for at, turn in enumerate(self.turns) if turn.answers), None)
             return "\n".join(turn.content for turn in self.turns[:first])
         return " ".join(self.words) if self.words else self.prompt or ""
 
@@ -52,7 +66,7 @@ class Example:
     def answer(self) -> str:
         """What the model is to give: the last answer, the completion, the label, or the tags in order."""
         if self.turns:
-            return next((turn.content for turn in reversed(self.turns) if turn.role == "assistant"), "")
+            return next((turn.content for turn in reversed(self.turns) if turn.answers), "")
         return " ".join(self.tags) if self.tags else self.label or self.completion or ""
 
 
@@ -67,6 +81,10 @@ class Dataset:
     """The path as it was given, for messages."""
     digest: str
     """SHA-256 of the file's bytes, in hex."""
+    unused: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Columns that nothing is made of, and in how many records they hold something."""
+    skipped: tuple[str, ...] = ()
+    """What was wrong with the records that were left out."""
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -40,6 +40,11 @@ def room(longest: int) -> int:
     return ServedRows.blocks_for([longest + _VIRTUAL] * TOGETHER)
 
 
+def asked(examples: Sequence[Encoded], count: int) -> list[Encoded]:
+    """The first `count` that ask something: a text without a prompt has no answer to judge."""
+    return [example for example in examples if example.prompt_length][:count]
+
+
 def served_answers(
     spec: BaseSpec, adapter: Path | None, examples: Sequence[Encoded], *, max_new_tokens: int, progress: Progress
 ) -> list[Sample]:

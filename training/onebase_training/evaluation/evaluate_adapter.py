@@ -22,7 +22,7 @@ from onebase_engine.runner.classifier_heads import probabilities
 from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
 from onebase_training.data import NO_LOSS, Dataset, Encoded, encode, encode_for_head, read_dataset
 from onebase_training.data.encoding.encode_template import encode_with
-from onebase_training.evaluation.answers import ends_of, room, write_answers
+from onebase_training.evaluation.answers import asked, ends_of, room, write_answers
 from onebase_training.evaluation.evaluation_result import Evaluation, Sample, mark
 from onebase_training.evaluation.served import ServedRows
 
@@ -132,7 +132,7 @@ def _write(
         total += float(cross_entropy(logits, wanted, reduction="sum"))
         learned += len(places)
     ends = ends_of(model.base.model, tokenizer)
-    chosen = examples[: config.metric_examples]
+    chosen = asked(examples, config.metric_examples)
     samples = write_answers(rows, layout, chosen, tokenizer, ends, config.max_new_tokens, progress)
     return Evaluation(total / learned, mark(samples, examples), samples)
 

@@ -1,5 +1,6 @@
 """A tokenizer as training needs it: prompts and chats as the server makes them, answers as a model writes them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,9 +59,17 @@ class Coder:
     def _render(self, example: Example, turns: Sequence[Turn], *, generate: bool) -> str:
         if not self.tokenizer.chat_template:
             raise DataError("The base has no chat template; use prompt and completion.", field="format")
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        if not self._shows_tools and (example.tools or any(turn.role == "tool" or turn.fields for turn in turns)):
+            raise DataError(
+                f"{example.place}: the base's chat template shows no tools, calls and results, so they cannot be "
+                "learned as they would be served. Write them out as text.",
+                field="data",
+            )
+        messages = [{"role": turn.role, "content": turn.content, **turn.fields} for turn in turns]
         try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tools=list(example.tools) or None, tokenize=False, add_generation_prompt=generate
+            )
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             raise DataError(f"{example.place}: the base's chat template refuses this: {error}") from error
         return text
@@ -70,6 +79,10 @@ class Coder:
             return []
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
         return ids
+
+    @cached_property
+    def _shows_tools(self) -> bool:
+        return re.search(r"\btools\b", self.tokenizer.chat_template) is not None
 
     @cached_property
     def _special(self) -> frozenset[int]:

@@ -6,7 +6,7 @@ tokenised apart, because that is how it will be written: after the prompt's last
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from onebase_adapters.errors import DataError
@@ -52,6 +52,12 @@ def fit(sequences: Iterable[Encoded], max_length: int, too_long: TooLong) -> lis
         excess = len(one.input_ids) - max_length
         if excess <= 0:
             fitting.append(one)
+        elif one.example.document:
+            for start in range(0, len(one.input_ids), max_length):
+                part = slice(start, start + max_length)
+                fitting.append(
+                    replace(one, input_ids=one.input_ids[part], labels=one.labels[part], prompt_length=0)
+                )
         elif too_long == "cut" and one.prompt_length < max_length:
             ids, labels = one.input_ids[:max_length], one.labels[:max_length]
             fitting.append(Encoded(ids, labels, one.example, one.prompt_length, excess))
@@ -100,7 +106,7 @@ def _chat(example: Example, coder: Coder) -> list[Encoded]:
     """
     sequences: list[tuple[list[int], list[int], int]] = []
     for place in range(len(example.turns) - 1, 0, -1):  # the first turn answers nothing
-        if example.turns[place].role != "assistant":
+        if not example.turns[place].answers:
             continue
         prompt, answer = coder.chat_answer(example, place)
         turn, start = prompt + answer, len(prompt)

@@ -1,5 +1,6 @@
 """Single values of a record, taken out and checked."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ def text(record: Record, key: str, value: Any = _ABSENT) -> str:
         if key not in record.columns:
             found = ", ".join(map(repr, record.columns)) or "none"
             raise record.error(f"the column {key!r} is missing (found: {found}).", field=key)
-        value = record.columns[key]
+        value = record.value(key)
     if value is None:
         raise record.error(f"{key} is null.", field=key)
     if not isinstance(value, str):
@@ -22,6 +23,12 @@ def text(record: Record, key: str, value: Any = _ABSENT) -> str:
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise record.error(f"{key} holds half of a surrogate pair (an escape such as \\ud83d alone).", field=key)
     return value
+
+
+def written(record: Record, key: str) -> str:
+    """As `text`; numbers and truth values as JSON writes them. Raises DataError."""
+    value = record.value(key)
+    return json.dumps(value) if isinstance(value, bool | int | float) else text(record, key)
 
 
 def only_key(record: Record, names: Sequence[str]) -> str:
@@ -32,6 +39,25 @@ def only_key(record: Record, names: Sequence[str]) -> str:
     return used[0] if used else names[0]
 
 
+def optional(record: Record, names: Sequence[str]) -> str:
+    """The text in whichever of the columns `names` the record has, or "". Raises DataError."""
+    key = only_key(record, names)
+    return text(record, key) if record.value(key) else ""
+
+
+def listed(record: Record, key: str) -> list[Any]:
+    """The list in the column `key`, which may be written as JSON. Raises DataError."""
+    value = record.value(key)
+    if isinstance(value, str):  # in CSV, and in files made from it
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise record.error(f"{key} is text, but no list as JSON: {error}.", field=key) from error
+    if not isinstance(value, list) or not value:
+        raise record.error(f"{key} must be a list with something in it.", field=key)
+    return value
+
+
 def task(record: Record) -> str:
     """The record's task, or ""."""
-    return "" if record.columns.get("task") is None else text(record, "task")
+    return "" if record.value("task") is None else text(record, "task")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -15,28 +15,74 @@ from onebase_training.data.reading.parquet import read_table_records
 from onebase_training.data.reading.text_files import Record, read_text_records
 
 _TABLES = (".parquet", ".arrow")
+_SHOWN = 20
+"""Bad records that are told one by one."""
 
 
-def read_dataset(path: Path, *, format: str | None = None) -> Dataset:
-    """Read a data file or folder; its format is recognised from its columns unless `format` names it.
+def read_dataset(path: Path, *, format: str | None = None, skip_bad: bool = False) -> Dataset:
+    """Read a data file or folder; its format is recognised from its columns unless `format` names it. With
+    `skip_bad`, records that cannot be used are left out.
 
-    Raises DataError, which names the line, for whatever is not as it should be.
+    Raises DataError, which names the lines, for whatever is not as it should be.
     """
     records, digest = _records(path)
     if not records:
         raise DataError(f"{path} is empty: it has no records.", field="data")
-    name = recognise(records[0], format)
-    examples = tuple(FORMATS[name].convert(record) for record in records)
+    examples: list[Example] = []
+    formats: list[str] = []
+    bad: list[DataError] = []
+    unused = Counter[str]()
+    for record in records:
+        if isinstance(record, DataError):
+            bad.append(record)
+            continue
+        try:
+            formats.append(_format(record, format, formats))
+            examples.append(FORMATS[formats[-1]].convert(record))
+        except DataError as error:
+            if error.field == "format" or not (formats or skip_bad):
+                raise  # true of every record
+            bad.append(error)
+            continue
+        unused.update(record.unused)
+    if bad and not (skip_bad and examples):
+        raise _joined(bad, len(records))
     _check_labels(str(path), examples)
-    return Dataset(examples, name, str(path), digest)
+    return Dataset(
+        tuple(examples),
+        "+".join(sorted({*formats})),
+        str(path),
+        digest,
+        unused=dict(unused),
+        skipped=tuple(error.message for error in bad),
+    )
 
 
-def read_datasets(paths: Sequence[Path], *, format: str | None = None) -> Dataset:
+def _format(record: Record, name: str | None, before: Sequence[str]) -> str:
+    """The first record's, as long as one fits it, or no other either: what is wrong is then told of that one."""
+    if name is None and before:
+        first = before[0]
+        others = [other for other, layout in FORMATS.items() if layout.fits(record.columns)]
+        return first if first in others or not others else others[0]
+    return recognise(record, name)
+
+
+def _joined(bad: Sequence[DataError], records: int) -> DataError:
+    if len(bad) == 1:
+        return bad[0]
+    lines = [error.message for error in bad[:_SHOWN]]
+    if len(bad) > _SHOWN:
+        lines.append(f"and {len(bad) - _SHOWN} more.")
+    head = f"{len(bad)} of {records} records cannot be used (--skip-bad leaves them out):"
+    return DataError("\n".join([head, *lines]), field=bad[0].field)
+
+
+def read_datasets(paths: Sequence[Path], *, format: str | None = None, skip_bad: bool = False) -> Dataset:
     """Read several files as one data set. A record without a task of its own has its file's name for a task.
 
     `format` and `source` of the result join those of the files. Raises DataError.
     """
-    parts = [read_dataset(path, format=format) for path in paths]
+    parts = [read_dataset(path, format=format, skip_bad=skip_bad) for path in paths]
     if len(parts) == 1:
         return parts[0]
     if len({path.stem for path in paths}) < len(paths):
@@ -49,10 +95,12 @@ def read_datasets(paths: Sequence[Path], *, format: str | None = None) -> Datase
         format="+".join(sorted({part.format for part in parts})),
         source=", ".join(part.source for part in parts),
         digest=_joint_digest([part.digest for part in parts]),
+        unused=dict(sum((Counter(part.unused) for part in parts), Counter())),
+        skipped=tuple(chain.from_iterable(part.skipped for part in parts)),
     )
 
 
-def _records(path: Path) -> tuple[list[Record], str]:
+def _records(path: Path) -> tuple[list[Record | DataError], str]:
     try:
         files = _saved_files(path) if path.is_dir() else [path]
         contents = [file.read_bytes() for file in files]
@@ -61,7 +109,7 @@ def _records(path: Path) -> tuple[list[Record], str]:
     digests = [hashlib.sha256(content).hexdigest() for content in contents]
     digest = digests[0] if len(digests) == 1 else _joint_digest(digests)
     if files[0].suffix in _TABLES:
-        return read_table_records(str(path), files), digest
+        return [*read_table_records(str(path), files)], digest
     records = [read_text_records(file, content) for file, content in zip(files, contents, strict=True)]
     return list(chain.from_iterable(records)), digest
 
