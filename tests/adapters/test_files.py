@@ -1,7 +1,9 @@
 """Adapters that nobody should serve: each is refused with its reason before anything of it is resident."""
 
+import gzip
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 from onebase_adapters.base_shape import BaseShape, Site
 from onebase_adapters.errors import AdapterError, AdapterFormatError, AdapterMismatchError, AdapterPathError
 from onebase_adapters.lowering.lower import load_adapter
+from onebase_adapters.lowering.source import canonical_names
 from onebase_adapters.primitives.instruction_set import LowRank
 
 BASE = BaseShape(
@@ -74,6 +77,57 @@ def test_ranks_and_scales_are_each_sites_own(tmp_path: Path) -> None:
     config = CONFIG | {"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"v_proj": 6}, "use_rslora": True}
     updates = load(save(tmp_path, config, tensors))
     assert [(u.rank, u.scale) for u in updates] == [(2, pytest.approx(4 / 2**0.5)), (4, 3.0)]
+
+
+NAMED = {name: Site(name, 8, 8) for name in ("model.layers.0.q", "model.layers.1.q", "lm_head")}
+
+
+@pytest.mark.parametrize(
+    ("stored", "meant"),
+    [
+        ("base_model.model.model.layers.0.q.lora_A.weight", "model.layers.0.q.lora_A.weight"),
+        ("base_model.model.layers.0.q.lora_A.weight", "model.layers.0.q.lora_A.weight"),
+        ("layers.0.q.lora_A.weight", "model.layers.0.q.lora_A.weight"),
+        ("base_model.model.language_model.model.layers.0.q.lora_A.weight", "model.layers.0.q.lora_A.weight"),
+        ("base_model.model.model.language_model.layers.0.q.lora_A.weight", "model.layers.0.q.lora_A.weight"),
+        ("_orig_mod.base_model.model.model.layers.0.q.lora_B.weight", "model.layers.0.q.lora_B.weight"),
+        ("module.base_model.model.model.layers.1._orig_mod.q.lora_A.weight", "model.layers.1.q.lora_A.weight"),
+        ("base_model.model.model.layers.0.q.lora_A.mine.weight", "model.layers.0.q.lora_A.weight"),
+        ("base_model.model.model.layers.0.q.lora_A.default.weight", "model.layers.0.q.lora_A.weight"),
+        ("base_model.model.lm_head.lora_A.weight", "lm_head.lora_A.weight"),
+        ("base_model.model.model.layers.7.q.lora_A.weight", "model.layers.7.q.lora_A.weight"),
+        ("prompt_embeddings", "prompt_embeddings"),
+    ],
+)
+def test_sites_are_found_behind_other_prefixes(stored: str, meant: str) -> None:
+    assert list(canonical_names({stored: torch.ones(1)}, replace(BASE, sites=NAMED))) == [meant]
+
+
+def test_weights_in_shards_or_compressed(tmp_path: Path) -> None:
+    expected = load(save(tmp_path))
+    whole = tmp_path / "adapter_model.safetensors"
+    whole.write_bytes(gzip.compress(whole.read_bytes()))
+    assert [u.site for u in load(tmp_path)] == [u.site for u in expected]
+    whole.unlink()
+    items = list(good().items())
+    save_file(dict(items[:2]), tmp_path / "adapter_model-00001-of-00002.safetensors")
+    with pytest.raises(AdapterFormatError, match="in 2 shards, of which 1 are here"):
+        load(tmp_path)
+    save_file(dict(items[2:]), tmp_path / "adapter_model-00002-of-00002.safetensors")
+    assert [u.site for u in load(tmp_path)] == [u.site for u in expected]
+
+
+def test_updates_of_zero_are_left_out(tmp_path: Path) -> None:
+    zero = {f"{Q}.lora_B.weight": torch.zeros(16, 2)}
+    assert [u.site for u in load(save(tmp_path, tensors=good() | zero))] == ["layers.0.v_proj"]
+
+
+def test_a_trained_norm_is_refused_by_name(tmp_path: Path) -> None:
+    norm = {"base_model.model.layers.0.input_layernorm.weight": torch.ones(8)}
+    with pytest.raises(
+        AdapterFormatError, match=r"a trained norm, 'layers\.0\.input_layernorm', which is not served"
+    ):
+        load(save(tmp_path, tensors=good() | norm))
 
 
 def without(name: str) -> Callable[[Tensors], Tensors]:
@@ -139,7 +193,8 @@ def test_bad_tensors(
         ({"peft_type": "MAGIC"}, "peft_type 'MAGIC' is not served. Known: ADALORA"),
         ({"peft_type": None}, "peft_type None is not served"),
         ({"r": 3}, "says rank 3, tensors have 2"),
-        ({"r": "two"}, "says rank two, tensors have 2"),
+        ({"r": "two"}, "r 'two' is not a number"),
+        ({"r": "2"}, "r '2' is not a number. Write it without quotes"),
         ({"lora_alpha": "much"}, "lora_alpha.*'much' is not a number"),
         ({"lora_alpha": float("nan")}, "lora_alpha.*nan"),
         ({"lora_alpha": 1e39}, "lora_alpha"),
@@ -191,7 +246,31 @@ def make_a_folder(path: Path) -> None:
         ("adapter_model.safetensors", cut, AdapterFormatError, "not a whole safetensors file"),
         ("adapter_model.safetensors", lie_about_offsets, AdapterFormatError, "not a whole safetensors file"),
         ("adapter_model.safetensors", lambda p: p.write_bytes(b""), AdapterFormatError, "not a whole safetensors"),
-        ("adapter_model.safetensors", lambda p: p.write_bytes(b"\xff" * 64), AdapterFormatError, "not a whole"),
+        (
+            "adapter_model.safetensors",
+            lambda p: p.write_bytes(b"\xff" * 64),
+            AdapterFormatError,
+            "it is no safetensors",
+        ),
+        (
+            "adapter_model.safetensors",
+            lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+            AdapterFormatError,
+            "is a pointer of Git LFS and not the file itself: git lfs pull",
+        ),
+        ("adapter_model.safetensors", lambda p: p.write_bytes(b"\x1f\x8b\0"), AdapterFormatError, "not a whole"),
+        (
+            "adapter_model.safetensors",
+            lambda p: p.write_bytes(gzip.compress(bytes(1 << 20))),
+            AdapterFormatError,
+            "compressed more than 64 times",
+        ),
+        (
+            "onebase.json",
+            lambda p: p.write_text('{"a": "\\ud800"}'),
+            AdapterFormatError,
+            "half of a surrogate pair",
+        ),
         ("adapter_model.safetensors", lambda p: save_file({}, p), AdapterFormatError, "changes nothing"),
         ("adapter_model.safetensors", Path.unlink, AdapterFormatError, "No adapter_model.safetensors"),
         ("adapter_model.safetensors", make_a_folder, AdapterFormatError, "No adapter_model.safetensors"),

@@ -51,7 +51,7 @@ class Weights:
 
 
 def source(config: dict[str, Any], tensors: dict[str, torch.Tensor], **sidecar: Any) -> Source:
-    return Source(config, canonical_names(tensors), sidecar, BASE, Weights())
+    return Source(config, canonical_names(tensors, BASE), sidecar, BASE, Weights())
 
 
 def lower(config: dict[str, Any], tensors: dict[str, torch.Tensor], **sidecar: Any) -> list[Any]:

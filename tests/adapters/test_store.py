@@ -216,6 +216,20 @@ def test_refused_folders_leave_nothing(
     assert list((tmp_path / "store" / "staging").iterdir()) == []
 
 
+def test_links_are_followed_below_the_root(store: AdapterStore, tmp_path: Path) -> None:
+    """As in the cache of a hub, whose snapshots link to blobs."""
+    source = make_adapter(tmp_path / "hub" / "snapshots" / "main")
+    weights, blob = source / "adapter_model.safetensors", tmp_path / "hub" / "blobs" / "abc"
+    blob.parent.mkdir()
+    weights.rename(blob)
+    weights.symlink_to("../../blobs/abc")
+    staged = store.stage(source, root=tmp_path / "hub")
+    assert (staged.folder / weights.name).read_bytes() == blob.read_bytes()
+    assert not (staged.folder / weights.name).is_symlink()
+    with pytest.raises(AdapterPathError, match="leads out of the adapter root"):
+        store.stage(source, root=source)
+
+
 def test_refuses_a_missing_folder(store: AdapterStore, tmp_path: Path) -> None:
     with pytest.raises(AdapterPathError, match="is not a folder"):
         store.stage(tmp_path / "none")

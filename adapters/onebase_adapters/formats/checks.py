@@ -3,6 +3,8 @@
 What counts is which token has which number. Files that say the same in other words are equal.
 """
 
+import logging
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import msgspec
 
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
 from onebase_adapters.formats.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+
+log = logging.getLogger(__name__)
 
 _WHOLE = "tokenizer.json"
 _ADDED = "added_tokens.json"
@@ -37,7 +41,8 @@ class _Settings(msgspec.Struct):
 
 
 def check_vocabulary(files: Mapping[str, bytes], base: Mapping[str, int]) -> None:
-    """Refuse tokenizer files (contents by name; others are left out) whose tokens are not those of `base`.
+    """Refuse tokenizer files (contents by name; others are left out) whose tokens are not those of `base`. Tokens
+    behind the base's last one are told and let pass, a `[PAD]` above all: weights for them are refused as such.
 
     Raises AdapterMismatchError with the first token that differs, or AdapterFormatError (a file that is none).
     """
@@ -48,7 +53,14 @@ def check_vocabulary(files: Mapping[str, bytes], base: Mapping[str, int]) -> Non
                 own |= _tokens(name, files[name])
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise AdapterFormatError(f"{name} is no tokenizer's: {error}", field="path") from error
-    if others := [(number, word) for word, number in own.items() if base.get(word) != number]:
+    end = max(base.values(), default=-1) + 1
+    added = [word for word, number in own.items() if word not in base and number >= end]
+    if added:
+        log.info(
+            "the adapter's tokenizer adds %s, which the base never reads nor writes", ", ".join(map(repr, added))
+        )
+    others = [(number, word) for word, number in own.items() if base.get(word) != number and word not in added]
+    if others:
         number, word = min(others)
         has = f"has as {base[word]}" if word in base else "does not have"
         raise AdapterMismatchError(
@@ -56,11 +68,11 @@ def check_vocabulary(files: Mapping[str, bytes], base: Mapping[str, int]) -> Non
             f"({len(others)} differ). Train with the base's tokenizer: an adapter cannot add tokens.",
             field="path",
         )
-    if _WHOLE in files and len(own) < len(base):
+    if _WHOLE in files and not own.keys() >= base.keys():
         number, word = min((number, word) for word, number in base.items() if word not in own)
         raise AdapterMismatchError(
             f"The adapter's tokenizer is not the base's: it lacks the base's token {number}, {word!r} "
-            f"({len(base) - len(own)} are missing). Train with the base's tokenizer.",
+            f"({len(base.keys() - own.keys())} are missing). Train with the base's tokenizer.",
             field="path",
         )
 
@@ -84,15 +96,24 @@ def _tokens(name: str, content: bytes) -> dict[str, int]:
     return tokens | {word.content: word.id for word in read.added_tokens}
 
 
+_SHARD = re.compile(rf"{WEIGHTS_FILE.removesuffix('.safetensors')}-\d+-of-(\d+)\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
-def check_listing(names: Collection[str]) -> None:
-    """Refuse a folder or an upload by its file names alone. Raises AdapterFormatError."""
+def check_listing(names: Collection[str]) -> tuple[str, ...]:
+    """The files that hold the weights: one, or all of its shards. Refuses a folder or an upload by its file names
+    alone, by raising AdapterFormatError."""
     if CONFIG_FILE not in names:
         raise AdapterFormatError(f"No {CONFIG_FILE}: this is not a PEFT adapter.", field="path")
     if WEIGHTS_FILE in names:
-        return
+        return (WEIGHTS_FILE,)
+    shards = {name: int(match[1]) for name in sorted(names) if (match := _SHARD.fullmatch(name))}
+    if shards:
+        if set(shards.values()) != {len(shards)}:
+            raise AdapterFormatError(
+                f"The weights are in {max(shards.values())} shards, of which {len(shards)} are here.", field="path"
+            )
+        return tuple(shards)
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if pickles:
         raise AdapterFormatError(

@@ -24,4 +24,11 @@ def read_object(path: Path) -> dict[str, Any]:
         raise AdapterPathError(f"{path.name} cannot be read: {error}.", field="path") from error
     if not isinstance(value, dict):
         raise AdapterFormatError(f"{path.name} is not a JSON object.", field="path")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise AdapterFormatError(
+            f"{path.name} holds half of a surrogate pair (an escape such as \\ud83d alone), which is no text.",
+            field="path",
+        ) from error
     return value

@@ -3,18 +3,24 @@
 `adapter_config.json` and `adapter_model.safetensors`, plus `onebase.json` where our trainer made it.
 """
 
+import gzip
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from onebase_adapters.base_shape import BaseShape
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError, AdapterPathError
 from onebase_adapters.formats.checks import check_listing
-from onebase_adapters.formats.peft_folder import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE, read_object
+from onebase_adapters.formats.peft_folder import CONFIG_FILE, SIDECAR_FILE, read_object
+
+_LFS_POINTER, _GZIP = b"version https://git-lfs", b"\x1f\x8b"
+_MOST_HEADER_BYTES = 16 << 20
+_MOST_INFLATION = 64
 
 
 @dataclass(frozen=True)
@@ -31,15 +37,9 @@ def read_adapter(folder: Path) -> AdapterFiles:
     """Read and check a folder. Raises AdapterPathError (nothing there) or AdapterFormatError (unsafe, broken)."""
     if not folder.is_dir():
         raise AdapterPathError(f"{folder} is not a folder.", field="path")
-    check_listing([entry.name for entry in folder.iterdir() if entry.is_file()])
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, ValueError) as error:
-        raise AdapterFormatError(
-            f"{WEIGHTS_FILE} is not a whole safetensors file: {error}", field="path"
-        ) from error
-    except OSError as error:
-        raise AdapterPathError(f"{WEIGHTS_FILE} cannot be read: {error}", field="path") from error
+    tensors: dict[str, torch.Tensor] = {}
+    for name in check_listing([entry.name for entry in folder.iterdir() if entry.is_file()]):
+        tensors |= _read_weights(folder / name)
     for name, tensor in tensors.items():
         if tensor.is_complex():
             raise AdapterFormatError(f"Tensor {name!r} is {tensor.dtype}: weights are real.", field="path")
@@ -47,6 +47,44 @@ def read_adapter(folder: Path) -> AdapterFiles:
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterFormatError(f"Tensor {name!r} holds NaN or infinity.", field="path")
     return AdapterFiles(read_object(folder / CONFIG_FILE), tensors, read_object(folder / SIDECAR_FILE))
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with path.open("rb") as file:
+            begins = file.read(32)
+        if begins.startswith(_LFS_POINTER):
+            raise AdapterFormatError(
+                f"{path.name} is a pointer of Git LFS and not the file itself: git lfs pull fetches it.",
+                field="path",
+            )
+        if begins.startswith(_GZIP):
+            most = _MOST_INFLATION * path.stat().st_size
+            with gzip.open(path) as compressed:
+                content = compressed.read(most + 1)
+            if len(content) > most:
+                raise AdapterFormatError(
+                    f"{path.name} is compressed more than {_MOST_INFLATION} times, as weights are not.",
+                    field="path",
+                )
+            _check_header(path.name, content[:8])
+            return load(content)
+        _check_header(path.name, begins[:8])
+        return load_file(path)
+    except (SafetensorError, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise AdapterFormatError(f"{path.name} is not a whole safetensors file: {error}", field="path") from error
+    except OSError as error:
+        raise AdapterPathError(f"{path.name} cannot be read: {error}", field="path") from error
+
+
+def _check_header(name: str, begins: bytes) -> None:
+    """By the length that a safetensors file begins with: reading a long header takes minutes."""
+    if (length := int.from_bytes(begins, "little")) > _MOST_HEADER_BYTES:
+        raise AdapterFormatError(
+            f"{name} begins with a header of {length:,} bytes: it is no safetensors file, or has more tensors than "
+            f"any adapter (at most {_MOST_HEADER_BYTES:,} bytes, some 100,000 tensors).",
+            field="path",
+        )
 
 
 def check_base(files: AdapterFiles, base: BaseShape) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
-from onebase_adapters.lowering.source import Lowered, Source
+from onebase_adapters.lowering.source import Lowered, Source, refuse_norm
 from onebase_adapters.primitives.instruction_set import LowRank, Primitive, Rescale, Shift
 
 _KEY = re.compile(
@@ -48,6 +48,7 @@ def lower(source: Source) -> Lowered:
     for name, tensor in source.tensors.items():
         match = _KEY.match(name)
         if match is None:
+            refuse_norm(name)
             raise AdapterFormatError(f"Tensor {name!r} is not a LoRA matrix.", field="path")
         part = match["part"].removeprefix("lora_") + (".bias" if match["leaf"] == "bias" else "")
         parts.setdefault(match["site"], {})[part] = tensor.float()
@@ -67,7 +68,7 @@ def _linear(source: Source, name: str, parts: Mapping[str, torch.Tensor]) -> lis
     if "E" in parts:
         a = a * parts["E"]
     update = LowRank(name, a, b, _scale(source.config, name, rank))
-    primitives: list[Primitive] = [update]
+    primitives: list[Primitive] = [update] if a.any() and b.any() else []
     shift = update.scale * parts["B.bias"] if "B.bias" in parts else None
     if "magnitude_vector" in parts:
         # DoRA: y = m / |W + sBA| (W x + sBA x) + bias; the norm is over each output's row.
@@ -120,7 +121,7 @@ def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
         alpha, divisor = config.get("lora_alpha", 8), _number(config.get("init_r", rank), "init_r") + 1e-5
     else:
         stated = _pattern(config, "rank_pattern", site, config.get("r"))
-        if stated is not None and stated != rank:
+        if stated is not None and _number(stated, "r") != rank:
             raise AdapterFormatError(
                 f"Site {site!r}: adapter_config.json says rank {stated}, tensors have {rank}.", field="r"
             )
@@ -131,7 +132,8 @@ def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
 
 def _number(value: Any, field: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise AdapterFormatError(f"adapter_config.json: {field} {value!r} is not a number.", field=field)
+        hint = " Write it without quotes." if isinstance(value, str) and value.strip().isdigit() else ""
+        raise AdapterFormatError(f"adapter_config.json: {field} {value!r} is not a number.{hint}", field=field)
     return float(value)
 
 

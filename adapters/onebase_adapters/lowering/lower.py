@@ -50,12 +50,12 @@ def load_adapter(folder: Path, digest: str, base: BaseShape, weights: BaseWeight
             f"peft_type {files.config.get('peft_type')!r} is not served. Known: {', '.join(sorted(METHODS))}.",
             field="peft_type",
         )
-    source = Source(files.config, canonical_names(files.tensors), files.sidecar, base, weights)
+    source = Source(files.config, canonical_names(files.tensors, base), files.sidecar, base, weights)
     saved, rest = split_saved(source)
     _refuse_what_encoder_decoders_lack(kind, source, saved)
     lowered = METHODS[kind](rest)
     primitives = saved + lowered.primitives
-    if not primitives:
+    if not primitives and not files.tensors:
         raise AdapterFormatError("The adapter changes nothing: it has no weights for any site.", field="path")
     _refuse_conflicts(primitives)
     return LoweredAdapter(digest, kind.lower(), primitives, lowered.notes)

@@ -1,7 +1,7 @@
 """What a method's lowering gets, and what it gives."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,6 +12,9 @@ from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
 from onebase_adapters.primitives.instruction_set import Primitive
 
 _PREFIX = re.compile(r"^base_model\.(?:model\.)?")
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.[^.]+(?=\.(?:weight|bias)$)")
+"""The name under which PEFT held the adapter, before a leaf."""
 
 
 class BaseWeights(Protocol):
@@ -83,9 +86,21 @@ class Source:
     def refuse_others(self, known: set[str]) -> None:
         """Raise AdapterFormatError if there are tensors that the method does not know: nothing is ignored."""
         if others := sorted(self.tensors.keys() - known):
+            refuse_norm(others[0])
             raise AdapterFormatError(
                 f"Tensor {others[0]!r} is not known to {self.config.get('peft_type')} adapters.", field="path"
             )
+
+
+def refuse_norm(name: str) -> None:
+    """Raise AdapterFormatError if the tensor is a norm's."""
+    module, _, leaf = name.rpartition(".")
+    if leaf in ("weight", "bias") and "norm" in module.rpartition(".")[2].lower():
+        raise AdapterFormatError(
+            f"The adapter brings a trained norm, {module!r}, which is not served: train without it in "
+            "modules_to_save, or merge the adapter and serve the model as a base.",
+            field="modules_to_save",
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,29 @@ Lower = Callable[[Source], Lowered]
 """Raises AdapterFormatError (bad files) or AdapterMismatchError (wrong base)."""
 
 
-def canonical_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """PEFT's stored names without their prefix and the adapter's name."""
-    return {_PREFIX.sub("", name).replace(".default.", "."): tensor for name, tensor in tensors.items()}
+def canonical_names(tensors: Mapping[str, torch.Tensor], base: BaseShape) -> dict[str, torch.Tensor]:
+    """PEFT's stored names, from the base's own site on, without what wrapped the model and the adapter's name.
+
+    A model within another has its sites under other names (`layers.0` for `model.layers.0`, or `language_model.`
+    before it): the base's site is meant if one alone ends so.
+    """
+    sites = {*base.sites, base.embedding, *base.sublayers}
+    ends: dict[str, set[str]] = {}
+    for site in sites:
+        parts = site.split(".")
+        for start in range(1, len(parts)):
+            if any(part.isdigit() for part in parts[start:]):
+                ends.setdefault(".".join(parts[start:]), set()).add(site)
+    return {_canonical(name, sites, ends): tensor for name, tensor in tensors.items()}
+
+
+def _canonical(name: str, sites: Collection[str], ends: Mapping[str, set[str]]) -> str:
+    name = _WRAPPERS.sub("", _ADAPTER.sub(r"\1", _PREFIX.sub("", name))).replace(".default.", ".")
+    parts = name.split(".")
+    for start in range(len(parts)):
+        for end in range(len(parts), start, -1):
+            path, rest = ".".join(parts[start:end]), parts[end:]
+            found = {path} if path in sites else ends.get(path, set())
+            if len(found) == 1:
+                return ".".join([*found, *rest])
+    return name

@@ -22,11 +22,10 @@ from typing import Any, BinaryIO
 from onebase_adapters.atomic_files import disk_errors
 from onebase_adapters.errors import AdapterFormatError, AdapterPathError, StorageError
 from onebase_adapters.formats.checks import TOKENIZER_FILES, check_listing, check_vocabulary
-from onebase_adapters.formats.peft_folder import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE, read_object
+from onebase_adapters.formats.peft_folder import CONFIG_FILE, SIDECAR_FILE, read_object
 from onebase_adapters.store.registry import AdapterRecord, Registry, check_name
 
-_WANTED = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE)
-_REQUIRED = (CONFIG_FILE, WEIGHTS_FILE)
+_NOTES = (CONFIG_FILE, SIDECAR_FILE)
 _MAX_JSON_BYTES = 4 << 20
 _MAX_TOKENIZER_BYTES = 64 << 20
 
@@ -81,11 +80,14 @@ class AdapterStore:
         self._registry.close()
         self._lock_file.close()
 
-    def stage(self, folder: Path, *, vocabulary: Vocabulary | None = None) -> StagedAdapter:
+    def stage(
+        self, folder: Path, *, vocabulary: Vocabulary | None = None, root: Path | None = None
+    ) -> StagedAdapter:
         """Copy an adapter's files from `folder` into the store. A tokenizer among them must be `vocabulary`'s.
+        Symbolic links are followed below `root`, as a hub's cache has them.
 
-        Raises AdapterPathError (no folder, symbolic links), AdapterFormatError (files missing, a pickle, too
-        large), AdapterMismatchError (another tokenizer) or StorageError.
+        Raises AdapterPathError (no folder, other links), AdapterFormatError (files missing, a pickle, too large),
+        AdapterMismatchError (another tokenizer) or StorageError.
         """
         try:
             if not folder.is_dir():
@@ -93,12 +95,11 @@ class AdapterStore:
             names = sorted(entry.name for entry in folder.iterdir())
         except OSError as error:  # no permission, a name too long
             raise AdapterPathError(f"Cannot read {str(folder)[:160]}: {error.strerror}.", field="path") from error
-        check_listing(names)
         files: dict[str, BinaryIO] = {}
         try:
-            for name in _WANTED + TOKENIZER_FILES:
-                if name in _REQUIRED or (folder / name).exists():
-                    files[name] = _open_plain(folder / name)
+            for name in (*check_listing(names), *_NOTES, *TOKENIZER_FILES):
+                if name in names:
+                    files[name] = _open_plain(folder / name, root)
             return self.stage_files(files, source=str(folder), vocabulary=vocabulary)
         finally:
             for file in files.values():
@@ -111,7 +112,7 @@ class AdapterStore:
 
         Raises AdapterFormatError, AdapterMismatchError or StorageError.
         """
-        check_listing(sorted(files))
+        check_listing(files)
         if vocabulary is not None:
             _check_tokenizer(files, vocabulary)
         with disk_errors(str(self._staging)):
@@ -119,7 +120,7 @@ class AdapterStore:
         try:
             with disk_errors(str(scratch)):
                 digest = self._copy(files, scratch)
-            sidecar = {name: read_object(scratch / name) for name in _WANTED if name.endswith(".json")}
+            sidecar = {name: read_object(scratch / name) for name in _NOTES}
             folder = self._place(scratch, digest)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -223,7 +224,7 @@ class AdapterStore:
         """Copy the wanted files and flush them to the disk; returns the digest of what was copied."""
         total = hashlib.sha256()
         left = self._max_bytes
-        for name in _WANTED:
+        for name in (CONFIG_FILE, *check_listing(files), SIDECAR_FILE):
             if name not in files:
                 continue
             limit = min(left, _MAX_JSON_BYTES) if name.endswith(".json") else left
@@ -287,14 +288,19 @@ def _check_tokenizer(files: Mapping[str, BinaryIO], vocabulary: Vocabulary) -> N
         check_vocabulary(found, vocabulary())
 
 
-def _open_plain(path: Path) -> BinaryIO:
-    """Open a regular file and nothing else: a link could lead out of the folder, a pipe could wait forever."""
+def _open_plain(path: Path, root: Path | None) -> BinaryIO:
+    """Open a regular file and nothing else: a link could lead out of `root`, a pipe could wait forever."""
+    if root is not None and path.is_symlink():
+        target = path.resolve()
+        path = target if target.is_relative_to(root.resolve()) else path
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if path.is_symlink():
             raise AdapterPathError(
-                f"{path.name} is a symbolic link; register a copy with real files (cp -rL).", field="path"
+                f"{path.name} is a symbolic link that leads out of the adapter root; register a copy with real "
+                "files (cp -rL).",
+                field="path",
             ) from error
         raise AdapterPathError(f"Cannot read {path}: {error.strerror}.", field="path") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):

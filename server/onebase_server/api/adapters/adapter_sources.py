@@ -38,7 +38,7 @@ def from_path(store: AdapterStore, vocabulary: Vocabulary, root: Path | None, pa
             raise AdapterPathError(f"{path!r} cannot be resolved.", field="path") from error
         if not folder.is_relative_to(top):
             raise AdapterPathError(f"{path!r} is outside the adapter root.", field="path")
-        return store.stage(folder, vocabulary=vocabulary)
+        return store.stage(folder, vocabulary=vocabulary, root=top)
 
     return stage
 
