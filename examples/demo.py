@@ -65,11 +65,11 @@ class Task:
 TASKS = (
     Task(
         "tweets", "tweets", rows=700, held_out=200,
-        options=("--epochs", "1", "--metric-examples", "200"), shown=(2, 3),
+        options=("--epochs", "1", "--eval-every", "26", "--metric-examples", "200"), shown=(2, 3),
     ),
     Task(
         "addresses", "address-fields", rows=700, held_out=100,
-        options=("--epochs", "1", "--metric-examples", "64"), shown=(0, 1),
+        options=("--epochs", "1", "--eval-every", "32", "--metric-examples", "64"), shown=(0, 1),
     ),
 )  # fmt: skip
 
