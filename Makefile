@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml clients/python/pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --progress-bar on -q -c constraints.txt torch
 	$(BIN)/python -m pip install --progress-bar on -q -c constraints.txt -e '.[dev,demo]' -e clients/python
 	touch $@
+	@echo 'Installed in $(VENV). To have the onebase command on your PATH: . $(BIN)/activate'
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo

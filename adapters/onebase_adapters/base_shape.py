@@ -20,6 +20,8 @@ class BaseShape:
 
     name: str
     """What the user called it: catalog name, folder or hub id."""
+    hub_id: str
+    """What others call it: a hub id where there is one, else the name."""
     fingerprint: str
     """Hex digest over weights' samples and configuration; see `fingerprint_folder`."""
     model_type: str

@@ -131,7 +131,7 @@ def _write(output: Path, tensors: dict[str, torch.Tensor], shape: BaseShape, res
     # The scale stays 1 where a site has less to say than the rank allows.
     lower = {site: rank for site, rank in ranks.items() if rank < result.rank}
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": shape.name, "r": result.rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": shape.hub_id, "r": result.rank,
         "lora_alpha": result.rank, "lora_dropout": 0.0, "bias": "none", "target_modules": targets,
         "inference_mode": True, "rank_pattern": lower, "alpha_pattern": lower,
     }  # fmt: skip

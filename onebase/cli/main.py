@@ -1,6 +1,8 @@
 """The `onebase` command: every command by its name, and what an error of ours looks like."""
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,10 +19,25 @@ from onebase_adapters.errors import OneBaseError
 
 app = typer.Typer(
     name="onebase",
-    help="One frozen 4-bit base model, any number of adapters: train them, and serve them all in one batch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"onebase {version('onebase')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """One frozen 4-bit base model, any number of adapters: train them, and serve them all in one batch."""
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The root command: it has every command, and prints our errors as one line."""
 
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -20,6 +21,15 @@ def test_every_command_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert run(monkeypatch, "--help") == 0
     told = capsys.readouterr().out
     assert all(f" {name} " in told for name in COMMANDS)
+
+
+@pytest.mark.parametrize("words", [["-h"], ["serve", "-h"], ["--version"], ["data", "check", "-h"]])
+def test_help_is_short_and_the_version_told(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *words) == 0
+    told = capsys.readouterr().out
+    assert told == f"onebase {version('onebase')}\n" if words == ["--version"] else "Usage: onebase" in told
 
 
 def test_our_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from onebase_adapters.primitives.instruction_set import LowRank
 
 BASE = BaseShape(
     name="tiny",
+    hub_id="tiny",
     fingerprint="f00d",
     model_type="llama",
     layers=1,

@@ -31,8 +31,8 @@ from support.methods import CONFIGS
 HIDDEN, LAYERS, HEADS, DIM, VOCAB = 8, 2, 2, 4, 30
 SITE = "model.layers.0.self_attn.q_proj"
 BASE = BaseShape(
-    name="base", fingerprint="f00d", model_type="llama", layers=LAYERS, hidden=HIDDEN, vocab=VOCAB, context=64,
-    sites={name: Site(name, HIDDEN, width) for name, width in ((SITE, 8), ("lm_head", VOCAB))},
+    name="base", hub_id="base", fingerprint="f00d", model_type="llama", layers=LAYERS, hidden=HIDDEN, vocab=VOCAB,
+    context=64, sites={name: Site(name, HIDDEN, width) for name, width in ((SITE, 8), ("lm_head", VOCAB))},
     embedding="model.embed_tokens", kv_heads=HEADS, head_dim=DIM,
     sublayers=frozenset({"model.layers.0.mlp", "model.layers.0.self_attn"}),
 )  # fmt: skip

@@ -78,6 +78,11 @@ def test_a_run_learns_and_writes_an_adapter_that_reads_back(method: str, config:
     files = read_adapter(config.output)
     assert files.config["peft_type"] == "LORA"
     assert files.config["base_model_name_or_path"] == config.model
+    card = (config.output / "README.md").read_text()
+    header = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
+    assert json.loads(header["base_model"]) == config.model
+    assert json.loads(header["tags"]) == ["onebase", method]
+    assert f"| loss | {result.before.loss:.4g} | {result.after.loss:.4g} |" in card
     assert files.sidecar["method"] == method
     assert files.sidecar["base"]["quantization"] == {"qlora": "nf4", "lora": "none"}[method]
     assert files.sidecar["metrics"]["after"]["loss"] == result.after.loss

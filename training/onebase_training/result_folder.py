@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from onebase_adapters.formats.peft_folder import SIDECAR_FILE
+from onebase_training.report.model_card import render_card
 from onebase_training.report.run_page import render_report
 from onebase_training.run_result import TrainResult
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
+CARD_FILE = "README.md"
 _SAMPLES = 8
 
 
@@ -26,8 +28,9 @@ def write_adapter(folder: Path, save: Callable[[Path], None], notes: Mapping[str
     _write(folder / SIDECAR_FILE, notes)
 
 
-def write_marks(folder: Path, result: TrainResult) -> None:
-    """What became known of it since: metrics in `onebase.json`, `metrics.json` and `report.html`."""
+def write_marks(folder: Path, result: TrainResult, hub_id: str) -> None:
+    """What became known of it since: metrics in `onebase.json`, `metrics.json`, `report.html` and a model card that
+    names the base by `hub_id`."""
     both = {"before": result.before, "after": result.after}
     marks = {name: one.marks for name, one in both.items()}
     details = {
@@ -40,10 +43,11 @@ def write_marks(folder: Path, result: TrainResult) -> None:
     _write(folder / SIDECAR_FILE, {**result.notes, "metrics": marks})
     _write(folder / METRICS_FILE, {**marks, **details})
     (folder / REPORT_FILE).write_text(render_report(result, hashes), encoding="utf-8")
+    (folder / CARD_FILE).write_text(render_card(result, hub_id), encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides numbers."""
+    """The versions of everything that decides numbers."""
     names = ("onebase", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
     return {name: version(name) for name in names}
 

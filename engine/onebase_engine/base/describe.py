@@ -11,6 +11,7 @@ from torch import nn
 
 from onebase_adapters.base_shape import BaseShape, Site
 from onebase_adapters.errors import BaseModelError
+from onebase_engine.base.catalog import HUB_IDS
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def describe_base(model: nn.Module, name: str, fingerprint: str) -> BaseShape:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return BaseShape(
         name=name,
+        hub_id=HUB_IDS.get(name, name),
         fingerprint=fingerprint,
         model_type=config.model_type,
         layers=text.num_hidden_layers,

@@ -57,7 +57,7 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
         base.model.get_submodule(site).register_forward_hook(_hook(made[site], parallel=parallel))
     settings = {
         "peft_type": "BOTTLENECK",
-        "base_model_name_or_path": base.shape.name,
+        "base_model_name_or_path": base.shape.hub_id,
         "placement": config.placement,
         "bottleneck_size": config.bottleneck,
         "activation": config.activation,

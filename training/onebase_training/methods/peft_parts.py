@@ -44,7 +44,7 @@ def put_peft(base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] =
     except (ValueError, TypeError) as error:
         raise ConfigError(f"PEFT refuses this: {error}") from error
     # Else PEFT names the cache folder that the base was read from.
-    peft.peft_config["default"].base_model_name_or_path = base.shape.name
+    peft.peft_config["default"].base_model_name_or_path = base.shape.hub_id
 
     def save(folder: Path) -> None:
         with warnings.catch_warnings():
