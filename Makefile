@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TESTED := $(VENV)/.tested
 PORT ?= 8000
 
-.PHONY: install demo serve test test-lowest test-newest fuzz clients check format bench clean
+.PHONY: install demo serve test quick test-lowest test-newest fuzz clients check format bench clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ $(TESTED): $(STAMP) tests/other_clients/package.json
 # Two processes with a thread each: threads that wait for one another in a loop would take both cores from it.
 test: $(TESTED)
 	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# No model, no other program: a minute.
+quick: $(STAMP)
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not (real or model or slow)'
 
 # As far as other versions of what it is built on can matter, in an environment of its own for each.
 test-lowest test-newest: test-%:

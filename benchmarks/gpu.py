@@ -53,7 +53,7 @@ from benchmarks.offline import random_prompt
 from benchmarks.peers import generate_seconds
 from onebase_adapters.primitives.instruction_set import LowRank
 from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
-from onebase_engine import engine as engine_module
+from onebase_engine import startup
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.describe import cache_shape, describe_base
 from onebase_engine.base.load_base import LoadedBase
@@ -63,6 +63,7 @@ from onebase_engine.kernels.bitsandbytes_import import Linear4bit, Params4bit
 from onebase_engine.request import EngineRequest, SamplingParams
 from onebase_engine.runner import batched_model as served
 from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
+from onebase_engine.startup import start_engine
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -200,8 +201,8 @@ class Bench:
         config = EngineConfig(
             base=BaseSpec("random"), cache_gib=2 * gib, max_adapters=max(self.sizes.adapters), reuse_prefixes=False
         )
-        with patch.object(engine_module, "load_base", lambda *_, **__: base), interpreted():
-            engine = Engine(config)
+        with patch.object(startup, "load_base", lambda *_, **__: base), interpreted():
+            engine = start_engine(config)
         if INTERPRETED:
             engine.model.replay_decodes(spare_block=engine.pool.total - 1, capture=lambda run: run)  # type: ignore[union-attr]
         return engine

@@ -19,18 +19,19 @@ from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec
 from onebase_engine.engine import Engine
 from onebase_engine.engine_config import EngineConfig
 from onebase_engine.request import EngineRequest, SamplingParams
+from onebase_engine.startup import start_engine
 
 
 def load_engine(model: str, **options: object) -> Engine:
     """An engine that finds no prefix again, so that every round does the same work."""
     config = EngineConfig(base=BaseSpec(model), reuse_prefixes=False, **options)  # type: ignore[arg-type]
-    return Engine(config, progress=print)
+    return start_engine(config, progress=print)
 
 
 def add_adapters(engine: Engine, folders: Sequence[Path]) -> list[str]:
     """Make them resident; returns their digests."""
     for folder in folders:
-        engine.residency.admit(folder.name, engine.read_adapter(folder.name, str(folder)).result())
+        engine.load_adapter(folder.name, folder).result()
     return [folder.name for folder in folders]
 
 

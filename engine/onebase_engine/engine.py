@@ -4,43 +4,28 @@ Single-threaded; only the reading of adapters happens elsewhere (see `residency`
 """
 
 import logging
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from onebase_adapters.errors import AdapterError
-from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
-from onebase_engine.base.describe import cache_shape
-from onebase_engine.base.load_base import _eos_tokens, load_base, model_bytes
-from onebase_engine.base.package_files import Progress
-from onebase_engine.cache.block_pool import BlockPool
-from onebase_engine.engine_config import EngineConfig
 from onebase_engine.engine_info import EngineInfo, EngineStats
 from onebase_engine.grammar import GrammarError, Grammars
-from onebase_engine.kernels.batch import BLOCK
-from onebase_engine.kernels.cpu.build import Build
 from onebase_engine.request import EngineRequest, Output
-from onebase_engine.residency.resident_adapters import Residency
+from onebase_engine.residency.resident_adapters import Loading, Residency
 from onebase_engine.residency.waiting import Aside
 from onebase_engine.runner.batched_model import ServedModel
 from onebase_engine.runner.batching import Chunk
 from onebase_engine.runner.encoder_decoder import EncoderDecoder
-from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
 from onebase_engine.sampling.prompt_outputs import PromptReader
 from onebase_engine.sampling.sampler import Choice, sample
 from onebase_engine.scheduling.scheduler import Plan, Scheduler, Work
-from onebase_engine.scheduling.sequence import Sequence
-from onebase_engine.start_phases import Phases
-from onebase_engine.startup import _cache_blocks, _give_back_memory
+from onebase_engine.scheduling.sequence import Sequence, State
 
 log = logging.getLogger(__name__)
-
-
-def _nothing() -> None:
-    pass
 
 
 class Engine:
@@ -48,82 +33,28 @@ class Engine:
 
     def __init__(
         self,
-        config: EngineConfig,
-        *,
-        wake: Callable[[], None] = _nothing,
-        progress: Progress = log.info,
-        phases: Phases | None = None,
-        kernels: Build | None = None,
+        model: ServedModel | EncoderDecoder,
+        scheduler: Scheduler,
+        residency: Residency,
+        grammars: Grammars,
+        info: EngineInfo,
     ) -> None:
-        """Load the base and take the cache's memory. `wake` is called, from another thread, when a step may find
-        something new to do; `phases` are those of a start that has begun, `kernels` are being compiled already.
-        Raises BaseModelError or ConfigError."""
-        phases = phases or Phases(progress)
-        phases.begin("loading weights")
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        register_attention()
-        base = load_base(config.base, attention=ATTENTION_NAME, progress=phases.tell)
-        phases.begin("preparing weights")
-        if base.device.type == "cpu":
-            kernels = kernels or Build(phases.tell)
-            kernels.wait()
-        blocks = _cache_blocks(config, base.model.config, base.device)
-        self.model: ServedModel | EncoderDecoder
-        if base.shape.encoder_decoder:
-            self.model = EncoderDecoder(base, slots=config.max_adapters)
-        else:
-            self.model = ServedModel(base, slots=config.max_adapters, blocks=blocks, head=config.head)
-        phases.begin("warming up")
-        self.model.warm_up(all_kinds=kernels is None or kernels.over)
-        _give_back_memory()
-        self.pool = BlockPool(blocks, BLOCK, reuse=config.reuse_prefixes and not base.shape.encoder_decoder)
-        context = min(config.max_model_len or base.shape.context, base.shape.context)
-        whole_prompts = base.shape.encoder or base.shape.encoder_decoder
-        self.scheduler = Scheduler(
-            self.pool,
-            max_batch_tokens=max(config.max_batch_tokens, context if whole_prompts else 1),
-            max_running=config.max_running,
-            whole_prompts=whole_prompts,
-        )
-        self.residency = Residency(self.model, wake)
-        self._reader = PromptReader(self.model)
-        self._grammars = Grammars(
-            lambda: str(base.tokenizer.backend_tokenizer.to_str()),
-            base.shape.vocab,
-            _eos_tokens(base.model, base.tokenizer.eos_token_id),
-            wake,
-        )
+        """The parts as `startup.start_engine` makes them."""
+        self.model = model
+        self.scheduler = scheduler
+        self.pool = scheduler.pool
+        self.residency = residency
+        self.info = info
+        self._reader = PromptReader(model)
+        self._grammars = grammars
         self._sequences: dict[str, Sequence] = {}
-        self._aside = Aside(self.residency)
+        self._aside = Aside(residency)
+        self._eos = frozenset(info.eos_token_ids)
         self._arrivals = 0
         self._steps = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._cached_tokens = 0
-        self._eos = frozenset(_eos_tokens(base.model, base.tokenizer.eos_token_id))
-        phases.end()
-        log.info(
-            "the engine is loaded",
-            extra={"fields": {part.replace(" ", "_"): round(took, 2) for part, took in phases.seconds.items()}},
-        )
-        token_bytes = cache_shape(base.model.config).token_bytes
-        self.info = EngineInfo(
-            model=base.shape.name,
-            fingerprint=base.shape.fingerprint,
-            model_type=base.shape.model_type,
-            quantization=config.base.quantization,
-            device=str(base.device),
-            vocab=base.shape.vocab,
-            context=context,
-            generates=not base.shape.encoder,
-            cache_tokens=blocks * BLOCK,
-            weight_bytes=model_bytes(base.model),
-            cache_bytes=blocks * BLOCK * token_bytes,
-            eos_token_ids=tuple(sorted(self._eos)),
-            load_seconds=phases.seconds,
-            max_adapters=config.max_adapters,
-        )
 
     @property
     def idle(self) -> bool:
@@ -148,9 +79,16 @@ class Engine:
         self._aside.add(sequence)
         return None
 
-    def read_adapter(self, digest: str, folder: str) -> Future[LoweredAdapter]:
-        """Start reading an adapter's folder; the result is for `residency.admit`."""
-        return self.residency.add(digest, Path(folder))
+    def load_adapter(self, digest: str, folder: str | Path) -> Loading:
+        """Start reading an adapter's folder; requests can name it once the result has been asked for."""
+        return self.residency.load(digest, Path(folder))
+
+    def unload_adapter(self, digest: str) -> bool:
+        """Forget an adapter, or do nothing: False while a request that has not ended needs it."""
+        if any(digest in sequence.request.loaded for sequence in self._sequences.values()):
+            return False
+        self.residency.forget(digest)
+        return True
 
     def close(self) -> None:
         """Let go of what runs beside the steps."""
@@ -179,19 +117,48 @@ class Engine:
         if not plan.work:
             return outputs
         self._steps += 1
-        try:
-            scores = self.model.forward([self._chunk(work) for work in plan.work])
-        except (MemoryError, RuntimeError) as error:
-            return outputs + self._fail(plan, error)
-        rows = self._reader.read(plan, scores)
         done = [work.sequence for work in plan.work if work.samples]
         sampled = [sequence for sequence in done if sequence.request.task == "generate"]
-        choices = sample(scores, rows, sampled)
+        try:  # logits are computed when they are asked for, so all of this can run out of memory
+            scores = self.model.forward([self._chunk(work) for work in plan.work])
+            choices = sample(scores, self._reader.read(plan, scores), sampled)
+            read = [self._reader.conclude(s) for s in done if s.request.task != "generate"]
+        except Exception as error:
+            return outputs + self._fail(plan, error)
         for work in plan.work:
             self.scheduler.advance(work)
             self._prompt_tokens += max(0, min(work.count, work.sequence.prompt_tokens - work.start))
         outputs += [self._emit(s, choice) for s, choice in zip(sampled, choices, strict=True)]
-        return outputs + [self._conclude(s) for s in done if s.request.task != "generate"]
+        return outputs + [self._conclude(output) for output in read]
+
+    def snapshot(self) -> dict[str, Any]:
+        """Who is where and holds what, to be logged when a batch is to be understood; and what is wrong with it."""
+        return {
+            "sequences": [
+                {
+                    "request": sequence.request.id,
+                    "state": sequence.state.name,
+                    "adapter": sequence.request.adapter,
+                    "slot": sequence.slot,
+                    "tokens": len(sequence.tokens),
+                    "computed": sequence.computed,
+                    "blocks": list(sequence.blocks),
+                }
+                for sequence in self._sequences.values()
+            ],
+            "slots": self.residency.slots(),
+            "stats": asdict(self.stats()),
+            "faults": self.faults(),
+        }
+
+    def faults(self) -> list[str]:
+        """What contradicts itself in the bookkeeping, which is nothing as long as there is no bug."""
+        placed = [s.request.adapter for s in self._sequences.values() if s.state is not State.ASIDE]
+        users = Counter(adapter for adapter in placed if adapter is not None)
+        found = self.scheduler.faults()
+        if self.residency.users() != users:
+            found.append("slots are held for other sequences than there are")
+        return found
 
     def stats(self) -> EngineStats:
         """A snapshot."""
@@ -212,10 +179,6 @@ class Engine:
             adapter_loads=self.residency.loads,
             adapter_evictions=self.residency.evictions,
         )
-
-    def uses(self, digest: str) -> bool:
-        """Whether a request that has not ended needs this loaded adapter."""
-        return any(digest in sequence.request.loaded for sequence in self._sequences.values())
 
     def _refusal(self, request: EngineRequest) -> tuple[str, str] | None:
         """(kind, why) for a request that can never run."""
@@ -247,9 +210,10 @@ class Engine:
     def _call_in_those_aside(self) -> list[Output]:
         """Queue the sequences whose grammar is compiled and whose adapter has become resident."""
         outputs = []
-        for sequence, outcome in self._aside.settle(self._steps):
+        for sequence, outcome in self._aside.settle():
             if isinstance(outcome, AdapterError | GrammarError):
                 del self._sequences[sequence.request.id]
+                sequence.move(State.ENDED)
                 whose = "composition" if sequence.request.parts else "adapter"
                 kind = "grammar" if isinstance(outcome, GrammarError) else whose
                 outputs.append(_failure(sequence.request.id, kind, outcome.message))
@@ -264,9 +228,10 @@ class Engine:
 
     def _emit(self, sequence: Sequence, choice: Choice) -> Output:
         first = sequence.generated == 0
-        if choice.token < 0:
+        grammar = sequence.grammar
+        if choice.token < 0 or (grammar is not None and not grammar.take(choice.token)):
             self._end(sequence)
-            if sequence.grammar is not None and (why := sequence.grammar.error) is not None:
+            if grammar is not None and (why := grammar.error) is not None:
                 return _failure(sequence.request.id, "grammar", f"The grammar failed: {why}")
             return _failure(
                 sequence.request.id, "adapter", "The logits are not finite: the adapter's numbers overflow."
@@ -289,10 +254,10 @@ class Engine:
             stop_token=choice.token if stopped else None,
         )
 
-    def _conclude(self, sequence: Sequence) -> Output:
-        output = replace(self._reader.conclude(sequence), waited=sequence.waited)
+    def _conclude(self, output: Output) -> Output:
+        sequence = self._sequences[output.id]
         self._end(sequence)
-        return output
+        return replace(output, waited=sequence.waited)
 
     def _chunk(self, work: Work) -> Chunk:
         sequence = work.sequence
@@ -308,10 +273,11 @@ class Engine:
         )
 
     def _fail(self, plan: Plan, error: Exception) -> list[Output]:
-        """A forward pass failed. Out of memory costs the largest piece of work its request; the others' pieces
-        are simply due again. Any other failure ends all that took part, since nobody knows whose fault it was."""
+        """A step failed, and nothing of it counts. Out of memory costs the largest piece of work its request; the
+        others' pieces are simply due again. Any other failure ends all that took part, since nobody knows whose
+        fault it was."""
         requests = [work.sequence.request.id for work in plan.work]
-        log.exception("the forward pass failed", extra={"fields": {"requests": requests}})
+        log.exception("a step failed", extra={"fields": {"requests": requests}})
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if out_of_memory:
             failed = [max(plan.work, key=lambda work: work.count).sequence]
@@ -326,8 +292,9 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         """Free all that a sequence holds."""
         del self._sequences[sequence.request.id]
-        if sequence in self._aside:
+        if sequence.state is State.ASIDE:
             self._aside.remove(sequence)
+            sequence.move(State.ENDED)
             return
         self._reader.forget(sequence)
         self.model.release(sequence.request.id)

@@ -19,7 +19,6 @@ from onebase_adapters.errors import AdapterError, AdapterExistsError, AdapterNot
 from onebase_adapters.formats.checks import check_folder
 from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec, Quantization
 from onebase_engine.base.catalog import fetch_base
-from onebase_engine.engine import Engine
 from onebase_engine.engine_config import EngineConfig
 from onebase_engine.engine_info import AdapterInfo, EngineInfo
 from onebase_engine.llm_values import (
@@ -30,6 +29,7 @@ from onebase_engine.llm_values import (
     ScoreOutput,
 )
 from onebase_engine.request import EngineRequest, Output, Task, TokenLogprobs
+from onebase_engine.startup import start_engine
 from onebase_engine.text.answer import Answer, generation_error
 from onebase_engine.text.hard_prompt import templated, templated_tokens, templated_turns
 from onebase_engine.text.stop_strings import OutputText
@@ -91,7 +91,7 @@ class LLM:
         config = EngineConfig(
             spec, max_model_len=max_model_len, cache_gib=cache_gib, max_adapters=max_adapters, threads=threads
         )
-        self._engine = Engine(config, wake=self._woken.set)
+        self._engine = start_engine(config, wake=self._woken.set)
         self._adapters: dict[str, _Loaded] = {}
         self._numbers = count()
         self._arrived: dict[str, deque[Output]] = {}
@@ -143,22 +143,16 @@ class LLM:
         check_folder(folder, self._codec.tokenizer.get_vocab())
         # Not the name alone: what the prefix cache holds of an adapter must not serve the next one of its name.
         digest = f"{name}#{next(self._numbers)}"
-        try:
-            info = self._engine.residency.admit(digest, self._engine.read_adapter(digest, str(folder)).result())
-        except BaseException:
-            self._engine.residency.forget(digest)
-            raise
+        info = self._engine.load_adapter(digest, folder).result()
         self._adapters[name] = _Loaded(name, digest, info)
         return info
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Raises AdapterNotFoundError, or AdapterError while an iterator is not at its end."""
         self._check_open()
-        digest = self._find(name, "name").digest or ""
-        if self._engine.uses(digest):
+        if not self._engine.unload_adapter(self._find(name, "name").digest or ""):
             raise AdapterError(f"{name!r} is in use: take its iterator to the end, or close it.", field="name")
         del self._adapters[name]
-        self._engine.residency.forget(digest)
 
     def generate(
         self,

@@ -29,6 +29,8 @@ from triton.runtime.jit import mangle_type  # noqa: E402
 
 from onebase_engine.kernels.cuda import attention, backend, elementwise, lowrank, matmul4bit  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SHARED = 99 * 1024
 """Bytes of fast memory for a block of threads that every GPU since Ampere has."""
 OPTIONS = ("num_warps", "num_stages")

@@ -84,6 +84,7 @@ def test_what_another_version_or_processor_compiled_is_not_found(
     assert not was_read()
 
 
+@pytest.mark.skipif(os.environ | lesser.ENVIRONMENT == os.environ, reason="numba is told so already")
 def test_a_lesser_processor_has_a_folder_of_its_own() -> None:
     """As numba is really told."""
     ask = "from onebase_engine.kernels.cpu.cache import version_folder; print(version_folder())"

@@ -23,6 +23,8 @@ from support import lesser
 from support.batches import random_bf16
 from support.targets import runnable
 
+pytestmark = pytest.mark.slow
+
 ABLE = [target for target in runnable() if target != PLAIN]
 ARM = "aarch64-unknown-linux-gnu"
 TESTS = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ async def test_by_path_and_by_upload(
 ) -> None:
     own = services.codec.tokenizer.get_vocab()
     folder = new_adapter(adapter_root / "a")
-    (folder / "added_tokens.json").write_text(json.dumps({"<|tool|>": len(own)}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|tool|>": len(own) - 1}))
     by_path = await admin.post("/v1/adapters", json={"name": "a", "path": "a"})
     names = ("adapter_config.json", "adapter_model.safetensors", "added_tokens.json")
     files = [("files", (name, (folder / name).read_bytes())) for name in names]

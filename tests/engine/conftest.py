@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from onebase_engine.engine import Engine
+from onebase_engine.startup import start_engine
 from support.engines import Driver, engine_config
 
 
@@ -31,7 +32,7 @@ def new_driver(llama: Path, loras: list[Path]) -> Iterator[Callable[..., Driver]
     engines: list[Engine] = []
 
     def make(folder: Path = llama, adapters: list[Path] = loras, **options: Any) -> Driver:
-        engines.append(Engine(engine_config(folder, **options), progress=lambda _: None))
+        engines.append(start_engine(engine_config(folder, **options), progress=lambda _: None))
         return Driver(engines[-1], adapters)
 
     yield make

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
-from onebase_engine.engine import Engine
+from onebase_engine.startup import start_engine
 from support.engines import Driver, Result, engine_config
 from support.models import targets
 
@@ -50,7 +50,7 @@ def submit(driver: Driver, adapters: list[Path], name: str, request: Request) ->
 @pytest.fixture(scope="module")
 def alone(llama: Path, loras: list[Path]) -> dict[str, Result]:
     """Each request by itself, whole, on an engine that forgets every prefix."""
-    engine = Engine(engine_config(llama, reuse_prefixes=False), progress=lambda _: None)
+    engine = start_engine(engine_config(llama, reuse_prefixes=False), progress=lambda _: None)
     driver = Driver(engine, loras)
     for name, request in requests().items():
         submit(driver, loras, name, request)
@@ -107,7 +107,7 @@ def test_with_known_prefixes(new_driver: Callable, loras: list[Path], alone: dic
 @settings(max_examples=12)
 @given(data=st.data())
 def test_whenever_others_come_and_go(data: st.DataObject, llama: Path, loras: list[Path], alone: dict) -> None:
-    engine = Engine(
+    engine = start_engine(
         engine_config(llama, blocks=data.draw(st.integers(7, 40)), max_batch_tokens=data.draw(st.integers(3, 90))),
         progress=lambda _: None,
     )

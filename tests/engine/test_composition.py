@@ -46,9 +46,9 @@ def test_an_unloaded_part_is_refused_and_one_in_use_counts_as_used(new_driver: C
     refused = driver.submit("unknown", PROMPT, parts={loras[0]: 1.0, loras[2]: 1.0})
     assert refused.ending.error_kind == "adapter"
     driver.submit("running", PROMPT, parts={loras[0]: 1.0, loras[1]: 0.5})
-    assert driver.engine.uses(str(loras[1]))
+    assert not driver.engine.unload_adapter(str(loras[1]))
     driver.run()
-    assert not driver.engine.uses(str(loras[1]))
+    assert driver.engine.unload_adapter(str(loras[1]))
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 1.0)])

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.errors import AdapterError, ConfigError
-from onebase_engine.engine import Engine
-from support.engines import engine_config
+from onebase_engine import engine as engine_module
+from onebase_engine.startup import start_engine
+from support.engines import Driver, engine_config
 
 PROMPT = torch.randint(3, 380, (200,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -57,7 +59,7 @@ def test_what_was_never_loaded_and_what_has_no_tokens_is_refused(new_driver: Cal
 
 def test_a_cache_too_small_for_a_block_is_no_engine(llama: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        Engine(engine_config(llama, blocks=0), progress=lambda _: None)
+        start_engine(engine_config(llama, blocks=0), progress=lambda _: None)
     assert caught.value.field == "cache_gib"
 
 
@@ -116,6 +118,52 @@ def test_out_of_memory_costs_the_largest_piece_of_work_its_request(new_driver: C
     assert driver.results["large"].ending.error_kind == "out_of_memory"
     for name in ("small", "middle"):
         assert driver.results[name].tokens == calm.results[name].tokens
+
+
+class Failing:
+    """Fails once, when the batch is large; otherwise it does what it stands for."""
+
+    def __init__(self, function: Callable, error: Exception, driver: Driver) -> None:
+        self._function, self._error, self._driver = function, error, driver
+        self.failed = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self.failed and len(self._driver.engine.scheduler.running) == 3:
+            self.failed = True
+            self._function(*arguments)  # what it has left behind must not matter
+            raise self._error
+        return self._function(*arguments)
+
+
+def watched(driver: Driver, adapter: Path) -> None:
+    """Three requests, of which each phase of a step has something to do."""
+    driver.submit("large", PROMPT[:60], prompt_logprobs=1, logprobs=2, max_tokens=6)
+    driver.submit("drawn", PROMPT[:30], adapter, temperature=1.0, seed=1, top_k=5, prompt_logprobs=0, max_tokens=6)
+    driver.submit("plain", PROMPT[:20], max_tokens=6)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("a bug")], ids=["memory", "bug"])
+@pytest.mark.parametrize("place", ["forward", "read", "sample"])
+def test_a_failure_anywhere_in_a_step_costs_no_more_than_its_requests(
+    place: str, error: Exception, new_driver: Callable, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = new_driver()
+    watched(calm, loras[0])
+    calm.run()
+    driver = new_driver()
+    owner = {"forward": driver.engine.model, "read": driver.engine._reader, "sample": engine_module}[place]
+    failing = Failing(getattr(owner, place), error, driver)
+    monkeypatch.setattr(owner, place, failing)
+    watched(driver, loras[0])
+    driver.run()
+    assert failing.failed
+    lost = {"large"} if isinstance(error, MemoryError) else {"large", "drawn", "plain"}
+    for name, result in driver.results.items():
+        expected = calm.results[name]
+        if name in lost:
+            assert result.ending.error_kind == ("internal" if len(lost) == 3 else "out_of_memory")
+        else:
+            assert (result.tokens, result.prompt_logprobs) == (expected.tokens, expected.prompt_logprobs)
 
 
 def test_any_other_failure_ends_those_that_took_part_and_no_more(new_driver: Callable) -> None:
@@ -190,6 +238,7 @@ def test_a_stream_for_a_resident_adapter_does_not_starve_one_that_waits_for_a_sl
     driver.step()
     patient = driver.submit("patient", PROMPT[:5], loras[1], max_tokens=4)
     steps = read = 0
+    driver.engine._aside._clock = lambda: 0.01 * steps
     while patient.ending is None:
         # Counted from when it has been read: reading takes its time, on a thread of its own.
         read += driver.engine.residency.lacks_slot(str(loras[1]))

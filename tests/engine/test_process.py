@@ -13,9 +13,9 @@ import pytest_asyncio
 
 from onebase_adapters.errors import AdapterFormatError, BaseModelError
 from onebase_engine.base.base_spec import BaseSpec
-from onebase_engine.engine import Engine
 from onebase_engine.engine_config import EngineConfig
 from onebase_engine.request import EngineRequest, Output, SamplingParams
+from onebase_engine.startup import start_engine
 from onebase_server.engine_process.engine_client import EngineUnavailableError, QueueFullError
 from onebase_server.engine_process.supervisor import ProcessEngine
 from support.engines import Driver, engine_config
@@ -59,7 +59,7 @@ def tokens(outputs: list[Output]) -> list[int]:
 
 
 async def test_answers_as_an_engine_in_this_process(engine: ProcessEngine, llama: Path, loras: list[Path]) -> None:
-    here = Engine(engine_config(llama), progress=lambda _: None)
+    here = start_engine(engine_config(llama), progress=lambda _: None)
     driver = Driver(here, loras[:1])
     driver.submit("base", PROMPT)
     driver.submit("adapted", PROMPT, loras[0])

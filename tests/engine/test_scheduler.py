@@ -4,7 +4,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from onebase_engine.scheduling.scheduler import AGING_STEPS
+from onebase_engine.request import EngineRequest, SamplingParams
+from onebase_engine.scheduling.scheduler import AGING_SECONDS
+from onebase_engine.scheduling.sequence import Sequence, State
 from support.scheduling import BLOCK, Simulation
 
 PREFIX = list(range(1, 30))
@@ -200,9 +202,10 @@ def test_waiting_raises_a_request_above_a_stream_of_urgent_ones(tenant: str) -> 
     simulation = Simulation(blocks=64, max_running=1)
     simulation.submit("patient", [1, 2], max_tokens=1, tenant=tenant, priority=2)
     simulation.submit("urgent", [3], max_tokens=1, tenant="busy")
-    for number in range(3 * AGING_STEPS):
-        if "patient" in simulation.admitted:
-            break
+    number = 0
+    while "patient" not in simulation.admitted:
+        assert simulation.now < 3 * AGING_SECONDS
+        number += 1
         # Two always wait, so that there is no gap to slip into.
         simulation.submit(f"urgent{number}", [3], max_tokens=1, tenant="busy")
         simulation.step()
@@ -294,3 +297,41 @@ def test_what_can_never_fit_is_known_beforehand() -> None:
     simulation = Simulation(blocks=3)
     assert simulation.scheduler.fits(3 * BLOCK)
     assert not simulation.scheduler.fits(3 * BLOCK + 1)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        [State.RUNNING],
+        [State.QUEUED, State.QUEUED],
+        [State.QUEUED, State.RUNNING, State.RUNNING],
+        [State.ENDED, State.QUEUED],
+        [State.QUEUED, State.ENDED, State.ENDED],
+        [State.QUEUED, State.ASIDE],
+    ],
+)
+def test_a_sequence_leaves_its_way_with_an_error(way: list[State]) -> None:
+    sequence = Sequence(EngineRequest("r", (1,), SamplingParams()), 1, frozenset())
+    for state in way[:-1]:
+        sequence.move(state)
+    with pytest.raises(RuntimeError, match=f"Request r cannot be {way[-1].name}"):
+        sequence.move(way[-1])
+
+
+def test_faults_are_found() -> None:
+    simulation = Simulation(blocks=12)
+    for number in range(3):
+        simulation.submit(f"r{number}", [1, 2, 3, 4, number], max_tokens=9)
+    simulation.step()
+    scheduler, running = simulation.scheduler, simulation.scheduler.running
+    lost = running[0].blocks.pop()
+    assert scheduler.faults()[0] == "the pages that sequences hold are not those that have references"
+    running[0].blocks.append(lost)
+    running[1].state = State.QUEUED
+    assert scheduler.faults() == ["request r1 is not where a QUEUED one belongs"]
+    running[1].state = State.RUNNING
+    running[2].computed = 99
+    assert scheduler.faults() == ["request r2 has more tokens computed than its blocks hold"]
+    running[2].computed = 0
+    simulation.pool._free.append(lost)
+    assert scheduler.faults() == ["a page is in no state, or in two"]

@@ -14,9 +14,10 @@ stay_alone()
 from onebase_engine.kernels.cpu.build import Build  # as the worker does, before all else
 from support.engines import Driver, engine_config
 from onebase_engine.engine import Engine
+from onebase_engine.startup import start_engine
 from pathlib import Path
 from onebase_engine.request import EngineRequest, SamplingParams
-engine = Engine(engine_config(Path(sys.argv[1])), progress=lambda _: None)
+engine = start_engine(engine_config(Path(sys.argv[1])), progress=lambda _: None)
 engine.submit(EngineRequest("a", (5, 9, 300), SamplingParams(temperature=1.0, max_tokens=4)))
 while engine.busy:
     engine.step()

@@ -8,6 +8,8 @@ import pytest
 
 from support.fake_server import run_beside
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 PYTHON = Path(sys.prefix) / "clients" / "bin" / "python"
 

@@ -18,6 +18,7 @@ from onebase_engine.base.load_base import load_base, quiet_loading
 from onebase_engine.engine import Engine
 from onebase_engine.engine_config import EngineConfig
 from onebase_engine.request import EngineRequest, Output, SamplingParams
+from onebase_engine.startup import start_engine
 from onebase_engine.text.answer import GenerationError
 from support.tokenizer import save_tokenizer
 
@@ -58,7 +59,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Engine:
     base = BaseSpec(str(folder), quantization="none", device="cpu")
-    return Engine(EngineConfig(base=base, cache_gib=0.01, max_batch_tokens=16, max_adapters=6))
+    return start_engine(EngineConfig(base=base, cache_gib=0.01, max_batch_tokens=16, max_adapters=6))
 
 
 def run(engine: Engine, *requests: EngineRequest) -> dict[str, Output]:
@@ -90,7 +91,7 @@ def save_adapter(target: Path, base: Path, config: peft.PeftConfig) -> Path:
 
 
 def load(engine: Engine, folder: Path) -> str:
-    engine.residency.admit(folder.name, engine.read_adapter(folder.name, str(folder)).result())
+    engine.load_adapter(folder.name, folder).result()
     return folder.name
 
 
@@ -153,7 +154,7 @@ def test_an_encoder_generates_nothing(engine: Engine) -> None:
 @torch.inference_mode()
 def test_minilm_in_four_bits_is_near_itself() -> None:
     folder = fetch_base("all-minilm-l6-v2")
-    engine = Engine(EngineConfig(base=BaseSpec("all-minilm-l6-v2", device="cpu"), cache_gib=0.05))
+    engine = start_engine(EngineConfig(base=BaseSpec("all-minilm-l6-v2", device="cpu"), cache_gib=0.05))
     tokenizer = load_base(BaseSpec("all-minilm-l6-v2", device="cpu")).tokenizer
     texts = ["The cat sits on the mat.", "A feline rests on a rug.", "Interest rates rose sharply."]
     with quiet_loading():

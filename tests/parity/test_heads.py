@@ -15,6 +15,7 @@ from onebase_engine.base.load_base import quiet_loading
 from onebase_engine.engine import Engine
 from onebase_engine.engine_config import EngineConfig
 from onebase_engine.request import EngineRequest, Output, SamplingParams
+from onebase_engine.startup import start_engine
 from support.peers import load_exact
 
 LABELS = ["red", "green", "blue"]
@@ -49,7 +50,7 @@ def save_classifier(folder: Path, model: Path, kind: str, exact: Any) -> Path:
 @pytest.fixture(scope="module")
 def engine(tiny_model: Callable[[str], Path]) -> Engine:
     base = BaseSpec(str(tiny_model("llama")), device="cpu")
-    return Engine(EngineConfig(base=base, cache_gib=0.01, max_batch_tokens=24, max_adapters=4))
+    return start_engine(EngineConfig(base=base, cache_gib=0.01, max_batch_tokens=24, max_adapters=4))
 
 
 def run(engine: Engine, *requests: EngineRequest) -> dict[str, Output]:
@@ -65,8 +66,7 @@ def run(engine: Engine, *requests: EngineRequest) -> dict[str, Output]:
 
 
 def register(engine: Engine, folder: Path) -> str:
-    adapter = engine.read_adapter(folder.name, str(folder)).result()
-    info = engine.residency.admit(folder.name, adapter)
+    info = engine.load_adapter(folder.name, folder).result()
     assert info.head is not None and info.head.labels == tuple(LABELS)
     return folder.name
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec
 from onebase_engine.base.catalog import fetch_base
@@ -55,8 +56,7 @@ def test_logits_and_greedy_tokens_of_a_mixed_batch(
     found = Feeder(served).logits(streams, (7, 100, 3))
     theirs = [logits(plain, p, owner) for p, owner in zip(prompts, owners, strict=True)]
     truth = [logits(exact, p, owner) for p, owner in zip(prompts, owners, strict=True)]
-    for ours, peers, right in zip(found, theirs, truth, strict=True):
-        check_as_exact(ours, peers, right)
+    check_as_exact(torch.cat(found), torch.cat(theirs), torch.cat(truth))  # a dozen tokens alone are chance
 
     streams = [Stream(list(p), slot) for p, slot in zip(prompts, [0, *slots], strict=True)]
     compared = 0

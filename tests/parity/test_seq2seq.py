@@ -17,10 +17,10 @@ from transformers import AutoModelForSeq2SeqLM
 
 from onebase_adapters.errors import AdapterMismatchError
 from onebase_adapters.lowering.lower import load_adapter
-from onebase_engine import engine as engine_module
+from onebase_engine import startup
 from onebase_engine.base.load_base import LoadedBase, load_base, quiet_loading
-from onebase_engine.engine import Engine
 from onebase_engine.request import EngineRequest, SamplingParams
+from onebase_engine.startup import start_engine
 from support.engines import Driver, Result, engine_config
 from support.methods import save_bottleneck, save_method
 from support.peers import load_plain, with_adapters
@@ -56,8 +56,8 @@ def driver(
     config = engine_config(folder, max_adapters=4)
     if request.param == "exact":
         config = replace_base(config, quantization="none")
-        monkeypatch.setattr(engine_module, "load_base", load_float)
-    return Driver(Engine(config), adapters)
+        monkeypatch.setattr(startup, "load_base", load_float)
+    return Driver(start_engine(config), adapters)
 
 
 def replace_base(config: Any, **changes: Any) -> Any:
@@ -141,7 +141,7 @@ def test_tokens_in_four_bits_are_the_best_within_rounding(
 @pytest.mark.parametrize("driver", ["exact"], indirect=True)
 def test_a_preempted_one_is_computed_anew(driver: Driver, folder: Path, adapters: list[Path], prompt: Any) -> None:
     config = replace_base(engine_config(folder, blocks=6, max_adapters=4), quantization="none")
-    tight = Driver(Engine(config), adapters)
+    tight = Driver(start_engine(config), adapters)
     asked = [(adapter, prompt(20 + n, n)) for n, adapter in enumerate([None, adapters[0], adapters[3]])]
     for each in (driver, tight):
         for number, (adapter, tokens) in enumerate(asked):

@@ -53,8 +53,7 @@ class Driver:
             self.load(folder)
 
     def load(self, folder: Path) -> None:
-        future = self.engine.read_adapter(str(folder), str(folder))
-        self.engine.residency.admit(str(folder), future.result(timeout=30))
+        self.engine.load_adapter(str(folder), folder).result(timeout=30)
 
     def submit(
         self,
@@ -83,6 +82,7 @@ class Driver:
             self.results[output.id].take(output)
         stats = self.engine.stats()
         assert stats.blocks_free + stats.blocks_cached + stats.blocks_used == stats.blocks_total
+        assert not self.engine.faults()
         return outputs
 
     def run(self, limit: int = 5000) -> None:
@@ -100,4 +100,4 @@ class Driver:
         stats = self.engine.stats()
         assert (stats.blocks_used, stats.running, stats.waiting) == (0, 0, 0)
         assert stats.blocks_free + stats.blocks_cached == stats.blocks_total
-        assert not any(resident.users for resident in self.engine.residency._resident.values())
+        assert not self.engine.residency.users()

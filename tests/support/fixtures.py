@@ -13,6 +13,13 @@ settings.register_profile("onebase", derandomize=True, deadline=None, database=N
 settings.load_profile("onebase")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What builds a model is marked so; `make quick` leaves it out."""
+    for item in items:
+        if "tiny_model" in getattr(item, "fixturenames", ()):
+            item.add_marker("model")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a family's tiny model; see `support.models`."""

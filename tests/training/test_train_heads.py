@@ -20,6 +20,8 @@ from onebase_training.methods.attach import METHODS
 from onebase_training.training_run import train
 from support.tokenizer import save_tokenizer
 
+pytestmark = pytest.mark.slow
+
 COLOURS = ("red", "green", "blue")
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "p-tuning-v2": ("text", {"method": "p-tuning-v2"}),

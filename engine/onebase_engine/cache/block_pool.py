@@ -6,8 +6,8 @@ A full block is known by a hash over its tokens, all tokens before it, and a sal
 sequences of different adapters or tenants never share.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 
 from onebase_engine.cache.prefix_hash import BlockHash
 
@@ -104,6 +104,19 @@ class BlockPool:
                 self._free.append(block)
             else:
                 self._cached[block] = digest
+
+    def faults(self, held: Iterable[int]) -> list[str]:
+        """What contradicts itself, if `held` are all blocks that sequences hold, each as often as they do."""
+        found = []
+        if Counter(held) != self._references:
+            found.append("the pages that sequences hold are not those that have references")
+        states = [*self._free, *self._cached, *self._references]
+        if sorted(states) != list(range(self.total)):
+            found.append("a page is in no state, or in two")
+        known = {block: digest for digest, block in self._by_hash.items()}
+        if known != self._hash_of or not self._cached.items() <= known.items():
+            found.append("known prefixes and their pages do not belong together")
+        return found
 
     def forget(self) -> None:
         """Drop all cached prefixes that nobody uses."""

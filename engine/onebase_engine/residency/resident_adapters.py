@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onebase_adapters.compose import Weighted, compose
+from onebase_adapters.errors import AdapterFormatError, OneBaseError
 from onebase_adapters.lowering.lower import load_adapter
 from onebase_adapters.primitives.instruction_set import Head, Template
 from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
@@ -21,6 +22,32 @@ log = logging.getLogger(__name__)
 
 _READ_AHEAD = 8
 """Adapters that requests have had read and that have no slot yet, at most: each takes memory of its own."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """An adapter that is being read, on its way to being known."""
+
+    _residency: "Residency"
+    _digest: str
+    _read: Future[LoweredAdapter]
+
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._read.done()
+
+    def result(self, timeout: float | None = None) -> AdapterInfo:
+        """Make it resident if a slot can be had; it is known from then on in any case.
+
+        To be called by whoever steps the engine. Raises AdapterError and its branches: then it stays unknown."""
+        try:
+            return self._residency.admit(self._digest, self._read.result(timeout))
+        except BaseException as error:
+            self._residency.forget(self._digest)
+            if isinstance(error, OneBaseError) or not isinstance(error, Exception):
+                raise
+            log.exception("reading adapter %s failed", self._digest)  # a reader's bug must not end the engine
+            raise AdapterFormatError(f"Cannot be read: {error!r}", field="path") from error
 
 
 @dataclass
@@ -57,10 +84,10 @@ class Residency:
     def knows(self, digest: str) -> bool:
         return digest in self._folders
 
-    def add(self, digest: str, folder: Path) -> Future[LoweredAdapter]:
-        """Start reading and lowering an adapter. Its result is for `admit`, or is its AdapterError."""
+    def load(self, digest: str, folder: Path) -> Loading:
+        """Start reading and lowering an adapter."""
         self._folders[digest] = folder
-        return self._load(digest, ())
+        return Loading(self, digest, self._load(digest, ()))
 
     def admit(self, digest: str, adapter: LoweredAdapter) -> AdapterInfo:
         """Make a read adapter resident if a slot can be had; it is known in any case."""
@@ -110,6 +137,14 @@ class Residency:
     def release(self, digest: str) -> None:
         """Give back what `acquire` gave."""
         self._resident[digest].users -= 1
+
+    def users(self) -> dict[str, int]:
+        """How many hold each adapter that is in use."""
+        return {digest: entry.users for digest, entry in self._resident.items() if entry.users}
+
+    def slots(self) -> dict[str, int]:
+        """Where each resident adapter is."""
+        return {digest: entry.slot for digest, entry in self._resident.items()}
 
     def lacks_slot(self, digest: str) -> bool:
         """Whether an adapter has been read, and all that it waits for is that one in use leaves."""

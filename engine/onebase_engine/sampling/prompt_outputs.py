@@ -62,7 +62,7 @@ class PromptReader:
 
     def conclude(self, sequence: Sequence) -> Output:
         """The answer for a prompt that is done."""
-        hidden = torch.cat(self._taken.pop(sequence.request.id).hidden)
+        hidden = torch.cat(self._taken[sequence.request.id].hidden)
         if sequence.request.task == "embed":
             vector = torch.nn.functional.normalize(pool(hidden, "mean"), dim=0)
             return Output(sequence.request.id, embedding=tuple(vector.tolist()), finish_reason="stop")
@@ -74,7 +74,7 @@ class PromptReader:
         return Output(sequence.request.id, probabilities=found, finish_reason="stop")
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop what was taken for a sequence that ends early."""
+        """Drop what was taken for a sequence that ends."""
         self._taken.pop(sequence.request.id, None)
 
     def _take_logprobs(self, work: Work, scores: Scores, row: int) -> None:

@@ -25,7 +25,7 @@ class Choice:
     """A row's chosen token, with logprobs if they were asked for."""
 
     token: int
-    """-1 where no token can be chosen: the logits are not finite, or the request's grammar failed."""
+    """-1 where no token can be chosen: the logits are not finite."""
     logprobs: TokenLogprobs | None = None
 
 
@@ -58,7 +58,7 @@ def sample(scores: Scores, rows: Rows[int], sequences: Rows[Sequence]) -> list[C
 
 
 def _choose(raw: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """Choose from raw logits [n, vocab], float32; -1 where they are not finite, or where a grammar failed."""
+    """Choose from raw logits [n, vocab], float32; -1 where they are not finite."""
     scores = raw
     if any(_changes_scores(s) for s in sequences):
         scores = raw.clone()
@@ -75,9 +75,6 @@ def _choose(raw: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
         chosen[filtered] = torch.tensor(_filtered(scores[filtered], some), device=scores.device)
     # Not the penalised scores: those are -inf on purpose here and there.
     tokens: list[int] = torch.where(raw.max(-1).values.isfinite(), chosen, -1).tolist()
-    for row, sequence in enumerate(sequences):
-        if sequence.grammar is not None and not sequence.grammar.take(tokens[row]):
-            tokens[row] = -1
     return tokens
 
 

@@ -10,15 +10,16 @@ advances, and with it everything ends.
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 from onebase_engine.cache.block_pool import BlockPool
 from onebase_engine.cache.prefix_hash import block_hashes
-from onebase_engine.scheduling.sequence import Sequence
+from onebase_engine.scheduling.sequence import Sequence, State
 
-AGING_STEPS = 512
-"""Steps of waiting that raise a request by one priority, so that a stream of urgent ones starves nobody."""
+AGING_SECONDS = 5.0
+"""Waiting that raises a request by one priority, so that a stream of urgent ones starves nobody."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,32 @@ class _Share:
     waiting: deque[Sequence] = field(default_factory=deque)
 
 
-def _turn(sequence: Sequence) -> tuple[int, int]:
+def _turn(sequence: Sequence) -> tuple[float, int]:
     """Order within a share. Waiting raises all alike, so that two never change places."""
-    return sequence.request.priority * AGING_STEPS + sequence.entered, sequence.arrival
+    return sequence.request.priority * AGING_SECONDS + (sequence.entered or 0.0), sequence.arrival
 
 
 class Scheduler:
     """Decides; holds no tensors. One call of `plan`, one step, one call of `advance` for each Work."""
 
     def __init__(
-        self, pool: BlockPool, *, max_batch_tokens: int, max_running: int, whole_prompts: bool = False
+        self,
+        pool: BlockPool,
+        *,
+        max_batch_tokens: int,
+        max_running: int,
+        whole_prompts: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_batch_tokens`: the step's token budget; `max_running`: most sequences in a step; `whole_prompts`:
-        never compute a prompt in parts, for models whose tokens see those after them."""
+        never compute a prompt in parts, for models whose tokens see those after them; `clock`: seconds."""
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
         self.max_running = max_running
         self.whole_prompts = whole_prompts
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._step = 0
+        self._clock = clock
         self._shares: dict[tuple[str, str], _Share] = {}
         self._tenants: dict[str, float] = {}
         self._waiting: set[Sequence] = set()
@@ -97,7 +104,6 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """Choose the next step's work and take the blocks that it needs."""
-        self._step += 1
         budget = self.max_batch_tokens
         work: list[Work] = []
         preempted: list[Sequence] = []
@@ -134,16 +140,29 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, running or waiting, and give its blocks back."""
-        if sequence in self._waiting:
+        if sequence.state is State.QUEUED:
             self._dequeue(sequence)
         else:
             self.running.remove(sequence)
+        sequence.move(State.ENDED)
         self._release(sequence)
         self._forget_idle_share(self._key(sequence))
 
     def sequences(self) -> Iterable[Sequence]:
         """All of them, running and waiting."""
         return [*self.running, *self._waiting]
+
+    def faults(self) -> list[str]:
+        """What contradicts itself between sequences, queues and the pool; nothing, if all is well."""
+        found = self.pool.faults(chain.from_iterable(sequence.blocks for sequence in self.running))
+        queued = {sequence for share in self._shares.values() for sequence in share.waiting}
+        for sequence in {*self.running, *self._waiting, *queued}:
+            runs, waits = sequence in self.running, sequence in self._waiting and sequence in queued
+            if (runs, waits) != (sequence.state is State.RUNNING, sequence.state is State.QUEUED):
+                found.append(f"request {sequence.request.id} is not where a {sequence.state.name} one belongs")
+            if sequence.state is State.RUNNING and len(sequence.blocks) * self.pool.block_size < sequence.computed:
+                found.append(f"request {sequence.request.id} has more tokens computed than its blocks hold")
+        return found
 
     def _work(self, sequence: Sequence, budget: int) -> Work:
         """As much of a sequence as the budget allows, charged to its accounts at once: the next to be admitted
@@ -202,6 +221,7 @@ class Scheduler:
             sequence.waited = time.perf_counter() - sequence.arrived
             sequence.cached_tokens = bisect_left(sequence.own, sequence.computed)
         self._dequeue(sequence)
+        sequence.move(State.RUNNING)
         self.running.append(sequence)
         return sequence
 
@@ -212,12 +232,13 @@ class Scheduler:
         """The waiting sequence whose turn it is: by priority (raised by waiting), then the tenant that was
         served least, then its adapter that was served least, then age."""
         best: tuple[tuple[float, ...], Sequence] | None = None
+        now = self._clock()
         for key, share in self._shares.items():
             if not share.waiting:
                 continue
             sequence = share.waiting[0]
-            waited = (self._step - sequence.entered) // AGING_STEPS
-            rank = (sequence.request.priority - waited, self._tenants[key[0]], share.served, sequence.arrival)
+            raised = (now - (sequence.entered or 0.0)) // AGING_SECONDS
+            rank = (sequence.request.priority - raised, self._tenants[key[0]], share.served, sequence.arrival)
             if best is None or rank < best[0]:
                 best = (rank, sequence)
         return best[1] if best else None
@@ -232,8 +253,9 @@ class Scheduler:
             self._tenants.setdefault(key[0], min(self._tenants.values(), default=0.0))
             others = [share.served for (tenant, _), share in self._shares.items() if tenant == key[0]]
             self._shares[key] = _Share(served=min(others, default=0.0))
-        if sequence.entered < 0:
-            sequence.entered = self._step
+        if sequence.entered is None:
+            sequence.entered = self._clock()
+        sequence.move(State.QUEUED)
         self._waiting.add(sequence)
         # Almost always this appends; a preempted one goes back before those that came after it.
         queue = self._shares[key].waiting

@@ -1,5 +1,14 @@
-"""A request while the engine works on it: its tokens, how far they are computed, the blocks that it holds."""
+"""A request while the engine works on it: its state, its tokens, how far they are computed, its blocks.
 
+    ASIDE ----> QUEUED ----> RUNNING ----> ENDED
+      |           | ^           |            ^
+      |           | +-preempted-+            |
+      +-----------+--------------------------+   (aborted, refused, or failed)
+
+Aside it waits for its adapter or its grammar, queued for its turn and for blocks.
+"""
+
+import enum
 import hashlib
 import time
 from collections.abc import Sequence as Items
@@ -12,6 +21,23 @@ from onebase_engine.grammar import Grammar
 from onebase_engine.request import EngineRequest, FinishReason, TokenLogprobs
 
 
+class State(enum.Enum):
+    """Where a sequence is on its way."""
+
+    ASIDE = enum.auto()
+    QUEUED = enum.auto()
+    RUNNING = enum.auto()
+    ENDED = enum.auto()
+
+
+_NEXT = {
+    State.ASIDE: {State.QUEUED, State.ENDED},
+    State.QUEUED: {State.RUNNING, State.ENDED},
+    State.RUNNING: {State.QUEUED, State.ENDED},
+    State.ENDED: set(),
+}
+
+
 @dataclass(eq=False)
 class Sequence:
     """Invariant: the keys and values of tokens[:computed] are in `blocks`; the rest is still to be computed,
@@ -21,13 +47,14 @@ class Sequence:
     arrival: int
     """Order of arrival; smaller is older."""
     eos_token_ids: frozenset[int]
+    state: State = State.ASIDE
     slot: int = 0
     """Where its adapter is resident."""
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)
-    """Of the full blocks of `tokens`, as far as they have been needed."""
+    """Those of the full blocks of `tokens`, as far as they have been needed."""
     salt: bytes = b""
     grammar: Grammar | None = None
     """What its output has to follow."""
@@ -37,8 +64,8 @@ class Sequence:
     """Tokens before the output, virtual ones included."""
     own: Items[int] = ()
     """Ascending positions of the prompt's own tokens."""
-    entered: int = -1
-    """The scheduler's step at which it was first queued; -1 before."""
+    entered: float | None = None
+    """When it was first queued, by the scheduler's clock."""
     cached_tokens: int = 0
     """Prompt tokens that were found in the cache when it first ran."""
     arrived: float = field(default_factory=time.perf_counter)
@@ -47,7 +74,7 @@ class Sequence:
     started: bool = False
     """Whether it has run at all (then `cached_tokens` is settled)."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    """Of the prompt's tokens so far, if the request wants them; the first is None."""
+    """The prompt's tokens' so far, if the request wants them; the first is None."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -60,6 +87,12 @@ class Sequence:
         if self.request.sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
         self.salt = hashlib.blake2b(owner.encode(), digest_size=16).digest()
+
+    def move(self, state: State) -> None:
+        """Go on to another state. Raises RuntimeError for a step that the drawing above does not have."""
+        if state not in _NEXT[self.state]:
+            raise RuntimeError(f"Request {self.request.id} cannot be {state.name} after {self.state.name}.")
+        self.state = state
 
     def place(self, slot: int, layout: Layout, vocab: int) -> None:
         """Take up the resident adapter's slot and its virtual tokens, before anything is computed."""

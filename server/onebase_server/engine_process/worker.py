@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +43,8 @@ from onebase_server.engine_process.messages import (
 from onebase_server.logs import configure_logging
 
 if TYPE_CHECKING:  # what takes a while to import is imported once a start can say so
-    from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
     from onebase_engine.engine import Engine
+    from onebase_engine.residency.resident_adapters import Loading
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +55,8 @@ class _Signal(enum.Enum):
     HANGUP = enum.auto()
     WAKE = enum.auto()
     """An adapter has been read."""
+    SHOW = enum.auto()
+    """Somebody wants to see what is in the batch."""
 
 
 _Inbox = queue.SimpleQueue[Command | _Signal]
@@ -68,7 +69,7 @@ class Worker:
         self._engine = engine
         self._connection = connection
         self._inbox = inbox
-        self._loading: list[tuple[LoadAdapter, Future[LoweredAdapter]]] = []
+        self._loading: list[tuple[LoadAdapter, Loading]] = []
         self._unloading: list[UnloadAdapter] = []
         self._deadline: float | None = None
         self._refused: list[Output] = []
@@ -102,6 +103,8 @@ class Worker:
     def _take_commands(self) -> bool:
         """Handle what has come in; sleep for the first if there is nothing else to do. False after a hang-up."""
         wait = self._engine.idle and not self._refused and self._deadline is None
+        if wait and (faults := self._engine.faults()):
+            log.error("the engine's bookkeeping contradicts itself", extra={"fields": {"faults": faults}})
         while True:
             try:
                 command = self._inbox.get(block=wait)
@@ -109,7 +112,9 @@ class Worker:
                 return True
             if command is _Signal.HANGUP:
                 return False
-            if not isinstance(command, _Signal):
+            if command is _Signal.SHOW:
+                log.warning("the engine's batch", extra={"fields": self._engine.snapshot()})
+            elif not isinstance(command, _Signal):
                 self._handle(command)
             wait = False
 
@@ -123,7 +128,7 @@ class Worker:
                 self._engine.abort(request_id)
                 self._aborted = True
             case LoadAdapter(_, digest, folder):
-                self._loading.append((command, self._engine.read_adapter(digest, folder)))
+                self._loading.append((command, self._engine.load_adapter(digest, folder)))
             case UnloadAdapter():
                 self._unloading.append(command)
             case Drain(grace):
@@ -134,23 +139,15 @@ class Worker:
             self._loading.remove(entry)
             self._answer_load(*entry)
 
-    def _answer_load(self, command: LoadAdapter, future: "Future[LoweredAdapter]") -> None:
+    def _answer_load(self, command: LoadAdapter, loading: "Loading") -> None:
         try:
-            info = self._engine.residency.admit(command.digest, future.result())
+            self.send(AdapterLoaded(command.id, loading.result()))
         except OneBaseError as error:
-            self._engine.residency.forget(command.digest)
             self.send(CommandFailed(command.id, type(error).__name__, error.message, error.field))
-        except Exception as error:  # a reader's bug must not end the engine, nor leave the caller waiting
-            log.exception("reading adapter %s failed", command.digest)
-            self._engine.residency.forget(command.digest)
-            self.send(CommandFailed(command.id, "AdapterFormatError", f"Cannot be read: {error!r}", "path"))
-        else:
-            self.send(AdapterLoaded(command.id, info))
 
     def _unload_unused(self) -> None:
-        for command in [c for c in self._unloading if not self._engine.uses(c.digest)]:
+        for command in [c for c in self._unloading if self._engine.unload_adapter(c.digest)]:
             self._unloading.remove(command)
-            self._engine.residency.forget(command.digest)
             self.send(Done(command.id))
 
 
@@ -176,9 +173,9 @@ def _load(config: EngineConfig, inbox: _Inbox, phases: Phases) -> "Engine":
         from onebase_engine.kernels.cpu.build import Build
 
         kernels = Build(phases.tell)
-    from onebase_engine.engine import Engine
+    from onebase_engine.startup import start_engine
 
-    return Engine(config, wake=lambda: inbox.put(_Signal.WAKE), phases=phases, kernels=kernels)
+    return start_engine(config, wake=lambda: inbox.put(_Signal.WAKE), phases=phases, kernels=kernels)
 
 
 def _tell(line: str) -> None:
@@ -197,6 +194,7 @@ def main() -> None:
     config = msgspec.json.decode(first, type=EngineConfig)
     configure_logging(config.log_level, config.log_format, process="engine")
     inbox: _Inbox = queue.SimpleQueue()
+    signal.signal(signal.SIGUSR1, lambda *_: inbox.put(_Signal.SHOW))
     ready = threading.Event()
     threading.Thread(target=_read, args=(connection, inbox, ready), name="command-reader", daemon=True).start()
     phases = Phases(log.info if config.log_format == "json" else _tell)
