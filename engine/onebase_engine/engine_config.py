@@ -18,6 +18,8 @@ class EngineConfig:
     """Most tokens of a request, prompt and output; None: what the model was made for."""
     cache_gib: float | None = None
     """Memory of the KV cache in GiB; None: `cache_share` of what the device has free."""
+    cache_tokens: int | None = None
+    """Tokens that the KV cache holds, where they are known; None: as its memory says."""
     cache_share: float = 0.1
     max_batch_tokens: int = 512
     """Tokens computed in a step, at most: the larger, the faster the prefill and the longer each step."""

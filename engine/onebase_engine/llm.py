@@ -66,6 +66,8 @@ class _Asked:
     adapter: _Loaded
     field: str
     """For messages."""
+    said: int = 0
+    """As in EngineRequest."""
 
 
 class LLM:
@@ -244,7 +246,7 @@ class LLM:
             tokens = tuple(self._encode(end, field, special=False))
             self._check(tokens, field)
             said.append(tokens)
-            asked.append(_Asked(one.text, one.tokens + tokens, one.adapter, one.field))
+            asked.append(_Asked(one.text, one.tokens + tokens, one.adapter, one.field, len(tokens)))
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         scores = []
         for output, tokens in zip(self._generate(asked, params), said, strict=True):
@@ -303,7 +305,8 @@ class LLM:
         return answers
 
     def _request(self, asked: _Asked, params: SamplingParams, task: Task = "generate") -> EngineRequest:
-        return EngineRequest(str(next(self._numbers)), asked.tokens, params, asked.adapter.digest, task=task)
+        number, digest = str(next(self._numbers)), asked.adapter.digest
+        return EngineRequest(number, asked.tokens, params, digest, task=task, said=asked.said)
 
     def _run(
         self, answers: Sequence[Answer], fields: Sequence[str]

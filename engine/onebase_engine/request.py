@@ -73,6 +73,8 @@ class EngineRequest(msgspec.Struct, frozen=True):
     generates anything: `sampling` is ignored."""
     parts: tuple[Part, ...] = ()
     """The loaded adapters that are composed."""
+    said: int = 0
+    """How many of the prompt's last tokens answer the others: virtual tokens stand as if they were not there."""
 
     @property
     def loaded(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 
 from onebase_adapters.errors import ConfigError
 from onebase_engine.base.describe import cache_shape
-from onebase_engine.base.load_base import _eos_tokens, load_base, model_bytes
+from onebase_engine.base.load_base import end_tokens, load_base, model_bytes
 from onebase_engine.base.package_files import Progress
 from onebase_engine.cache.block_pool import BlockPool
 from onebase_engine.engine import Engine
@@ -72,7 +72,7 @@ def start_engine(
         max_running=config.max_running,
         whole_prompts=whole_prompts,
     )
-    ends = _eos_tokens(base.model, base.tokenizer.eos_token_id)
+    ends = end_tokens(base.model, base.tokenizer.eos_token_id)
     tokenizer = base.tokenizer
     grammars = Grammars(lambda: str(tokenizer.backend_tokenizer.to_str()), shape.vocab, ends, wake)
     phases.end()
@@ -107,6 +107,8 @@ def _give_back_memory() -> None:
 
 
 def _cache_blocks(config: EngineConfig, model_config: object, device: torch.device) -> int:
+    if config.cache_tokens is not None:
+        return -(-config.cache_tokens // BLOCK)
     if config.cache_gib is not None:
         memory = config.cache_gib * 2**30
     elif device.type == "cuda":

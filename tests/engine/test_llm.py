@@ -39,6 +39,16 @@ def save_template(folder: Path, **config: object) -> Path:
     return folder
 
 
+def save_prompt(folder: Path) -> Path:
+    """Virtual tokens that stand behind the prompt, and so before its answer."""
+    folder.mkdir()
+    numbers = torch.randn(4, 64, generator=torch.Generator().manual_seed(6))
+    save_file({"prompt_embeddings": numbers}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "P_TUNING"}))
+    (folder / "onebase.json").write_text(json.dumps({"places": [-1] * 4}))
+    return folder
+
+
 def save_head(folder: Path, model: Path, kind: str) -> Path:
     """A LoRA with a classifier of three labels beside it, as `tests/parity` has them against PEFT."""
     save_lora(folder, model, rank=4, modules=["q_proj"], seed=4)
@@ -63,6 +73,7 @@ def folders(llama: Path, loras: list[Path], tmp_path_factory: pytest.TempPathFac
         "text": save_template(
             root / "text", before=BEFORE, after=AFTER, messages=[{"role": "system", "content": TURN}]
         ),
+        "behind": save_prompt(root / "behind"),
         "colour": save_head(root / "colour", llama, "sequence"),
         "colours": save_head(root / "colours", llama, "token"),
     }
@@ -203,7 +214,7 @@ def test_embeddings_have_length_one_and_depend_on_the_adapter(llm: LLM) -> None:
     assert llm.embed(PROMPTS[0]) == [base]
 
 
-@pytest.mark.parametrize("name", [None, "one", "text"])
+@pytest.mark.parametrize("name", [None, "one", "text", "behind"])
 def test_a_score_is_the_sum_of_what_was_generated_with(name: str | None, llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=0)
     made = llm.generate(PROMPTS[0], params, name)[0].outputs[0]

@@ -16,8 +16,8 @@ from onebase_engine.base.load_base import load_base
 from onebase_engine.runner.batched_model import ServedModel
 from onebase_training.data import NO_LOSS, Example, Turn
 from onebase_training.data.encoding.encode_template import encode_with
-from onebase_training.evaluation.answers import sample
 from onebase_training.evaluation.evaluate_adapter import EvaluateConfig, evaluate_served
+from onebase_training.evaluation.evaluation_result import sample
 from onebase_training.training_run import train
 
 

@@ -15,13 +15,13 @@ from onebase_engine.base.load_base import load_base
 from onebase_engine.runner.batched_model import ServedModel
 from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
 from onebase_training.data import Encoded, Example, encode
-from onebase_training.evaluation.served import ServedRows
 from onebase_training.methods import lora
 from onebase_training.model.attached import Attached
 from onebase_training.model.base_for_training import load_for_training
 from onebase_training.model.frozen_weights import hold
 from onebase_training.model.trained_model import Trained
 from onebase_training.training_run import train
+from support.serving import Feeder, Stream
 
 pytestmark = pytest.mark.real
 
@@ -62,8 +62,8 @@ def test_server_and_trainer_stay_close_to_float32_on_the_same_weights(tmp_path: 
     text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
     ids = served.tokenizer(text)["input_ids"][:1024]
     parts = [tuple(ids[start : start + 256]) for start in range(0, len(ids), 256)]
-    rows = ServedRows(ServedModel(served, slots=1, blocks=ServedRows.blocks_for([256])), 0, 0)
-    by_server = torch.cat([logprobs(rows.logits(part, range(255)), part) for part in parts])
+    rows = Feeder(ServedModel(served, slots=1, blocks=64)).logits([Stream(list(part)) for part in parts])
+    by_server = torch.cat([logprobs(found[:-1], part) for found, part in zip(rows, parts, strict=True)])
 
     config = TrainConfig(data=tmp_path, output=tmp_path, device="cpu", arithmetic="float32")
     base = load_for_training(config, "nf4", silent)

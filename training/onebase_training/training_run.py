@@ -24,8 +24,8 @@ from onebase_training.data.data_check import check, describe
 from onebase_training.data.encoding.encode_template import encode_with
 from onebase_training.data.encoding.packing import passes_of, plan_batches, plan_examples, tokens_of_pass
 from onebase_training.data.task_kind import classes_of
-from onebase_training.evaluation.answers import asked, model_answers, served_answers
-from onebase_training.evaluation.evaluation_result import Evaluation, Sample, mark
+from onebase_training.evaluation.answers import model_answers, served_answers
+from onebase_training.evaluation.evaluation_result import Evaluation, Sample, asked, mark
 from onebase_training.evaluation.held_out_loss import classify, measure
 from onebase_training.fitting import fsdp
 from onebase_training.fitting.checkpoints import best_checkpoint, history, last_checkpoint, restore, step_of

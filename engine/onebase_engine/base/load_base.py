@@ -142,7 +142,7 @@ def model_bytes(model: torch.nn.Module) -> int:
     return total
 
 
-def _eos_tokens(model: torch.nn.Module, tokenizer_eos: int | None) -> Items[int]:
+def end_tokens(model: torch.nn.Module, tokenizer_eos: int | None) -> Items[int]:
     """The model's end tokens, as its generation configuration has them, and the tokenizer's."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     tokens = [configured] if isinstance(configured, int) else list(configured or [])

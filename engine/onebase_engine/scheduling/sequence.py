@@ -99,7 +99,8 @@ class Sequence:
         self.slot = slot
         self.layout = layout
         if layout.tokens:
-            self.tokens = layout.arrange(self.request.prompt, vocab)
+            asked = len(self.request.prompt) - self.request.said
+            self.tokens = [*layout.arrange(self.request.prompt[:asked], vocab), *self.request.prompt[asked:]]
             self.prompt_tokens = len(self.tokens)
             self.own = [position for position, token in enumerate(self.tokens) if token < vocab]
 

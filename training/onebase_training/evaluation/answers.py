@@ -11,38 +11,20 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer
 
-from onebase_adapters.lowering.lower import load_adapter
-from onebase_adapters.primitives.virtual_tokens import Layout
-from onebase_contract.events import Part, Progress, Stage
+from onebase_contract.events import Part, Progress
 from onebase_engine.base.base_spec import BaseSpec
-from onebase_engine.base.load_base import load_base
-from onebase_engine.runner.batched_model import ServedModel
-from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
-from onebase_engine.text.stop_strings import first_stop
-from onebase_training.data import NO_LOSS, Encoded
+from onebase_engine.base.catalog import fetch_base
+from onebase_engine.base.load_base import end_tokens
+from onebase_training.data import Encoded
 from onebase_training.data.encoding.packing import pack
-from onebase_training.evaluation.evaluation_result import Sample
-from onebase_training.evaluation.served import ServedRows
+from onebase_training.evaluation import served
+from onebase_training.evaluation.evaluation_result import Sample, answer, sample
 from onebase_training.model.trained_model import Trained
 
-TOGETHER = 16
-"""Sequences that the server's code writes at once."""
 _BATCH_TOKENS = 4096
-"""Of the sequences that transformers writes at once, at the longest that they may become: their cache's size."""
-_VIRTUAL = 1024
-"""Room for an adapter's virtual tokens. Pages that nobody writes take no memory."""
-
-
-def room(longest: int) -> int:
-    """Pages for as many sequences as are written at once, of at most `longest` tokens and an adapter's."""
-    return ServedRows.blocks_for([longest + _VIRTUAL] * TOGETHER)
-
-
-def asked(examples: Sequence[Encoded], count: int) -> list[Encoded]:
-    """The first `count` that ask something: a text without a prompt has no answer to judge."""
-    return [example for example in examples if example.prompt_length][:count]
+"""The size of transformers' cache: of the sequences that it writes at once, at the longest that they may become."""
 
 
 def served_answers(
@@ -54,43 +36,19 @@ def served_answers(
     """
     if not examples:
         return []
-    threads = torch.get_num_threads()
-    register_attention()
-    base = load_base(spec, attention=ATTENTION_NAME, progress=lambda text: progress(Stage(text)))
+    tokenizer = AutoTokenizer.from_pretrained(fetch_base(spec.model))
     longest = max(len(example.input_ids) for example in examples) + max_new_tokens
-    model = ServedModel(base, slots=1, blocks=room(longest), head="screened")
-    rows, layout = ServedRows(model, 0, 0), Layout()
-    if adapter is not None:
-        lowered = load_adapter(adapter, adapter.name, base.shape, model.weights)
-        rows, layout = ServedRows(model, model.put(lowered), lowered.layout.prefix), lowered.layout
-    ends = ends_of(base.model, base.tokenizer)
-    samples = write_answers(rows, layout, examples, base.tokenizer, ends, max_new_tokens, progress)
-    torch.set_num_threads(threads)  # numba's OpenMP has made it the number of cores
-    return samples
-
-
-def write_answers(
-    rows: ServedRows,
-    layout: Layout,
-    examples: Sequence[Encoded],
-    tokenizer: Any,
-    ends: frozenset[int],
-    max_new_tokens: int,
-    progress: Progress,
-) -> list[Sample]:
-    """Greedy answers of the model and adapter behind `rows`."""
-    samples: dict[int, Sample] = {}
-    limits = [_limit(example, max_new_tokens) for example in examples]
-    order = sorted(range(len(examples)), key=limits.__getitem__)
-    for start in range(0, len(order), TOGETHER):
-        progress(Part(start, len(order), "answers"))
-        group = order[start : start + TOGETHER]
-        prompts = [layout.arrange(_prompt(examples[index]), rows.vocab) for index in group]
-        made = rows.greedy(prompts, [limits[index] for index in group], ends)
-        samples |= {
-            index: sample(tokenizer, examples[index], written) for index, written in zip(group, made, strict=True)
-        }
-    return [samples[index] for index in range(len(examples))]
+    with served.serving(spec, longest, progress) as engine:
+        virtual = served.load(engine, adapter).virtual_tokens if adapter is not None else 0
+        return served.answers(
+            engine,
+            examples,
+            tokenizer,
+            adapted=adapter is not None,
+            max_new_tokens=max_new_tokens,
+            virtual=virtual,
+            progress=progress,
+        )
 
 
 @torch.no_grad()
@@ -98,7 +56,7 @@ def model_answers(
     model: Trained, examples: Sequence[Encoded], tokenizer: Any, *, max_new_tokens: int, progress: Progress
 ) -> list[Sample]:
     """Greedy answers by transformers' `generate`, of the model as it was trained."""
-    ends = ends_of(model.model, tokenizer)
+    ends = frozenset(end_tokens(model.model, tokenizer.eos_token_id))
     limits = [_limit(example, max_new_tokens) for example in examples]
     lengths = [model.length(example) + limit for example, limit in zip(examples, limits, strict=True)]
     order = sorted(range(len(examples)), key=limits.__getitem__)
@@ -160,28 +118,3 @@ def _inference(model: Trained) -> Iterator[None]:
         if not model.paired:
             base.set_attn_implementation(packed)
         model.train(training)
-
-
-def sample(tokenizer: Any, example: Encoded, written: Sequence[int]) -> Sample:
-    """What was written after the example's prompt, beside what was wanted; both up to what ends an answer."""
-    texts = [example.input_ids[: example.prompt_length], answer(example), written]
-    prompt, expected, generated = (tokenizer.decode(text, skip_special_tokens=True) for text in texts)
-    return Sample(prompt, _cut(expected, example.stop), _cut(generated, example.stop))
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    found = first_stop(text, stops)
-    return text if found is None else text[: found[1]]
-
-
-def ends_of(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """What ends an answer: the tokenizer's end of text, and what the model's own generation settings name."""
-    named = model.generation_config.eos_token_id if model.generation_config else None
-    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
-    return frozenset(end for end in ends if end is not None)
-
-
-def answer(example: Encoded) -> list[int]:
-    """The tokens of the completion that `prompt_length` starts, with its end."""
-    labels = example.labels[example.prompt_length :]
-    return [label for label in labels if label != NO_LOSS]

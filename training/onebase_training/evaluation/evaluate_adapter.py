@@ -1,30 +1,26 @@
-"""`onebase evaluate`: an adapter's marks and its base's, by the code that serves them."""
+"""`onebase evaluate`: an adapter's marks and its base's, by the engine that serves them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer
 
 from onebase_adapters.errors import AdapterFormatError, ConfigError
 from onebase_adapters.formats.checks import check_folder
 from onebase_adapters.formats.read_adapter import read_adapter
-from onebase_adapters.lowering.lower import load_adapter
-from onebase_adapters.primitives.instruction_set import Head, Template
-from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
-from onebase_adapters.primitives.virtual_tokens import Layout
-from onebase_contract.events import Part, Progress, Stage, silent
+from onebase_adapters.primitives.instruction_set import Template
+from onebase_contract.events import Progress, Stage, silent
 from onebase_engine.base.base_spec import BaseSpec
-from onebase_engine.base.load_base import load_base
-from onebase_engine.runner.batched_model import ServedModel
-from onebase_engine.runner.classifier_heads import probabilities
-from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
+from onebase_engine.base.catalog import fetch_base
+from onebase_engine.engine import Engine
+from onebase_engine.engine_info import AdapterInfo, HeadInfo
 from onebase_training.data import NO_LOSS, Dataset, Encoded, encode, encode_for_head, read_dataset
 from onebase_training.data.encoding.encode_template import encode_with
-from onebase_training.evaluation.answers import asked, ends_of, room, write_answers
-from onebase_training.evaluation.evaluation_result import Evaluation, Sample, mark
-from onebase_training.evaluation.served import ServedRows
+from onebase_training.evaluation import served
+from onebase_training.evaluation.evaluation_result import Evaluation, Sample, asked, mark
 
 
 @dataclass(frozen=True)
@@ -56,112 +52,100 @@ class Scored:
 
 
 def evaluate_served(config: EvaluateConfig, progress: Progress = silent) -> Scored:
-    """Raises DataError, AdapterError and its branches, or BaseModelError."""
+    """Raises DataError, AdapterError and its branches, ConfigError or BaseModelError."""
     dataset = read_dataset(config.data, format=config.format)
     if config.adapter is not None:
         files = read_adapter(config.adapter)  # refuse a bad one before the base is loaded
         dataset = dataset.with_words(files.sidecar.get("settings", {}).get("label_words") or {})
-    register_attention()
-    base = load_base(config.base, attention=ATTENTION_NAME, progress=lambda text: progress(Stage(text)))
-    limit = min(config.max_length, base.shape.context)
-    model = ServedModel(base, slots=1, blocks=room(limit + config.max_new_tokens))
-    lowered = None
-    if config.adapter is not None:
-        check_folder(config.adapter, base.tokenizer.get_vocab())
-        lowered = load_adapter(config.adapter, config.adapter.name, base.shape, model.weights)
-    head = lowered.one(Head) if lowered else None
-    if base.shape.encoder and head is None:
-        raise ConfigError("An encoder without a classifier writes nothing that could be scored.", field="adapter")
-    plain = None
-    if head is None:
-        progress(Stage("measuring the base"))
-        examples = encode(dataset.examples, base.tokenizer, max_length=limit)
-        plain = _write(ServedRows(model, 0, 0), Layout(), examples, config, model, progress)
-    if lowered is None:
-        return Scored(plain, None)
-    progress(Stage("measuring the adapter"))
-    return Scored(plain, _measure(model, lowered, head, dataset, config, limit, progress))
+    folder = fetch_base(config.base.model, progress=lambda text: progress(Stage(text)))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with served.serving(config.base, config.max_length + config.max_new_tokens, progress) as engine:
+        if engine.model.shape.encoder_decoder:
+            raise ConfigError(
+                "An encoder-decoder tells no prompt's log-probabilities when it is served, so that it cannot be "
+                "scored here: training tells its marks.",
+                field="model",
+            )
+        info = None
+        if config.adapter is not None:
+            check_folder(config.adapter, tokenizer.get_vocab())
+            info = served.load(engine, config.adapter)
+        if not engine.info.generates and (info is None or info.head is None):
+            raise ConfigError(
+                "An encoder without a classifier writes nothing that could be scored.", field="adapter"
+            )
+        limit = min(config.max_length, engine.info.context)
+        plain = None
+        if info is None or info.head is None:
+            progress(Stage("measuring the base"))
+            examples = encode(dataset.examples, tokenizer, max_length=min(limit, engine.info.context - 1))
+            plain = _write(engine, examples, config, tokenizer, None, progress)
+        if info is None:
+            return Scored(plain, None)
+        progress(Stage("measuring the adapter"))
+        return Scored(plain, _measure(engine, info, dataset, config, tokenizer, limit, progress))
 
 
 def _measure(
-    model: ServedModel,
-    lowered: LoweredAdapter,
-    head: Head | None,
+    engine: Engine,
+    info: AdapterInfo,
     dataset: Dataset,
     config: EvaluateConfig,
+    tokenizer: Any,
     limit: int,
     progress: Progress,
 ) -> Evaluation:
-    tokenizer = model.base.tokenizer
-    rows = ServedRows(model, model.put(lowered), lowered.layout.prefix)
-    if head is not None:
-        classes = list(head.labels)
-        labelled = encode_for_head(dataset.examples, tokenizer, classes, max_length=limit)
-        return _classify(rows, lowered.layout, head, labelled, model, progress)
-    found = lowered.one(Template)
-    if found is None:
-        examples = encode(dataset.examples, tokenizer, max_length=limit)
-    else:
-        shown = encode_with(found, dataset.examples, tokenizer, limit)
-        if shown is None:
-            raise AdapterFormatError("The template leaves no room for the longest example.", field="adapter")
-        examples = shown
-    return _write(rows, lowered.layout, examples, config, model, progress)
+    if info.head is not None:
+        labelled = encode_for_head(dataset.examples, tokenizer, list(info.head.labels), max_length=limit)
+        return _classify(engine, info.head, labelled, tokenizer, progress)
+    if info.template is None:
+        # The engine wants room for one token more.
+        examples = encode(dataset.examples, tokenizer, max_length=min(limit, engine.info.context - 1))
+        return _write(engine, examples, config, tokenizer, info, progress)
+    template = Template(info.template.before, info.template.after, info.template.messages, info.template.stop)
+    shown = encode_with(template, dataset.examples, tokenizer, limit)
+    if shown is None:
+        raise AdapterFormatError("The template leaves no room for the longest example.", field="adapter")
+    return _write(engine, shown, config, tokenizer, None, progress)  # it is text, and changes nothing else
 
 
 def _write(
-    rows: ServedRows,
-    layout: Layout,
+    engine: Engine,
     examples: Sequence[Encoded],
     config: EvaluateConfig,
-    model: ServedModel,
+    tokenizer: Any,
+    info: AdapterInfo | None,
     progress: Progress,
 ) -> Evaluation:
-    """Loss of what the examples say, and the score of what the model writes instead."""
-    vocab, tokenizer = model.shape.vocab, model.base.tokenizer
-    total, learned = 0.0, 0
-    for number, one in enumerate(examples):
-        progress(Part(number, len(examples), "examples"))
-        end = one.prompt_length
-        order = layout.arrange(range(end), end)  # places of the prompt, and virtual tokens from `end` on
-        tokens = [one.input_ids[at] if at < end else vocab + at - end for at in order] + list(one.input_ids[end:])
-        labels = [one.labels[at] if at < end else NO_LOSS for at in order] + list(one.labels[end:])
-        places = [at for at, label in enumerate(labels) if label != NO_LOSS and at]
-        logits = rows.logits(tokens, [at - 1 for at in places])
-        wanted = torch.tensor([labels[at] for at in places], device=logits.device)
-        total += float(cross_entropy(logits, wanted, reduction="sum"))
-        learned += len(places)
-    ends = ends_of(model.base.model, tokenizer)
-    chosen = asked(examples, config.metric_examples)
-    samples = write_answers(rows, layout, chosen, tokenizer, ends, config.max_new_tokens, progress)
-    return Evaluation(total / learned, mark(samples, examples), samples)
+    """Loss of what the examples say, and the score of what is written instead. `info`: the adapter's; else the
+    base's."""
+    loss = served.loss(engine, examples, adapted=info is not None, progress=progress)
+    samples = served.answers(
+        engine,
+        asked(examples, config.metric_examples),
+        tokenizer,
+        adapted=info is not None,
+        max_new_tokens=config.max_new_tokens,
+        virtual=info.virtual_tokens if info is not None else 0,
+        progress=progress,
+    )
+    return Evaluation(loss, mark(samples, examples), samples)
 
 
 def _classify(
-    rows: ServedRows,
-    layout: Layout,
-    head: Head,
-    examples: Sequence[Encoded],
-    model: ServedModel,
-    progress: Progress,
+    engine: Engine, head: HeadInfo, examples: Sequence[Encoded], tokenizer: Any, progress: Progress
 ) -> Evaluation:
     total, learned = 0.0, 0
     samples = []
-    for number, one in enumerate(examples):
-        progress(Part(number, len(examples), "examples"))
-        # A classifier's virtual tokens stand before the text, or after it.
-        tokens = layout.arrange(one.input_ids, model.shape.vocab)
-        own = [at for at, token in enumerate(tokens) if token < model.shape.vocab]
-        hidden = rows.hidden(tokens, own)
-        found = probabilities(head, hidden)
+    for one, found in zip(examples, served.labels(engine, examples, progress), strict=True):
         labels = {at: label for at, label in enumerate(one.labels) if label != NO_LOSS}
         guesses = []
         for at, label in labels.items():
             row = found[0 if head.kind == "sequence" else at]
-            total -= float(torch.tensor(row[label]).log())
+            total -= math.log(row[label])
             guesses.append(head.labels[max(range(len(row)), key=row.__getitem__)])
         learned += len(labels)
         expected = " ".join(head.labels[label] for label in labels.values())
-        prompt = model.base.tokenizer.decode(one.input_ids, skip_special_tokens=True)
+        prompt = tokenizer.decode(one.input_ids, skip_special_tokens=True)
         samples.append(Sample(prompt, expected, " ".join(guesses)))
     return Evaluation(total / learned, mark(samples, examples), samples)

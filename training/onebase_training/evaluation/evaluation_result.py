@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from onebase_training.data import Encoded
+from onebase_engine.text.stop_strings import first_stop
+from onebase_training.data import NO_LOSS, Encoded
 from onebase_training.data.task_kind import default_metric
 from onebase_training.evaluation.metrics import Score, difference, score
 
@@ -31,6 +33,29 @@ class Evaluation:
     def marks(self) -> dict[str, float]:
         """Loss and metric by name."""
         return {"loss": self.loss} | ({self.score.metric: self.score.value} if self.score else {})
+
+
+def asked(examples: Sequence[Encoded], count: int) -> list[Encoded]:
+    """The first `count` that ask something: a text without a prompt has no answer to judge."""
+    return [example for example in examples if example.prompt_length][:count]
+
+
+def sample(tokenizer: Any, example: Encoded, written: Sequence[int]) -> Sample:
+    """What was written after the example's prompt, beside what was wanted; both up to what ends an answer."""
+    texts = [example.input_ids[: example.prompt_length], answer(example), written]
+    prompt, expected, generated = (tokenizer.decode(text, skip_special_tokens=True) for text in texts)
+    return Sample(prompt, _cut(expected, example.stop), _cut(generated, example.stop))
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    found = first_stop(text, stops)
+    return text if found is None else text[: found[1]]
+
+
+def answer(example: Encoded) -> list[int]:
+    """The tokens of the completion that `prompt_length` starts, with its end."""
+    labels = example.labels[example.prompt_length :]
+    return [label for label in labels if label != NO_LOSS]
 
 
 def mark(samples: Sequence[Sample], examples: Sequence[Encoded]) -> Score | None:

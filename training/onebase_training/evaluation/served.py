@@ -1,93 +1,122 @@
-"""Whole sequences through the model as it is served: what the engine computes, without its scheduling.
+"""Examples through the engine that serves: what it answers, how likely it finds what is wanted, and its labels."""
 
-Sequences of one call share the forward passes; pages are handed out anew for each call.
-"""
-
-from collections.abc import Sequence
-from itertools import count
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from msgspec.structs import replace
 
-from onebase_engine.kernels.batch import BLOCK
-from onebase_engine.runner.batched_model import ServedModel
-from onebase_engine.runner.batching import Chunk
-from onebase_engine.runner.lm_head import Scores
+from onebase_adapters.errors import AdapterError
+from onebase_contract.events import Part, Progress, Stage
+from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.engine import Engine
+from onebase_engine.engine_config import EngineConfig
+from onebase_engine.engine_info import AdapterInfo
+from onebase_engine.request import EngineRequest, Output, SamplingParams
+from onebase_engine.startup import start_engine
+from onebase_training.data import NO_LOSS, Encoded
+from onebase_training.evaluation.evaluation_result import Sample, answer, sample
 
-_STEP_TOKENS = 512
-"""Of a forward pass, as the engine's default."""
+_TOGETHER = 16
+"""Sequences that are in the engine's cache at once."""
+_VIRTUAL = 1024
+"""Room for an adapter's virtual tokens. Pages that nobody writes take no memory."""
+_ADAPTER = "adapter"
 
 
-class ServedRows:
-    """A served model with one adapter (or none), fed by hand."""
+@contextmanager
+def serving(spec: BaseSpec, longest: int, progress: Progress) -> Iterator[Engine]:
+    """An engine for sequences of at most `longest` tokens, an adapter's not counted. Raises BaseModelError."""
+    threads = torch.get_num_threads()
+    config = EngineConfig(
+        spec, max_running=_TOGETHER, max_adapters=1, cache_tokens=_TOGETHER * (longest + _VIRTUAL)
+    )
+    engine = start_engine(config, progress=lambda text: progress(Stage(text)))
+    try:
+        yield engine
+    finally:
+        engine.close()
+        torch.set_num_threads(threads)  # numba's OpenMP has made it the number of cores
 
-    def __init__(self, model: ServedModel, slot: int, prefix: int) -> None:
-        """`prefix`: how many of a sequence's first tokens are a learned prefix, which has no rows."""
-        self._model = model
-        self._slot = slot
-        self._prefix = prefix
 
-    @property
-    def vocab(self) -> int:
-        """Where the ids of virtual tokens begin."""
-        return self._model.shape.vocab
+def load(engine: Engine, folder: Path) -> AdapterInfo:
+    """Make the adapter in a folder the one that the functions below can ask. Raises AdapterError."""
+    return engine.load_adapter(_ADAPTER, folder).result()
 
-    @staticmethod
-    def blocks_for(lengths: Sequence[int]) -> int:
-        """Pages for sequences of so many tokens each."""
-        return sum(-(-length // BLOCK) for length in lengths)
 
-    def logits(self, tokens: Sequence[int], places: Sequence[int]) -> torch.Tensor:
-        """float32 [places, vocab]: what follows each of the places (of tokens, the prefix's counted)."""
-        parts = [scores.logits(rows).float() for scores, rows in self._read(tokens, places)]
-        return torch.cat(parts)
+def answers(
+    engine: Engine,
+    examples: Sequence[Encoded],
+    tokenizer: Any,
+    *,
+    adapted: bool,
+    max_new_tokens: int,
+    virtual: int,
+    progress: Progress,
+) -> list[Sample]:
+    """Greedy answers of the adapter or of the base, each with a little more room than the wanted one took.
+    `virtual`: tokens that the adapter adds."""
+    requests = []
+    for number, one in enumerate(examples):
+        left = engine.info.context - one.prompt_length - virtual
+        limit = max(1, min(max_new_tokens, len(answer(one)) + 8, left))
+        sampling = SamplingParams(max_tokens=limit, temperature=0.0)
+        requests.append(_request(number, one.input_ids[: one.prompt_length], sampling, adapted))
+    outputs = _run(engine, requests, progress, "answers")
+    return [sample(tokenizer, one, output.tokens) for one, output in zip(examples, outputs, strict=True)]
 
-    def hidden(self, tokens: Sequence[int], places: Sequence[int]) -> torch.Tensor:
-        """float32 [places, hidden], after the last norm."""
-        return torch.cat([scores.hidden(rows).float() for scores, rows in self._read(tokens, places)])
 
-    def _read(self, tokens: Sequence[int], places: Sequence[int]) -> list[tuple[Scores, list[int]]]:
-        """Scores of each step with its rows of `places`. An encoder's sequence goes in one step."""
-        blocks = list(range(self.blocks_for([len(tokens)])))
-        step = len(tokens) if self._model.shape.encoder else _STEP_TOKENS
-        found = []
-        for start in range(0, len(tokens), step):
-            part = list(tokens[start : start + step])
-            scores = self._model.forward([Chunk(part, start, blocks, self._slot, all_logits=True)])
-            first = max(start, self._prefix)
-            rows = [place - first for place in places if first <= place < start + len(part)]
-            if rows:
-                found.append((scores, rows))
-        return found
+def loss(engine: Engine, examples: Sequence[Encoded], *, adapted: bool, progress: Progress) -> float:
+    """Mean over the examples' learned tokens, in nats."""
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    requests = [
+        _request(number, one.input_ids, sampling, adapted, said=len(one.input_ids) - one.prompt_length)
+        for number, one in enumerate(examples)
+    ]
+    found = [
+        entry.logprob
+        for one, output in zip(examples, _run(engine, requests, progress, "examples"), strict=True)
+        for label, entry in zip(one.labels, output.prompt_logprobs or (), strict=True)
+        if label != NO_LOSS and entry is not None
+    ]
+    return -sum(found) / len(found)
 
-    def greedy(
-        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], ends: frozenset[int]
-    ) -> list[list[int]]:
-        """What the model writes after each prompt, together, up to (not with) one of `ends`."""
-        pages = count()
-        blocks = [
-            [next(pages) for _ in range(self.blocks_for([len(prompt) + limit]))]
-            for prompt, limit in zip(prompts, limits, strict=True)
-        ]
-        outputs: list[list[int]] = [[] for _ in prompts]
-        last = [self._prefill(prompt, blocks[number]) for number, prompt in enumerate(prompts)]
-        running = list(range(len(prompts)))
-        while True:
-            for number in running:
-                if last[number] not in ends:
-                    outputs[number].append(last[number])
-            running = [n for n in running if last[n] not in ends and len(outputs[n]) < limits[n]]
-            if not running:
-                return outputs
-            chunks = [
-                Chunk([last[n]], len(prompts[n]) + len(outputs[n]) - 1, blocks[n], self._slot) for n in running
-            ]
-            best = self._model.forward(chunks).best(range(len(running)))
-            for number, token in zip(running, best, strict=True):
-                last[number] = token
 
-    def _prefill(self, prompt: Sequence[int], blocks: list[int]) -> int:
-        """Compute a prompt; the first token that follows it."""
-        for start in range(0, len(prompt), _STEP_TOKENS):
-            part = list(prompt[start : start + _STEP_TOKENS])
-            scores = self._model.forward([Chunk(part, start, blocks, self._slot)])
-        return scores.best([0])[0]
+def labels(engine: Engine, examples: Sequence[Encoded], progress: Progress) -> list[tuple[tuple[float, ...], ...]]:
+    """The adapter's head's probabilities: one row a text, or one a token."""
+    requests = [
+        EngineRequest(str(number), one.input_ids, SamplingParams(), _ADAPTER, task="classify")
+        for number, one in enumerate(examples)
+    ]
+    return [output.probabilities for output in _run(engine, requests, progress, "examples")]
+
+
+def _request(
+    number: int, tokens: Sequence[int], sampling: SamplingParams, adapted: bool, said: int = 0
+) -> EngineRequest:
+    return EngineRequest(str(number), tuple(tokens), sampling, _ADAPTER if adapted else None, said=said)
+
+
+def _run(engine: Engine, requests: Sequence[EngineRequest], progress: Progress, unit: str) -> list[Output]:
+    """Each request's outputs as one. Raises AdapterError if one fails."""
+    found: dict[str, Output] = {}
+    ended = 0
+    for request in requests:
+        if (refused := engine.submit(request)) is not None:
+            raise AdapterError(f"The engine refuses an example: {refused.error}.", field="max_length")
+    while engine.busy:
+        if engine.idle:
+            time.sleep(0.001)  # an adapter is being read
+        for output in engine.step():
+            if output.finish_reason == "error":
+                raise AdapterError(output.error or "", field="adapter")
+            if (before := found.get(output.id)) is not None:
+                tokens = before.tokens + output.tokens
+                output = replace(output, tokens=tokens, prompt_logprobs=before.prompt_logprobs)
+            found[output.id] = output
+            ended += output.finish_reason is not None
+        progress(Part(ended, len(requests), unit))
+    return [found[request.id] for request in requests]

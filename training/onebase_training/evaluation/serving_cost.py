@@ -19,12 +19,12 @@ from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.load_base import LoadedBase, load_base
 from onebase_engine.base.model_weights import ModelWeights
+from onebase_engine.kernels.batch import BLOCK
 from onebase_engine.runner.batched_model import ServedModel
 from onebase_engine.runner.batching import Chunk
 from onebase_engine.runner.paged_attention import ATTENTION_NAME, register_attention
 from onebase_training.data import Example, encode, encode_for_head
 from onebase_training.data.encoding.encode_template import encode_with
-from onebase_training.evaluation.served import ServedRows
 
 STREAMS = 16
 """Most requests of the batch."""
@@ -35,7 +35,7 @@ _WARM_UP = 3
 
 @dataclass(frozen=True)
 class ServingCost:
-    """Of one adapter."""
+    """What serving one adapter costs."""
 
     times: float | None
     """Time of a token of a batch of requests, as a multiple of the base's. None: refused, or not measured."""
@@ -46,7 +46,8 @@ class ServingCost:
 
 
 def serving_cost(folder: Path, spec: BaseSpec, examples: Sequence[Example]) -> ServingCost:
-    """Of the adapter in `folder` on the base as it is served, by the first of `examples`. Raises BaseModelError."""
+    """What the adapter in `folder` costs on the base as it is served, by the first of `examples`. Raises
+    BaseModelError."""
     register_attention()
     base = load_base(spec, attention=ATTENTION_NAME)
     try:
@@ -59,7 +60,7 @@ def serving_cost(folder: Path, spec: BaseSpec, examples: Sequence[Example]) -> S
     shown = (sum(map(len, prompts)) - sum(map(len, plain))) // len(plain)
     if base.shape.encoder_decoder:
         return ServingCost(None, shown)
-    count = sum(ServedRows.blocks_for([len(prompt) + 1]) for prompt in (*prompts, *plain))
+    count = sum(_pages(prompt) for prompt in (*prompts, *plain))
     model = ServedModel(base, slots=1, blocks=count)
     blocks = iter(range(count))
     batches = _Batch(model, plain, 0, blocks), _Batch(model, prompts, model.put(lowered), blocks)
@@ -85,12 +86,17 @@ def _prompts(
     return [list(one.input_ids[: one.prompt_length]) for one in shown], plain
 
 
+def _pages(prompt: Sequence[int]) -> int:
+    """Pages that hold it and one token more."""
+    return len(prompt) // BLOCK + 1
+
+
 class _Batch:
     """Streams of one adapter, whose next token can be computed again and again."""
 
     def __init__(self, model: ServedModel, prompts: Sequence[list[int]], slot: int, blocks: Iterator[int]) -> None:
         self._model = model
-        tables = [list(islice(blocks, ServedRows.blocks_for([len(prompt) + 1]))) for prompt in prompts]
+        tables = [list(islice(blocks, _pages(prompt))) for prompt in prompts]
         if model.shape.encoder:
             self._chunks = [Chunk(prompt, 0, table, slot) for prompt, table in zip(prompts, tables, strict=True)]
             return
