@@ -40,21 +40,21 @@ class TrainConfig:
     skip_bad: bool = False
     """Leave out records that cannot be used, and say how many there were, instead of refusing the file."""
     too_long: Literal["error", "skip", "cut"] = "error"
-    """What happens to an example of more tokens."""
+    """What to do with an example of more than max_length tokens."""
 
     rank: int | None = None
-    """Of updates that have one. Default: the method's."""
+    """Rank of low-rank updates. Default: the method's."""
     alpha: float | None = None
-    """LoRA's scale is alpha / rank. Default: twice the rank."""
+    """Low-rank updates are scaled by alpha / rank. Default: twice the rank."""
     dropout: float = 0.0
-    """On the input of low-rank updates, in [0, 1)."""
+    """Share of the inputs of low-rank updates that is dropped while training, in [0, 1)."""
     targets: tuple[str, ...] = ()
     """Ends of the names of the modules that get an update, e.g. `q_proj`. Default: all linear layers but the
     head (QLoRA, section 4: needed to match full fine-tuning), or what the method names."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks for some modules: ends of their names, as regular expressions, to ranks, e.g. q_proj=32."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    """Other alphas, likewise."""
+    """Other alphas for some modules, written as in rank_pattern."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained whole beside the update, e.g. `lm_head`, `embed_tokens`."""
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -73,16 +73,16 @@ class TrainConfig:
     encoder: Literal["lstm", "mlp", "none"] | None = None
     """What makes virtual tokens or a prefix from learned vectors while training; folded away when written."""
     encoder_size: int | None = None
-    """Its hidden width. Default: the base's."""
+    """Hidden width of the encoder. Default: the base's."""
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
-    """Of bottleneck adapters: behind attention and MLP, behind the MLP, or beside it."""
+    """Where bottleneck adapters stand: behind attention and MLP, behind the MLP, or beside it."""
     bottleneck: int = 48
-    """Their width."""
+    """Width of bottleneck adapters."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu"
-    """Between down and up."""
+    """The function between a bottleneck's two layers."""
     scale: float = 1.0
-    """Of a bottleneck's output."""
+    """Factor on a bottleneck's output."""
 
     init_from: Path | None = None
     """Folder of an adapter of the same method and sizes to begin with, for example a prompt that was trained on
@@ -116,21 +116,21 @@ class TrainConfig:
     """Examples in one optimiser step, counted instead of tokens: in as many passes as keep each, on average, within
     `batch_tokens`. Default: what fits into `accumulate` passes of `batch_tokens`."""
     learning_rate: float | None = None
-    """Peak. Default: the method's."""
+    """Highest learning rate of the run. Default: the method's."""
     head_learning_rate: float | None = None
-    """A classifier's peak. Default: 3e-3."""
+    """Highest learning rate of a classifier. Default: 3e-3."""
     learning_rate_multiplier: float = 1.0
-    """Of both peaks."""
+    """Factor on both learning rates."""
     schedule: Schedule = "cosine"
-    """From the peak towards zero; `constant` stays."""
+    """How the learning rate goes on from its highest: towards zero, or not at all with `constant`."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly from zero, in [0, 1)."""
     weight_decay: float = 0.0
-    """AdamW's, on matrices."""
+    """Weight decay of AdamW, on matrices."""
     clip: float = 1.0
     """Largest norm of the gradient; 0: no limit."""
     seed: int = 0
-    """Of initialisation, order, split and dropout."""
+    """Seed of initialisation, order, split and dropout."""
 
     eval_every: int | None = None
     """Steps between evaluations, at each of which a checkpoint is written. Default: eight in a run."""
@@ -140,7 +140,7 @@ class TrainConfig:
     metric_examples: int = 64
     """Held-out examples that are generated for the task's metric, before and after. 0: none."""
     max_new_tokens: int = 128
-    """Most tokens generated for one of them."""
+    """Most tokens generated for one of the metric_examples."""
 
     arithmetic: Arithmetic | None = None
     """What products are computed in; trained parameters are float32 in both. Default: bfloat16 where the processor

@@ -7,6 +7,7 @@ from onebase_engine.base.base_spec import BaseSpec
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+Head = Literal["screened", "bf16", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class EngineConfig:
     """Adapters resident at once; others are loaded when a request names them, least recently used out."""
     reuse_prefixes: bool = True
     """Keep the cache of finished requests for later ones with the same beginning."""
-    head: Literal["screened", "bf16", "nf4"] = "screened"
+    head: Head = "screened"
     """How greedy tokens are found: from all logits (`bf16`), the same tokens through a 4-bit screen that leaves
     few for the full product (`screened`), or from a 4-bit head alone (`nf4`: quickest, costs quality)."""
     log_level: LogLevel = "warning"

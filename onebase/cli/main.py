@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from onebase.cli import adapters, data
 from onebase.cli.compare import compare
+from onebase.cli.config_file import config
 from onebase.cli.evaluate import evaluate
 from onebase.cli.methods import methods
 from onebase.cli.serve import serve
@@ -21,7 +22,7 @@ app = typer.Typer(
     name="onebase",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "ONEBASE"},
 )
 
 
@@ -44,6 +45,7 @@ def main() -> None:
     """`onebase`."""
     for command in (compare, evaluate, methods, serve, train, tune):
         app.command()(command)
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(config)
     app.add_typer(adapters.app, name="adapters")
     app.add_typer(data.app, name="data")
     run(app)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from rich.markup import escape
 
+from onebase.cli.config_file import ConfigFile
 from onebase_adapters.errors import ConfigError
 from onebase_contract.settings import TrainConfig
 
@@ -42,6 +43,35 @@ def _docs(config: type) -> dict[str, str]:
 
 
 _HINTS, _DOCS = get_type_hints(TrainConfig), _docs(TrainConfig)
+_CONFIG = inspect.Parameter("config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigFile)
+
+PANELS: Mapping[str, tuple[str, ...]] = {
+    "What people set first": (
+        *("data", "output", "method", "model", "eval_data", "epochs", "learning_rate", "rank"),
+        *("resume", "overwrite"),
+    ),
+    "What to learn from": (
+        *("eval_fraction", "format", "max_length", "too_long", "skip_bad", "label_words", "head", "pooling"),
+        *("candidates", "seed"),
+    ),
+    "Low-rank methods": (
+        *("alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "init_from"),
+    ),
+    "Prompts, prefixes and bottlenecks": (
+        *("prompt_length", "prompt_init", "prompt_text", "places", "encoder", "encoder_size", "placement"),
+        *("bottleneck", "activation", "scale"),
+    ),
+    "Schedule": (
+        *("max_steps", "time_limit", "batch_tokens", "batch_size", "accumulate", "head_learning_rate"),
+        *("learning_rate_multiplier", "schedule", "warmup", "weight_decay", "clip"),
+    ),
+    "Evaluation": ("eval_every", "patience", "metric_examples", "max_new_tokens"),
+    "Processor and memory": (
+        *("device", "arithmetic", "dequantize", "checkpointing", "deepspeed", "fsdp", "offload"),
+    ),
+}
+"""How help groups the settings."""
+_PANEL = {name: panel for panel, names in PANELS.items() for name in names}
 
 
 def takes_settings(*names: str, **defaults: Any) -> Callable[[Command], Command]:
@@ -52,16 +82,17 @@ def takes_settings(*names: str, **defaults: Any) -> Callable[[Command], Command]
 
     def decorate(command: Command) -> Command:
         _, *own = inspect.signature(command).parameters.values()
-        options = [_option(name, defaults[name]) for name in chosen]
+        options = [_option(name, defaults[name]) for name in _PANEL if name in chosen]
 
         @wraps(command)
-        def run(**values: Any) -> None:
+        def run(config_file: Path | None = None, **values: Any) -> None:
             given = {name: values.pop(name) for name in chosen}
             read = {name: _read(name, value) for name, value in given.items() if value is not None}
             command(TrainConfig(**read), **values)
 
-        run.__annotations__ = {option.name: option.annotation for option in [*options, *own]}
-        run.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+        parameters = [*options, _CONFIG, *own]
+        run.__annotations__ = {option.name: option.annotation for option in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return run
 
     return decorate
@@ -78,7 +109,9 @@ def _option(name: str, default: Any) -> inspect.Parameter:
     if name == "data":
         hint = list[Path]
     flags = [f"--{name.replace('_', '-')}"] if hint is bool else []  # no --no-...
-    option = typer.Option(*flags, help=escape(_DOCS[name]), metavar=form)
+    option = typer.Option(
+        *flags, help=escape(_DOCS[name]), metavar=form, show_envvar=False, rich_help_panel=_PANEL[name]
+    )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
     )

@@ -16,9 +16,22 @@ from onebase_contract.settings import TrainConfig
 def train(
     config: TrainConfig,
     *,
-    tensorboard: Annotated[Path | None, typer.Option(help="Write curves for tensorboard into this folder.")] = None,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(
+            show_envvar=False,
+            rich_help_panel="Configuration and output",
+            help="Write curves for tensorboard into this folder.",
+        ),
+    ] = None,
     json_events: Annotated[
-        bool, typer.Option("--json", help="Tell of progress in lines of JSON on standard output.")
+        bool,
+        typer.Option(
+            "--json",
+            show_envvar=False,
+            rich_help_panel="Configuration and output",
+            help="Tell of progress in lines of JSON on standard output.",
+        ),
     ] = False,
 ) -> None:
     """Train an adapter from a data file."""

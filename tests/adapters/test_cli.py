@@ -7,7 +7,7 @@ import pytest
 
 from onebase.cli import main as cli
 
-COMMANDS = ("adapters", "compare", "data", "evaluate", "methods", "serve", "train", "tune")
+COMMANDS = ("adapters", "compare", "config", "data", "evaluate", "methods", "serve", "train", "tune")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from onebase.cli.compare import compare
-from onebase.cli.options import takes_settings
+from onebase.cli.options import PANELS, takes_settings
 from onebase.cli.train import train
 from onebase.cli.tune import tune
 from onebase_adapters.errors import ConfigError
@@ -42,6 +42,11 @@ def test_help_is_the_docstring(command: Any) -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "1000"}).output
     assert "Most tokens of one example; never more than the base's context." in shown
     assert "Share of `data` that is held out, in (0, 1)." in shown
+
+
+def test_every_setting_has_its_panel_once() -> None:
+    names = [name for panel in PANELS.values() for name in panel]
+    assert sorted(names) == sorted(field.name for field in fields(TrainConfig))
 
 
 def test_without_options_it_is_the_trainers_default() -> None:
