@@ -1,6 +1,5 @@
 """What a training run is: one plain value, documented per field, that a file or a command line can write down."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,80 @@ from onebase_engine.base.base_spec import DEFAULT_BASE
 Schedule = Literal["cosine", "linear", "constant"]
 Choice = Literal["auto", "always", "never"]
 Arithmetic = Literal["bf16", "float32"]
+
+
+JOB_METHODS = (
+    "qlora", "lora", "rslora", "dora", "pissa", "adalora", "ia3", "prompt-tuning", "p-tuning", "prefix-tuning",
+    "p-tuning-v2", "bottleneck", "loha", "lokr", "vera", "oft", "hra",
+)  # fmt: skip
+"""The methods that fine-tuning jobs offer, whose result is an adapter. The first is the default."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number must keep to, by the names that JSON schemas and pydantic have."""
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+    def hold(self, value: float) -> bool:
+        """Whether `value` is within them; nan is not."""
+        return (
+            (self.gt is None or value > self.gt)
+            and (self.ge is None or value >= self.ge)
+            and (self.lt is None or value < self.lt)
+            and (self.le is None or value <= self.le)
+        )
+
+    def __str__(self) -> str:
+        words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+        return " and ".join(
+            f"{word} {value:g}" for name, word in words.items() if (value := getattr(self, name)) is not None
+        )
+
+
+_COUNT = Bounds(ge=1, le=2**31 - 1)
+_SHARE = Bounds(ge=0, lt=1)
+BOUNDS: Mapping[str, Bounds] = {
+    "eval_fraction": Bounds(gt=0, lt=1),
+    "max_length": Bounds(ge=2, le=2**31 - 1),
+    "rank": _COUNT,
+    "alpha": Bounds(gt=0),
+    "dropout": _SHARE,
+    "prompt_length": _COUNT,
+    "encoder_size": _COUNT,
+    "bottleneck": _COUNT,
+    "scale": Bounds(gt=0),
+    "epochs": Bounds(gt=0),
+    "max_steps": _COUNT,
+    "time_limit": Bounds(gt=0),
+    "batch_tokens": _COUNT,
+    "accumulate": _COUNT,
+    "batch_size": _COUNT,
+    "learning_rate": Bounds(gt=0, lt=10),
+    "head_learning_rate": Bounds(gt=0, lt=10),
+    "learning_rate_multiplier": Bounds(gt=0, le=1000),
+    "warmup": _SHARE,
+    "weight_decay": Bounds(ge=0),
+    "clip": Bounds(ge=0),
+    "eval_every": _COUNT,
+    "patience": Bounds(ge=0),
+    "metric_examples": Bounds(ge=0),
+    "max_new_tokens": _COUNT,
+}
+"""What settings that are numbers must keep to, wherever they are set."""
+
+JOB_SETTINGS = (
+    *("learning_rate", "head_learning_rate", "format", "max_length", "too_long", "skip_bad", "eval_fraction"),
+    *("rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"),
+    *("prompt_length", "prompt_init", "prompt_text", "places", "encoder", "encoder_size"),
+    *("placement", "bottleneck", "activation", "scale", "head", "pooling"),
+    *("max_steps", "time_limit", "batch_tokens", "accumulate", "schedule", "warmup", "weight_decay", "clip"),
+    *("eval_every", "patience", "metric_examples", "max_new_tokens"),
+)
+"""What a job may set beside what OpenAI has as well (epochs, batch size, multiplier of the learning rate, seed)."""
 
 
 @dataclass(frozen=True)
@@ -164,37 +237,12 @@ class TrainConfig:
     """Continue an unfinished run from its last checkpoint."""
 
     def __post_init__(self) -> None:
-        rules = {
-            "eval_fraction": 0 < self.eval_fraction < 1,
-            "max_length": self.max_length >= 2,
-            "rank": self.rank is None or self.rank >= 1,
-            "prompt_length": self.prompt_length >= 1,
-            "places": all(place >= -1 for place in self.places),
-            "encoder_size": self.encoder_size is None or self.encoder_size >= 1,
-            "bottleneck": self.bottleneck >= 1,
-            "scale": self.scale > 0,
-            "alpha": self.alpha is None or self.alpha > 0,
-            "dropout": 0 <= self.dropout < 1,
-            "epochs": self.epochs > 0,
-            "max_steps": self.max_steps is None or self.max_steps >= 1,
-            "time_limit": self.time_limit is None or self.time_limit > 0,
-            "batch_tokens": self.batch_tokens is None or self.batch_tokens >= 1,
-            "accumulate": self.accumulate >= 1,
-            "batch_size": self.batch_size is None or self.batch_size >= 1,
-            "learning_rate": self.learning_rate is None or 0 < self.learning_rate < 10,
-            "head_learning_rate": self.head_learning_rate is None or 0 < self.head_learning_rate < 10,
-            "learning_rate_multiplier": 0 < self.learning_rate_multiplier < math.inf,
-            "warmup": 0 <= self.warmup < 1,
-            "weight_decay": self.weight_decay >= 0,
-            "clip": self.clip >= 0,
-            "eval_every": self.eval_every is None or self.eval_every >= 1,
-            "patience": self.patience >= 0,
-            "metric_examples": self.metric_examples >= 0,
-            "max_new_tokens": self.max_new_tokens >= 1,
-        }
-        for name, holds in rules.items():
-            if not holds:
-                raise ConfigError(f"{name} cannot be {getattr(self, name)!r}.", field=name)
+        for name, bounds in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not bounds.hold(value):
+                raise ConfigError(f"{name} is {value!r}, and must be {bounds}.", field=name)
+        if any(place < -1 for place in self.places):
+            raise ConfigError(f"places cannot be {self.places!r}: each is -1 or more.", field="places")
         if self.batch_size is not None and self.accumulate != 1:
             raise ConfigError(
                 f"With a batch_size (now {self.batch_size}) accumulate follows from it: leave it out.",

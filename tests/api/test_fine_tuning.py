@@ -15,7 +15,8 @@ import openai
 import pytest
 
 from onebase_adapters.store.adapter_store import AdapterStore
-from onebase_server.api.schemas.fine_tuning import METHODS, Hyperparameters
+from onebase_contract.settings import JOB_METHODS
+from onebase_server.api.schemas.fine_tuning import Hyperparameters
 from onebase_server.api.services import ApiSettings, Services
 from onebase_server.jobs.job_store import JobBook
 from onebase_server.jobs.records import JobSpec
@@ -348,7 +349,7 @@ def test_settings_are_those_of_the_trainer() -> None:
     from onebase.cli.train import train
     from onebase_training.methods.attach import METHODS as TRAINED
 
-    assert set(METHODS) <= set(TRAINED)
+    assert set(JOB_METHODS) <= set(TRAINED)
     known = set(inspect.signature(train).parameters)
     ours = set(Hyperparameters.model_fields) - {"n_epochs"} | {"epochs"}
     assert ours <= known

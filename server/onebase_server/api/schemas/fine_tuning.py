@@ -1,18 +1,15 @@
 """Bodies of /v1/fine_tuning/jobs: OpenAI's, with every method of ours and its settings."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from dataclasses import asdict
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, create_model, model_validator
 
+from onebase_contract.settings import BOUNDS, JOB_METHODS, JOB_SETTINGS, Bounds, TrainConfig
 from onebase_server.api.error_replies import InvalidRequestError
 from onebase_server.api.schemas.body import Body, Refused
-
-METHODS = (
-    "qlora", "lora", "rslora", "dora", "pissa", "adalora", "ia3", "prompt-tuning", "p-tuning", "prefix-tuning",
-    "p-tuning-v2", "bottleneck", "loha", "lokr", "vera", "oft", "hra",
-)  # fmt: skip
-"""What `method.type` may be beside `supervised`, which is the first of them."""
 
 _Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _left_out = BeforeValidator(lambda value: None if value == "auto" else value)
@@ -31,7 +28,27 @@ _AutoNumber = Annotated[
 _Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
-class Hyperparameters(Body):
+def _field(name: str) -> tuple[Any, Any]:
+    """The setting's type and bounds; what is no number, truth value or choice is written as on the command line."""
+    hint = _HINTS[name]
+    kinds = [hint] if get_origin(hint) is Literal else get_args(hint) or [hint]
+    typed = all(kind in (int, float, bool, NoneType) or get_origin(kind) is Literal for kind in kinds)
+    listed = get_origin(hint) in (tuple, Mapping)
+    bounds = {key: value for key, value in asdict(BOUNDS.get(name, Bounds())).items() if value is not None}
+    return (hint if typed and not listed else _Text) | None, Field(None, **bounds)
+
+
+_HINTS = get_type_hints(TrainConfig)
+
+if TYPE_CHECKING:
+    _TrainerSettings = Body
+else:
+    _TrainerSettings = create_model(
+        "_TrainerSettings", __base__=Body, **{name: _field(name) for name in JOB_SETTINGS}
+    )
+
+
+class Hyperparameters(_TrainerSettings):
     """Settings of `onebase train`, by the names of its command line; left out, they are its defaults."""
 
     n_epochs: _AutoNumber = None
@@ -39,45 +56,7 @@ class Hyperparameters(Body):
     """Examples in a step; left out, a step is counted in tokens: `accumulate` times `batch_tokens`, which depend on
     the data if they are left out, too."""
     learning_rate_multiplier: _AutoNumber = None
-    """Of `learning_rate`, or of the method's own."""
-    learning_rate: float | None = Field(None, gt=0, lt=10)
-    head_learning_rate: float | None = Field(None, gt=0, lt=10)
-    format: _Text | None = None
-    max_length: _Count | None = None
-    too_long: Literal["error", "skip", "cut"] | None = None
-    eval_fraction: float | None = Field(None, gt=0, lt=1)
-    rank: _Count | None = None
-    alpha: float | None = Field(None, gt=0)
-    dropout: float | None = Field(None, ge=0, lt=1)
-    targets: _Text | None = None
-    rank_pattern: _Text | None = None
-    alpha_pattern: _Text | None = None
-    modules_to_save: _Text | None = None
-    bias: Literal["none", "all", "lora_only"] | None = None
-    prompt_length: _Count | None = None
-    prompt_init: Literal["random", "vocab", "text"] | None = None
-    prompt_text: _Text | None = None
-    places: _Text | None = None
-    encoder: Literal["lstm", "mlp", "none"] | None = None
-    encoder_size: _Count | None = None
-    placement: Literal["houlsby", "pfeiffer", "parallel"] | None = None
-    bottleneck: _Count | None = None
-    activation: Literal["relu", "gelu", "silu", "tanh"] | None = None
-    scale: float | None = Field(None, gt=0)
-    head: bool | None = None
-    pooling: Literal["first", "last", "mean"] | None = None
-    max_steps: _Count | None = None
-    time_limit: float | None = Field(None, gt=0)
-    batch_tokens: _Count | None = None
-    accumulate: _Count | None = None
-    schedule: Literal["cosine", "linear", "constant"] | None = None
-    warmup: float | None = Field(None, ge=0, lt=1)
-    weight_decay: float | None = Field(None, ge=0)
-    clip: float | None = Field(None, ge=0)
-    eval_every: _Count | None = None
-    patience: int | None = Field(None, ge=0)
-    metric_examples: int | None = Field(None, ge=0, le=10_000)
-    max_new_tokens: _Count | None = None
+    """Factor on `learning_rate`, or on the method's own."""
 
     def options(self) -> dict[str, Any]:
         """As `onebase train` takes them."""
@@ -86,7 +65,7 @@ class Hyperparameters(Body):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.batch_size is not None and self.accumulate is not None:
+        if self.batch_size is not None and "accumulate" in self.options():
             raise InvalidRequestError("accumulate follows from batch_size: send one of them.", field="accumulate")
         return self
 
@@ -112,9 +91,9 @@ class FineTuningMethod(Body):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.type != "supervised" and self.type not in METHODS:
+        if self.type != "supervised" and self.type not in JOB_METHODS:
             raise InvalidRequestError(
-                f"method.type {self.type[:80]!r} is not supported: it may be supervised, {', '.join(METHODS)}.",
+                f"method.type {self.type[:80]!r} is not supported: it may be supervised, {', '.join(JOB_METHODS)}.",
                 field="method.type",
             )
         if self.supervised is not None and self.hyperparameters is not None:
@@ -164,4 +143,4 @@ class FineTuningRequest(Body):
 
     def method_name(self) -> str:
         """As `onebase train` calls it."""
-        return METHODS[0] if self.method is None or self.method.type == "supervised" else self.method.type
+        return JOB_METHODS[0] if self.method is None or self.method.type == "supervised" else self.method.type
