@@ -65,7 +65,7 @@ def test_a_packed_tile_is_a_product_in_any_number_of_rows(target: Target, quant_
     linear, x = make_linear(quant_type), random_bf16(2, 8, 128)
     expected = product_by_definition(x, linear)
     packed = PackedLinear([linear])
-    codes, _, _, weight, scales, *_ = packed.numbers
+    codes, weight, scales = (packed.description[name] for name in ("codes", "weight", "absmax"))
     found = {}
     for rows in (1, 2, 3, 4, 8):
         tile = packed_tile(rows, target)

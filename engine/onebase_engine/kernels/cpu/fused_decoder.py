@@ -23,7 +23,7 @@ from onebase_engine.kernels.cpu.attention import NO_WINDOW
 from onebase_engine.kernels.cpu.decoder_families import Kind
 from onebase_engine.kernels.cpu.elementwise import add_rms_norm, gate_mul, rope_attend
 from onebase_engine.kernels.cpu.packed import PackedLinear, packable
-from onebase_engine.kernels.cpu.run_layers import COS, SIN, run_layers
+from onebase_engine.kernels.cpu.run_layers import LAYER, run_layers
 from onebase_engine.kernels.cpu.tables import BottleneckTable
 from onebase_engine.kernels.interface import Kernels, KeyValuePages
 from onebase_engine.kernels.reference import backend as reference
@@ -99,9 +99,9 @@ class Projection:
         self._tables = tables
 
     @property
-    def numbers(self) -> list[int]:
-        """As `run_layers` reads them."""
-        return [*self._matmul.numbers, *self._tables.low_rank.numbers]
+    def description(self) -> dict[str, int]:
+        """By the names of `run_layers.PROJECTION`."""
+        return self._matmul.description | self._tables.low_rank.description
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, owners: Owners) -> None:
         """x [rows, in] to y [rows, out], contiguous bfloat16."""
@@ -145,13 +145,17 @@ class FusedLayer:
         self._scale = attention.scaling
         self._window = window_of(attention) or NO_WINDOW
 
-    @property
-    def numbers(self) -> list[int]:
-        """As `run_layers` reads them; the angles' addresses are yet to come."""
-        found = [*self._norms, *self._behind, *self._head_norms, *self._cache, self._window, 0, 0]
-        for projection in (self._qkv, self._o, self._gate_up, self._down):
-            found += projection.numbers
-        return found
+    def describe(self, layer: np.ndarray) -> None:
+        """Fill a `run_layers.LAYER` by name; the angles' addresses are yet to come."""
+        layer["first_norm"], layer["second_norm"] = self._norms
+        layer["behind_last"], layer["behind_attention"] = self._behind
+        layer["q_norm"], layer["k_norm"] = self._head_norms
+        layer["keys"], layer["values"] = self._cache
+        layer["window"] = self._window
+        projections = {"qkv": self._qkv, "o": self._o, "gate_up": self._gate_up, "down": self._down}
+        for name, projection in projections.items():
+            for field, number in projection.description.items():
+                layer[name][field] = number
 
     @property
     def settings(self) -> tuple[float, int, int, int, float, bool]:
@@ -198,7 +202,9 @@ class FusedModel:
         self._norms = (_weight(decoder.layers[-1], kind.behind[1]), decoder.norm.weight.data_ptr(), kind.gemma)
         self._layers = layers
         self._scratch = scratch
-        self._numbers = np.array([layer.numbers for layer in layers], np.int64)
+        self._descriptions = np.zeros(len(layers), LAYER)
+        for number, layer in enumerate(layers):
+            layer.describe(self._descriptions[number])
         types = [Angles.layer_type(decoder.rotary_emb, layer.self_attn) for layer in decoder.layers]
         different = list(dict.fromkeys(types))
         self._angles = [Angles(decoder.rotary_emb, layer_type) for layer_type in different]
@@ -215,11 +221,11 @@ class FusedModel:
             for number, (layer, (cos, sin)) in enumerate(zip(self._layers, angles.tolist(), strict=True)):
                 layer(hidden, number == 0, cos, sin, buffers, batch)
         else:
-            self._numbers[:, [COS, SIN]] = angles
+            self._descriptions["cos"], self._descriptions["sin"] = angles.T
             addresses = np.array([buffer.data_ptr() for buffer in buffers], np.int64)
             run_layers(
-                get_num_threads(), self._numbers, hidden.data_ptr(), rows, width, buffers[5].shape[1], *settings,
-                addresses, batch.owners.tiles,
+                get_num_threads(), self._descriptions, hidden.data_ptr(), rows, width, buffers[5].shape[1],
+                *settings, addresses, batch.owners.tiles,
                 batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
             )  # fmt: skip
         wanted, change = hidden[batch.sample_rows], buffers[3][batch.sample_rows]

@@ -82,7 +82,7 @@ def multiply(
     tiles: np.ndarray, starts: np.ndarray, sizes: np.ndarray,
 ) -> None:  # fmt: skip
     """y = x W^T + bias: addresses of contiguous bfloat16 x [rows, k] and y [rows, n]; the rest to `bias` are
-    `PackedLinear.numbers`.
+    `PackedLinear.description`.
 
     Meanwhile the adapters' weights for these sites, which are needed next and for which memory would be too slow,
     are fetched: of each tile's slot `tiles[:, 0]` the `sizes` bytes at `starts`, cut in pieces, in the order in

@@ -97,16 +97,25 @@ class PackedLinear:
         return torch.cat([bias.bfloat16() for bias in found])
 
     @property
-    def numbers(self) -> tuple[int, int, int, int, int, int, int]:
-        """Address of the codes' values; out_features, in_features; addresses of weight and scales; block size;
-        address of the bias, 0 for none."""
-        bias = 0 if self._bias is None else self._bias.data_ptr()
-        weight = (self.weight.data_ptr(), self._absmax.data_ptr(), self._blocksize)
-        return (self._codes.data_ptr(), self.out_features, self.in_features, *weight, bias)
+    def description(self) -> dict[str, int]:
+        """As `multiply` has it: addresses of the codes' values, weight, scales and bias (0 for none), and sizes."""
+        return {
+            "codes": self._codes.data_ptr(),
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "weight": self.weight.data_ptr(),
+            "absmax": self._absmax.data_ptr(),
+            "block": self._blocksize,
+            "bias": 0 if self._bias is None else self._bias.data_ptr(),
+        }
 
     def __call__(self, x: int, out: int, rows: int) -> None:
         """out = x W^T + bias; addresses of contiguous bfloat16 [rows, in_features] and [rows, out_features]."""
-        multiply(x, out, rows, *self.numbers, _NO_TILES, _NOTHING, _NOTHING)
+        multiply(
+            x, out, rows, self._codes.data_ptr(), self.out_features, self.in_features, self.weight.data_ptr(),
+            self._absmax.data_ptr(), self._blocksize, 0 if self._bias is None else self._bias.data_ptr(), _NO_TILES,
+            _NOTHING, _NOTHING,
+        )  # fmt: skip
 
 
 def multiply_packed(

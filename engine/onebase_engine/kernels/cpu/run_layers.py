@@ -16,17 +16,44 @@ from onebase_engine.kernels.cpu.sharing import STAGE, share
 from onebase_engine.kernels.cpu.task import FLAG, NUMBER, WHOLE, Arguments, array
 from onebase_engine.kernels.cpu.vector import f32_pointer, i64_pointer
 
-PROJECTION = 15
-"""Numbers of a projection in a layer's row: what `PackedLinear.numbers` and `LowRankTable.numbers` give."""
-FIRST_NORM, SECOND_NORM, BEHIND_LAST, BEHIND_ATTENTION, Q_NORM, K_NORM = range(6)
-"""Places in a layer's row of the addresses of its norms' weights, 0 for none: before attention and MLP; of what the
-layer before gives from its MLP, and this one from its attention; of queries and keys by head."""
-KEYS, VALUES, WINDOW, COS, SIN = range(6, 11)
-"""Of the addresses of its keys and values, how far back it sees, and of its rotation's angles."""
-PROJECTIONS = 11
-"""Where its four projections begin."""
+PROJECTION = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("codes", "out_features", "in_features", "weight", "absmax", "block", "bias"),
+            *("sites", "slots", "columns", "a", "b", "ranks", "scales", "spans"),
+        )
+    ]
+)
+"""A projection: what `PackedLinear.description` and `LowRankTable.description` say."""
+LAYER = np.dtype(
+    [
+        # Addresses of norms' weights, 0 for none: before attention and MLP; of what the layer before gives from its
+        # MLP, and this one from its attention; of queries and keys by head.
+        *((name, np.int64) for name in ("first_norm", "second_norm", "behind_last", "behind_attention")),
+        *((name, np.int64) for name in ("q_norm", "k_norm")),
+        # Addresses of its keys and values, how far back it sees, and addresses of its rotation's angles.
+        *((name, np.int64) for name in ("keys", "values", "window", "cos", "sin")),
+        *((name, PROJECTION) for name in ("qkv", "o", "gate_up", "down")),
+    ]
+)
+"""A layer. All of it is int64: the kernel reads a row of numbers, at the places that the fields have by name."""
+
+
+def _places(record: np.dtype, *names: str) -> tuple[int, ...]:
+    return tuple(record.fields[name][1] // 8 for name in names)  # type: ignore[index]  # it has fields
+
+
+_FIRST_NORM, _SECOND_NORM, _Q_NORM, _K_NORM = _places(LAYER, "first_norm", "second_norm", "q_norm", "k_norm")
+_BEHIND_LAST, _BEHIND_ATTENTION = _places(LAYER, "behind_last", "behind_attention")
+_KEYS, _VALUES, _WINDOW, _COS, _SIN = _places(LAYER, "keys", "values", "window", "cos", "sin")
+_QKV, _O, _GATE_UP, _DOWN = _places(LAYER, "qkv", "o", "gate_up", "down")
+_CODES, _OUT, _IN, _WEIGHT = _places(PROJECTION, "codes", "out_features", "in_features", "weight")
+_ABSMAX, _BLOCK, _BIAS, _SITES = _places(PROJECTION, "absmax", "block", "bias", "sites")
+_SLOTS, _COLUMNS, _A, _B = _places(PROJECTION, "slots", "columns", "a", "b")
+_RANKS, _SCALES, _SPANS = _places(PROJECTION, "ranks", "scales", "spans")
 _STAGES = 13
-"""Of a layer: four projections with two each; two norms, rotation, attention and gate."""
+"""A layer's stages: four projections with two each; two norms, rotation, attention and gate."""
 
 _write_norm, _write_rope, _write_attention, _write_gate = NORM.write, ROPE.write, ATTEND.write, GATE.write
 _write_product, _write_update = MULTIPLY.write, UPDATE.write
@@ -46,19 +73,20 @@ def _project(
     tiles: np.ndarray,
 ) -> None:  # fmt: skip
     """A projection of x [rows, in] to y [rows, out], with the updates of each row's slot: two stages."""
-    n, k, sites, slots = numbers[1], numbers[2], numbers[7], numbers[8]
-    a = carray(i64_pointer(numbers[10]), (slots,), np.int64)
-    spans = carray(i64_pointer(numbers[14]), (slots,), np.int64)
+    n, k, sites, slots = numbers[_OUT], numbers[_IN], numbers[_SITES], numbers[_SLOTS]
+    a = carray(i64_pointer(numbers[_A]), (slots,), np.int64)
+    spans = carray(i64_pointer(numbers[_SPANS]), (slots,), np.int64)
     product = _write_product((
-        x, y, rows, numbers[0], n, k, numbers[3], numbers[4], numbers[5], numbers[6], tiles, a, spans
+        x, y, rows, numbers[_CODES], n, k, numbers[_WEIGHT], numbers[_ABSMAX], numbers[_BLOCK], numbers[_BIAS],
+        tiles, a, spans,
     ))  # fmt: skip
     share(stage, threads, multiply_tasks(rows, n), multiply, product)
     if tiles.shape[0] == 0:
         return
-    columns = carray(i64_pointer(numbers[9]), (sites + 1,), np.int64)
-    b = carray(i64_pointer(numbers[11]), (sites, slots), np.int64)
-    ranks = carray(i64_pointer(numbers[12]), (sites, slots), np.int64)
-    scales = carray(f32_pointer(numbers[13]), (sites, slots), np.float32)
+    columns = carray(i64_pointer(numbers[_COLUMNS]), (sites + 1,), np.int64)
+    b = carray(i64_pointer(numbers[_B]), (sites, slots), np.int64)
+    ranks = carray(i64_pointer(numbers[_RANKS]), (sites, slots), np.int64)
+    scales = carray(f32_pointer(numbers[_SCALES]), (sites, slots), np.float32)
     change = _write_update((x, k, y, n, k, columns, tiles, a, b, ranks, scales))
     share(stage + STAGE, threads, tiles.shape[0], update, change)
 
@@ -76,38 +104,29 @@ def _run(_: int, at: int) -> None:
     stages = (counts.ctypes.data + STAGE - 1) // STAGE * STAGE
     for index in range(layers.shape[0]):
         layer = layers[index]
-        at, s = PROJECTIONS, stages + index * _STAGES * STAGE
-        added, k_cache, v_cache = 0 if index == 0 else change, layer[KEYS], layer[VALUES]
-        norm = _write_norm((x, added, layer[BEHIND_LAST], layer[FIRST_NORM], gemma, normed, hidden, eps))
+        s = stages + index * _STAGES * STAGE
+        added, k_cache, v_cache = 0 if index == 0 else change, layer[_KEYS], layer[_VALUES]
+        norm = _write_norm((x, added, layer[_BEHIND_LAST], layer[_FIRST_NORM], gemma, normed, hidden, eps))
         share(s, threads, rows, normalise, norm)
-        _project(s + STAGE, threads, multiply, update, normed, qkv, rows, layer[at:], tiles)
+        _project(s + STAGE, threads, multiply, update, normed, qkv, rows, layer[_QKV:], tiles)
         rope = _write_rope((
-            qkv, layer[Q_NORM], layer[K_NORM], gemma, eps, layer[COS], layer[SIN], k_cache, v_cache,
+            qkv, layer[_Q_NORM], layer[_K_NORM], gemma, eps, layer[_COS], layer[_SIN], k_cache, v_cache,
             heads, kv_heads, dim, slots, positions,
         ))  # fmt: skip
         share(s + 3 * STAGE, threads, rows, rotate, rope)
         attention = _write_attention((
             qkv, width, attended, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim, scale,
-            layer[WINDOW], items, positions, visible, tables,
+            layer[_WINDOW], items, positions, visible, tables,
         ))  # fmt: skip
         share(s + 4 * STAGE, threads, items.shape[0], attend, attention)
-        at += PROJECTION
-        _project(
-            s + 5 * STAGE, threads, multiply, update, attended, change, rows, layer[at : at + PROJECTION], tiles
-        )
+        _project(s + 5 * STAGE, threads, multiply, update, attended, change, rows, layer[_O:], tiles)
         norm = _write_norm((
-            x, change, layer[BEHIND_ATTENTION], layer[SECOND_NORM], gemma, normed, hidden, eps
+            x, change, layer[_BEHIND_ATTENTION], layer[_SECOND_NORM], gemma, normed, hidden, eps
         ))  # fmt: skip
         share(s + 7 * STAGE, threads, rows, normalise, norm)
-        at += PROJECTION
-        _project(
-            s + 8 * STAGE, threads, multiply, update, normed, gate_up, rows, layer[at : at + PROJECTION], tiles
-        )
+        _project(s + 8 * STAGE, threads, multiply, update, normed, gate_up, rows, layer[_GATE_UP:], tiles)
         share(s + 10 * STAGE, threads, rows, gate, _write_gate((gate_up, gemma, activated, intermediate)))
-        at += PROJECTION
-        _project(
-            s + 11 * STAGE, threads, multiply, update, activated, change, rows, layer[at : at + PROJECTION], tiles
-        )
+        _project(s + 11 * STAGE, threads, multiply, update, activated, change, rows, layer[_DOWN:], tiles)
 
 
 _run_all = LAYERS.kernel(_run)
@@ -121,12 +140,13 @@ def run_layers(
     """x [rows, hidden] through all layers by so many threads, but for the last one's MLP output, which is left in
     the buffer `change`. `gemma`: norms as in `add_rms_norm`, and gelu.
 
-    `layers` [layers, PROJECTIONS + 4 * PROJECTION] int64; `buffers` [6] int64, addresses of normed, qkv, attended,
+    `layers` [layers] of LAYER; `buffers` [6] int64, addresses of normed, qkv, attended,
     change, gate_up and activated; the rest as in `rope_attend`.
     """
     works = [work.address for work in (norm_row, rope_row, attend_item, gate_row, multiply_task, update_tile)]
     counts = np.zeros(len(layers) * _STAGES * STAGE // 8 + 8, np.int64)
+    rows_of_numbers = layers.view(np.int64).reshape(len(layers), -1)
     _run_all(
-        threads, np.array(works, np.int64), threads, counts, layers, x, rows, hidden, intermediate, eps, heads,
-        kv_heads, dim, scale, gemma, buffers, tiles, slots, items, positions, visible, tables,
+        threads, np.array(works, np.int64), threads, counts, rows_of_numbers, x, rows, hidden, intermediate, eps,
+        heads, kv_heads, dim, scale, gemma, buffers, tiles, slots, items, positions, visible, tables,
     )  # fmt: skip

@@ -133,10 +133,11 @@ class LowRankTable:
         return self._rows
 
     @property
-    def numbers(self) -> list[int]:
-        """Sites, slots; addresses of columns, a, b, ranks, scales and spans, which stay where they are."""
-        arrays = (self.columns, self.a, self.b, self.ranks, self.scales, self.spans)
-        return [len(self.sites), len(self.a), *(array.ctypes.data for array in arrays)]
+    def description(self) -> dict[str, int]:
+        """Numbers of sites and slots, and the arrays' addresses, which stay as they are."""
+        arrays = ("columns", "a", "b", "ranks", "scales", "spans")
+        addresses = {name: getattr(self, name).ctypes.data for name in arrays}
+        return {"sites": len(self.sites), "slots": len(self.a), **addresses}
 
     def touches(self, slots: np.ndarray) -> bool:
         """Whether any of these slots has an adapter that changes these sites."""
