@@ -1,9 +1,11 @@
 """Where a run keeps what it needs to go on: a hidden folder beside the output, gone when the output is there."""
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ class Workspace:
     """The work folder of one output. A folder that exists holds a whole `run.json`."""
 
     output: Path
+    _handles: list[int] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Workspace":
@@ -33,14 +36,33 @@ class Workspace:
         run = {"settings": config.settings(), **notes}
         if config.resume:
             _check_same(self.notes(), run)
-            return
-        with staged_directory(self.folder) as scratch:
-            (scratch / _RUN_FILE).write_text(json.dumps(run))
+        else:
+            with staged_directory(self.folder) as scratch:
+                (scratch / _RUN_FILE).write_text(json.dumps(run))
+        self._hold()
+
+    def _hold(self) -> None:
+        """Lock the folder for as long as this process lives. Raises ConfigError if another one has it."""
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ConfigError(
+                f"Another process is training {self.output} now. Choose another output, or wait for it.",
+                field="output",
+            ) from error
+        self._handles.append(handle)
 
     def notes(self) -> dict[str, Any]:
         """What `begin` wrote."""
         notes: dict[str, Any] = json.loads((self.folder / _RUN_FILE).read_text())
         return notes
+
+    def let_go(self) -> None:
+        """Let another run, of this process too, have the folder."""
+        while self._handles:
+            os.close(self._handles.pop())
 
     def clear(self) -> None:
         """Forget the run."""
@@ -59,7 +81,10 @@ def open_workspace(config: TrainConfig) -> Workspace:
         raise ConfigError(f"{output} is a file, not a folder.", field="output")
     if config.resume and not folder.exists():
         raise ConfigError(f"There is no unfinished run for {output}; start it without --resume.", field="resume")
-    if folder.exists() and not config.resume and not config.overwrite:
+    if folder.exists():
+        workspace._hold()
+        workspace.let_go()
+    if not config.resume and not config.overwrite and any(folder.glob("checkpoint-*")):
         raise ConfigError(
             f"An unfinished run for {output} is there. Go on with --resume, or start again with --overwrite.",
             field="output",
@@ -74,12 +99,12 @@ def open_workspace(config: TrainConfig) -> Workspace:
 def _check_same(stored: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     free = {"time_limit"}  # how long to go on may change
     settings = dict(run["settings"])
-    for field, value in stored["settings"].items():
-        if field not in free and settings.get(field) != value:
+    for name, value in stored["settings"].items():
+        if name not in free and settings.get(name) != value:
             raise ConfigError(
-                f"The unfinished run has {field} = {value!r}, this one {settings.get(field)!r}. "
+                f"The unfinished run has {name} = {value!r}, this one {settings.get(name)!r}. "
                 "Resume with the same settings, or start again with --overwrite.",
-                field=field,
+                field=name,
             )
     for name, value in stored.items():
         if name in run and name != "settings" and run[name] != value:

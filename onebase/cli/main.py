@@ -1,5 +1,6 @@
 """The `onebase` command: every command by its name, and what an error of ours looks like."""
 
+import signal
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -52,9 +53,11 @@ def main() -> None:
 
 
 def run(app: typer.Typer) -> None:
-    """Run a command line. An error of ours prints as one line and exits with 1; Ctrl-C exits with 130."""
+    """Run a command line. An error of ours prints as one line and exits with 1, Ctrl-C or SIGTERM with 130."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app()
+        app(prog_name="onebase")
     except OneBaseError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(error.message)}", highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -24,6 +24,7 @@ from onebase.cli.terminal.run_view import show
 from onebase_adapters.errors import AdapterMismatchError, ConfigError, DataError
 from onebase_adapters.formats.read_adapter import check_base, read_adapter
 from onebase_contract.events import Evaluated, Event, Stage, Step, json_lines
+from onebase_contract.run_folder import Workspace
 from onebase_contract.settings import Arithmetic, TrainConfig
 from onebase_engine.base.base_spec import BaseSpec, Quantization
 from onebase_engine.base.load_base import load_base
@@ -266,7 +267,10 @@ def test_a_stopped_run_goes_on_to_the_same_result(config: TrainConfig) -> None:
         train(replace(other, resume=True))
 
 
-def test_ctrl_c_tells_what_is_saved_and_how_to_go_on(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_tells_what_is_saved_and_how_to_go_on(
+    number: signal.Signals, config: TrainConfig, tmp_path: Path
+) -> None:
     script = tmp_path / "onebase"
     script.write_text("from onebase.cli.main import main\nmain()\n")
     output = str(config.output)
@@ -282,7 +286,7 @@ def test_ctrl_c_tells_what_is_saved_and_how_to_go_on(config: TrainConfig, tmp_pa
     give_up = time.monotonic() + 60
     while not checkpoint.exists() and run.poll() is None and time.monotonic() < give_up:
         time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     told = run.communicate(timeout=60)[1]
     assert run.returncode == 130, told
     assert "Traceback" not in told
@@ -292,6 +296,25 @@ def test_ctrl_c_tells_what_is_saved_and_how_to_go_on(config: TrainConfig, tmp_pa
     steps: list[int] = []
     train(replace(config, resume=True), lambda event: steps.append(event.step) if isinstance(event, Step) else None)
     assert steps[0] == int(step[1]) + 1
+
+
+def test_a_run_without_a_checkpoint_blocks_nothing_and_one_that_goes_on_does(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2)
+    killed = Workspace.of(config)
+    killed.output.parent.mkdir(parents=True, exist_ok=True)
+    killed.begin(config)  # and killed before its first checkpoint
+    with pytest.raises(ConfigError, match="Another process is training"):
+        train(config)
+    killed.let_go()
+    train(config)
+    assert left_behind(config) == ["animals"]
+    other = replace(config, output=config.output.with_name("other"))
+    other_run = Workspace.of(other)
+    other_run.begin(other)
+    other_run.let_go()
+    (other_run.folder / "checkpoint-1").mkdir()
+    with pytest.raises(ConfigError, match="Go on with --resume"):
+        train(other)
 
 
 def test_an_existing_output_is_kept_unless_told_otherwise(config: TrainConfig) -> None:

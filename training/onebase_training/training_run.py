@@ -74,6 +74,8 @@ def train(config: TrainConfig, progress: Progress = silent, *, before: Evaluatio
         if last_checkpoint(workspace.folder) is None:
             workspace.clear()
         raise
+    finally:
+        workspace.let_go()
     workspace.clear()
     return result
 

@@ -216,6 +216,7 @@ class ProcessEngine:
                 "onebase_server.engine_process.worker",
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,  # out of reach of Ctrl-C, also before it can ignore it
                 stdin=asyncio.subprocess.DEVNULL,
                 env={"GOMP_SPINCOUNT": _SPINS} | os.environ,
             )

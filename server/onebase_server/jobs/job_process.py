@@ -21,8 +21,9 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Read the limits, apply them, train."""
     limits = json.loads(sys.argv[1])
-    # Ctrl-C reaches the whole process group; the server decides what it means.
+    # Ctrl-C, and what systemd sends, reach all processes; the server decides what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         # When memory runs out, better this one than the server. Asks for no privilege.
