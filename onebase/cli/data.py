@@ -32,6 +32,7 @@ def check_files(
     from onebase_engine.base.catalog import fetch_base
     from onebase_training.data import read_dataset, read_datasets
     from onebase_training.data.data_check import check
+    from onebase_training.data.encoding.encode import encode_whole
 
     console = Console()
     data = read_datasets(files, format=format, skip_bad=skip_bad)
@@ -40,4 +41,5 @@ def check_files(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    show(check(data, tokenizer, max_length=max_length, held_out=held_out, samples=samples), tokenizer, console)
+    sequences = encode_whole(data.examples, tokenizer)
+    show(check(data, sequences, max_length=max_length, held_out=held_out, samples=samples), tokenizer, console)

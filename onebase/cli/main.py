@@ -49,15 +49,15 @@ def main() -> None:
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(config)
     app.add_typer(adapters.app, name="adapters")
     app.add_typer(data.app, name="data")
-    run(app)
+    run(app, "onebase")
 
 
-def run(app: typer.Typer) -> None:
+def run(app: typer.Typer, program: str | None = None) -> None:
     """Run a command line. An error of ours prints as one line and exits with 1, Ctrl-C or SIGTERM with 130."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(prog_name="onebase")
+        app(prog_name=program)
     except OneBaseError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(error.message)}", highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -15,10 +15,15 @@ from typer.testing import CliRunner
 from onebase.cli import data as data_cli
 from onebase.cli.terminal.data_view import show, token_texts
 from onebase_adapters.errors import DataError
-from onebase_training.data import Dataset, Example, Turn
-from onebase_training.data.data_check import Check, TooLong, check, describe
+from onebase_training.data import Dataset, Example, Turn, data_check
+from onebase_training.data.data_check import Check, TooLong, describe
+from onebase_training.data.encoding.encode import encode_whole
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}<assistant>"
+
+
+def check(data: Dataset, tokenizer: Any, **options: Any) -> Check:
+    return data_check.check(data, encode_whole(data.examples, tokenizer), **options)
 
 
 @pytest.fixture(scope="module")

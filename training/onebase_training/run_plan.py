@@ -1,5 +1,6 @@
 """What a run needs before it trains: data in two parts, the base in the method's format, token ids."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from onebase_adapters.errors import ConfigError, DataError
@@ -8,7 +9,8 @@ from onebase_contract.run_folder import Workspace
 from onebase_contract.settings import TrainConfig
 from onebase_engine.base.load_base import LoadedBase
 from onebase_engine.kernels.device import resolve_device
-from onebase_training.data import Dataset, Encoded, encode, encode_for_head, read_dataset, read_datasets, split
+from onebase_training.data import Dataset, Encoded, encode_for_head, read_dataset, read_datasets, split
+from onebase_training.data.encoding.encode import encode_whole, fit
 from onebase_training.model.arithmetic import choose_arithmetic
 from onebase_training.model.attached import Attached
 
@@ -39,16 +41,22 @@ def with_arithmetic(config: TrainConfig, workspace: Workspace, progress: Progres
 
 
 def encode_part(
-    dataset: Dataset, base: LoadedBase, config: TrainConfig, classes: tuple[str, ...] = ()
+    dataset: Dataset,
+    base: LoadedBase,
+    config: TrainConfig,
+    classes: tuple[str, ...] = (),
+    sequences: Sequence[Encoded] | None = None,
 ) -> list[Encoded]:
-    """For a classifier of `classes`, or without any for the language model. Raises DataError."""
+    """For a classifier of `classes`, or without any for the language model, whose `sequences` may be known whole
+    already. Raises DataError."""
     limit = min(config.max_length, base.shape.context)
     if classes:
         encoded = encode_for_head(
             dataset.examples, base.tokenizer, classes, max_length=limit, too_long=config.too_long
         )
     else:
-        encoded = encode(dataset.examples, base.tokenizer, max_length=limit, too_long=config.too_long)
+        whole = encode_whole(dataset.examples, base.tokenizer) if sequences is None else sequences
+        encoded = fit(whole, limit, config.too_long)
     if not encoded:
         raise DataError(f"No example of {dataset.source} has at most {limit} tokens.", field="max_length")
     return encoded

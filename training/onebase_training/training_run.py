@@ -21,6 +21,7 @@ from onebase_engine.base.load_base import LoadedBase
 from onebase_engine.kernels.device import peak_memory
 from onebase_training.data import Dataset, Encoded
 from onebase_training.data.data_check import check, describe
+from onebase_training.data.encoding.encode import encode_whole
 from onebase_training.data.encoding.encode_template import encode_with
 from onebase_training.data.encoding.packing import passes_of, plan_batches, plan_examples, tokens_of_pass
 from onebase_training.data.task_kind import classes_of
@@ -91,14 +92,16 @@ def _train(
     dataset, held_out = read_data(config)
     base = load_for_training(config, method.quantization, progress, expanded=method.expanded)
     limit = min(config.max_length, base.shape.context)
-    found = check(dataset, base.tokenizer, max_length=limit, held_out=held_out, samples=0)
+    sequences = encode_whole(dataset.examples, base.tokenizer)
+    found = check(dataset, sequences, max_length=limit, held_out=held_out, samples=0)
     for line in describe(found):
         progress(Stage(line))
     config = replace(config, head=config.head or method.head or base.shape.encoder)
     if method.attach is None and config.head:
         raise ConfigError(f"{config.method} has no parameters, and so no classifier.", field="method")
     classes = classes_of(dataset) if config.head else ()
-    examples, evaluation = (encode_part(part, base, config, classes) for part in (dataset, held_out))
+    examples = encode_part(dataset, base, config, classes, sequences)
+    evaluation = encode_part(held_out, base, config, classes)
     config = replace(config, batch_tokens=tokens_of_pass([len(one.input_ids) for one in examples], config))
     digests = {"train": dataset.digest, "held_out": held_out.digest}
     if ranks.first:

@@ -1,14 +1,12 @@
 """What is to be known of a data set before anything trains on it, as one plain value."""
 
-import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from onebase_training.data.duplicates import groups
-from onebase_training.data.encoding.encode import NO_LOSS, Encoded, encode
+from onebase_training.data.encoding.encode import NO_LOSS, Encoded
 from onebase_training.data.examples import Dataset, Example
 from onebase_training.data.task_kind import default_metric, is_classification
 
@@ -57,12 +55,15 @@ class Check:
 
 
 def check(
-    data: Dataset, tokenizer: Any, *, max_length: int, held_out: Dataset | None = None, samples: int = 3
+    data: Dataset,
+    sequences: Sequence[Encoded],
+    *,
+    max_length: int,
+    held_out: Dataset | None = None,
+    samples: int = 3,
 ) -> Check:
-    """Look at everything that the data could have wrong. Raises DataError for what training would refuse outright,
-    save lengths. `tokenizer` is a PreTrainedTokenizerBase.
-    """
-    sequences = encode(data.examples, tokenizer, max_length=sys.maxsize)
+    """Look at everything that the data could have wrong. `sequences`: its examples, encoded whole."""
+    group = groups([one.identity for one in [*data.examples, *(held_out.examples if held_out else ())]])
     tasks = Counter(example.task for example in data.examples)
     first_task = [example for example in data.examples if example.task == data.examples[0].task]
     return Check(
@@ -79,9 +80,9 @@ def check(
             if len(one.input_ids) > max_length
         ),
         labels=_labels(data.examples),
-        duplicates=_duplicates(data.examples),
+        duplicates=_duplicates(data.examples, group),
         conflicts=_conflicts(data.examples),
-        leaks=() if held_out is None else _leaks(data.examples, held_out.examples),
+        leaks=() if held_out is None else _leaks(data.examples, held_out.examples, group),
         spellings=_spellings(data.labels),
         loose=tuple(example.line for example in data.examples if _has_loose_turn(example)),
         samples=_spread(sequences, samples),
@@ -102,11 +103,11 @@ def _spellings(labels: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(group) for group in alike.values() if len(group) > 1)
 
 
-def _duplicates(examples: Sequence[Example]) -> tuple[Lines, ...]:
+def _duplicates(examples: Sequence[Example], group: Sequence[int]) -> tuple[Lines, ...]:
     lines: defaultdict[int, list[int]] = defaultdict(list)
-    for example, group in zip(examples, groups([one.identity for one in examples]), strict=True):
-        lines[group].append(example.line)
-    return tuple(tuple(group) for group in lines.values() if len(group) > 1)
+    for example, number in zip(examples, group, strict=False):
+        lines[number].append(example.line)
+    return tuple(tuple(found) for found in lines.values() if len(found) > 1)
 
 
 def _conflicts(examples: Sequence[Example]) -> tuple[Lines, ...]:
@@ -120,8 +121,9 @@ def _conflicts(examples: Sequence[Example]) -> tuple[Lines, ...]:
     )
 
 
-def _leaks(training: Sequence[Example], held_out: Sequence[Example]) -> tuple[tuple[int, int], ...]:
-    group = groups([one.identity for one in [*training, *held_out]])
+def _leaks(
+    training: Sequence[Example], held_out: Sequence[Example], group: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
     line_of: dict[int, int] = {}
     for example, number in zip(training, group, strict=False):
         line_of.setdefault(number, example.line)

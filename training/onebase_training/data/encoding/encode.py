@@ -45,6 +45,11 @@ def encode(
     return fit(_encode(examples, Coder(tokenizer)), max_length, too_long)
 
 
+def encode_whole(examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
+    """As `encode`, of any length."""
+    return list(_encode(examples, Coder(tokenizer)))
+
+
 def fit(sequences: Iterable[Encoded], max_length: int, too_long: TooLong) -> list[Encoded]:
     """`sequences` with the policy `too_long` applied to those of more than `max_length` tokens."""
     fitting: list[Encoded] = []
