@@ -28,6 +28,7 @@ def greet(console: Console, config: ServerConfig, services: Services, listener: 
         ("memory", f"weights {_size(info.weight_bytes)}, {cache}"),
         ("context", f"{services.longest:,} tokens a request"),
         ("adapters", f"{len(entries) - len(idle)} served" + (f", {len(idle)} not" if idle else "")),
+        ("jobs", "run here" if services.runner.book.owned else f"run by another server with {config.jobs_folder}"),
         ("admin", "open with the admin key" if config.admin_key else "closed: no --admin-key"),
         ("url", f"{url}/v1"),
     ]

@@ -18,7 +18,7 @@ from onebase_adapters.store.adapter_store import AdapterStore
 from onebase_contract.settings import JOB_METHODS
 from onebase_server.api.schemas.fine_tuning import Hyperparameters
 from onebase_server.api.services import ApiSettings, Services
-from onebase_server.jobs.job_store import JobBook
+from onebase_server.jobs.job_store import JobBook, JobsElsewhereError
 from onebase_server.jobs.records import JobSpec
 from onebase_server.jobs.runner import JobRunner, JobSettings, _reason
 
@@ -478,3 +478,19 @@ async def test_a_job_that_needs_too_much_memory(tmp_path: Path, tiny_model: Call
         assert ended.status == "failed"
         # Told before training by its own estimate, or else by the kernel.
         assert str(ended.error).startswith(("The largest batch needs", "Training needed more than the 1 GiB"))
+
+
+async def test_of_two_servers_with_one_folder_the_first_runs_its_jobs(
+    http: httpx.AsyncClient, services: Services, tmp_path: Path
+) -> None:
+    path = await upload(http)
+    with closing(JobBook(tmp_path / "jobs")) as second:
+        runner = JobRunner(second, services.runner._settings, services.runner._register)
+        await runner.start()
+        assert (services.book.owned, second.owned) == (True, False)
+        with pytest.raises(JobsElsewhereError, match="ask that one, or start this one with another --jobs folder"):
+            await runner.submit(JobSpec(path, "a", "lora"))
+        await runner.stop()
+    services.book.close()
+    with closing(JobBook(tmp_path / "jobs")) as third:
+        assert third.owned

@@ -19,7 +19,7 @@ from onebase_adapters.errors import (
 )
 from onebase_engine.text.answer import GenerationError
 from onebase_server.engine_process.engine_client import EngineUnavailableError, QueueFullError
-from onebase_server.jobs.job_store import FileInUseError, UnknownFileError, UnknownJobError
+from onebase_server.jobs.job_store import FileInUseError, JobsElsewhereError, UnknownFileError, UnknownJobError
 from onebase_server.logs import note
 
 _INVALID = "invalid_request_error"
@@ -94,6 +94,8 @@ def reply_to(error: Exception) -> ErrorReply:
             return ErrorReply(404, error.message, param=error.field, code="model_not_found")
         case UnknownFileError() | UnknownJobError():
             return ErrorReply(404, error.message, param=error.field, code="not_found")
+        case JobsElsewhereError():
+            return ErrorReply(409, error.message, param=error.field, code="jobs_elsewhere")
         case FileInUseError():
             return ErrorReply(409, error.message, param=error.field, code="file_in_use")
         case AdapterExistsError():

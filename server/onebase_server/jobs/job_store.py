@@ -1,5 +1,6 @@
 """Files and jobs on disk: contents in a folder, the rest in SQLite. A kill leaves the old state or the new."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -60,11 +61,16 @@ class FileInUseError(OneBaseError):
     """A job still needs the file."""
 
 
+class JobsElsewhereError(OneBaseError):
+    """Another server runs the jobs of this folder."""
+
+
 class JobBook:
     """Any thread may call it. Every method raises StorageError."""
 
     def __init__(self, root: Path) -> None:
-        """Open, or make, the book in `root`."""
+        """Open, or make, the book in `root`. Of several servers that have it open, the first owns it: it alone runs
+        jobs and clears up."""
         self.root = root
         self._contents = root / "files"
         self._lock = threading.RLock()
@@ -84,12 +90,20 @@ class JobBook:
             except (sqlite3.Error, StorageError):
                 self._db.close()
                 raise
+        self._lock_file = (root / "lock").open("a")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.owned = False
+            return
+        self.owned = True
         self._sweep()
 
     def close(self) -> None:
         """Let go of it."""
         with self._lock:
             self._db.close()
+        self._lock_file.close()
 
     def add_file(self, content: BinaryIO, name: str, purpose: str) -> StoredFile:
         """Keep a copy of a file under a new id."""

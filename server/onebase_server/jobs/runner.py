@@ -20,7 +20,7 @@ from typing import Any
 from onebase_adapters.errors import OneBaseError
 from onebase_server.engine_process.engine_client import EngineUnavailableError
 from onebase_server.jobs.history_csv import write_history
-from onebase_server.jobs.job_store import JobBook
+from onebase_server.jobs.job_store import JobBook, JobsElsewhereError
 from onebase_server.jobs.records import ENDED, Job, JobEvent, JobSpec, Level
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,10 @@ class JobRunner:
         self._workers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Take up what the last server left, and what comes."""
+        """Take up what the last server left, and what comes; nothing, if another server runs this folder's jobs."""
+        if not self.book.owned:
+            log.warning("another server runs the jobs in %s: none are run here", self.book.root)
+            return
         for job in reversed(await asyncio.to_thread(self.book.jobs)):
             if job.status not in ENDED:
                 self._waiting.put_nowait(job.id)
@@ -83,14 +86,16 @@ class JobRunner:
         self._workers = []
 
     async def submit(self, spec: JobSpec) -> Job:
-        """Queue a job."""
+        """Queue a job. Raises JobsElsewhereError."""
+        self._check_owned()
         job = await asyncio.to_thread(self.book.add_job, spec)
         await self._tell(job.id, "The job is queued.")
         self._waiting.put_nowait(job.id)
         return job
 
     async def cancel(self, job_id: str) -> Job:
-        """End a job. One that has ended stays as it is. Raises UnknownJobError."""
+        """End a job. One that has ended stays as it is. Raises UnknownJobError or JobsElsewhereError."""
+        self._check_owned()
         job = await asyncio.to_thread(self.book.job, job_id)
         if job.status in ENDED:
             return job
@@ -115,6 +120,13 @@ class JobRunner:
                 after = event.number
             if not events:
                 return
+
+    def _check_owned(self) -> None:
+        if not self.book.owned:
+            raise JobsElsewhereError(
+                f"Another server runs the jobs in {self.book.root}: ask that one, or start this one with another "
+                "--jobs folder."
+            )
 
     async def _work(self) -> None:
         while True:
