@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]
     "an update that is drawn anew": (
         {"peft_type": "PVERA", "r": 2, "sample_at_inference": True, "save_projection": True}, PVERA, {},
         AdapterFormatError,
-        "PEFT cannot read" if version("peft") < "0.20" else "does not compute what its merged weights do",
+        "belongs to no site" if version("peft") < "0.20" else "does not compute what its merged weights do",
     ),
     "a PiSSA that was not converted": (
         {"peft_type": "LORA", "r": 2, "init_lora_weights": "pissa_niter_16"}, PAIR, {}, AdapterFormatError,

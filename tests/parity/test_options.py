@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _BIASED: Mapping[str, Callable[[], peft.PeftConfig]] = {
         "LoraConfig", r=4, rank_pattern={"^model.layers.1.self_attn.q_proj": 7},
         alpha_pattern={r"^.*layers\.2.*": 3},
     ),
-    "lora-mica": options("LoraConfig", r=4, init_lora_weights="mica"),
+    **({"lora-mica": options("LoraConfig", r=4, init_lora_weights="mica")} if version("peft") >= "0.20" else {}),
     "ia3": options("IA3Config", feedforward_modules=["down_proj"]),
     "loha": options("LoHaConfig", r=4, alpha=8),
     "lokr-full": options("LoKrConfig", r=64),
