@@ -20,7 +20,7 @@ from onebase_engine.base.load_base import end_tokens
 from onebase_training.data import Encoded
 from onebase_training.data.encoding.packing import pack
 from onebase_training.evaluation import served
-from onebase_training.evaluation.evaluation_result import Sample, answer, sample
+from onebase_training.evaluation.evaluation_result import Sample, room, sample
 from onebase_training.model.trained_model import Trained
 
 _BATCH_TOKENS = 4096
@@ -57,7 +57,7 @@ def model_answers(
 ) -> list[Sample]:
     """Greedy answers by transformers' `generate`, of the model as it was trained."""
     ends = frozenset(end_tokens(model.model, tokenizer.eos_token_id))
-    limits = [_limit(example, max_new_tokens) for example in examples]
+    limits = [room(example, max_new_tokens) for example in examples]
     lengths = [model.length(example) + limit for example, limit in zip(examples, limits, strict=True)]
     order = sorted(range(len(examples)), key=limits.__getitem__)
     samples: dict[int, Sample] = {}
@@ -69,15 +69,6 @@ def model_answers(
                 end = next((at for at, token in enumerate(row) if token in ends), len(row))
                 samples[index] = sample(tokenizer, examples[index], row[: min(end, limits[index])])
     return [samples[index] for index in range(len(examples))]
-
-
-def _limit(example: Encoded, max_new_tokens: int) -> int:
-    """A little more room than the wanted answer took."""
-    return min(max_new_tokens, len(answer(example)) + 8)
-
-
-def _prompt(example: Encoded) -> Sequence[int]:
-    return example.input_ids[: example.prompt_length]
 
 
 def _generate(model: Trained, examples: Sequence[Encoded], limit: int, ends: frozenset[int]) -> list[list[int]]:

@@ -58,6 +58,11 @@ def answer(example: Encoded) -> list[int]:
     return [label for label in labels if label != NO_LOSS]
 
 
+def room(example: Encoded, max_new_tokens: int) -> int:
+    """Tokens that an answer may take: a little more than the wanted one took."""
+    return min(max_new_tokens, len(answer(example)) + 8)
+
+
 def mark(samples: Sequence[Sample], examples: Sequence[Encoded]) -> Score | None:
     """The samples' score by the metric that fits `examples`."""
     if not samples:

@@ -18,7 +18,7 @@ from onebase_engine.engine_info import AdapterInfo
 from onebase_engine.request import EngineRequest, Output, SamplingParams
 from onebase_engine.startup import start_engine
 from onebase_training.data import NO_LOSS, Encoded
-from onebase_training.evaluation.evaluation_result import Sample, answer, sample
+from onebase_training.evaluation.evaluation_result import Sample, room, sample
 
 _TOGETHER = 16
 """Sequences that are in the engine's cache at once."""
@@ -62,7 +62,7 @@ def answers(
     requests = []
     for number, one in enumerate(examples):
         left = engine.info.context - one.prompt_length - virtual
-        limit = max(1, min(max_new_tokens, len(answer(one)) + 8, left))
+        limit = max(1, min(room(one, max_new_tokens), left))
         sampling = SamplingParams(max_tokens=limit, temperature=0.0)
         requests.append(_request(number, one.input_ids[: one.prompt_length], sampling, adapted))
     outputs = _run(engine, requests, progress, "answers")
