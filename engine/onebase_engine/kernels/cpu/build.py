@@ -5,6 +5,7 @@ compiles one function at a time in a process.
 disk.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -89,6 +90,7 @@ def main() -> None:
     """Compile what the standard input names, by as many processes as there are cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # reaches the whole process group; who reads us decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the engine ignores it, but it is how the pool is ended
+    gc.disable()  # a short life
     names = sys.stdin.read().split()
     # All others begin with what numba has learned and loaded by then, a second's worth each.
     print(_compile(names.pop(0)), flush=True)
