@@ -17,7 +17,8 @@ from onebase_engine.engine_config import EngineConfig
 from onebase_engine.engine_info import EngineInfo
 from onebase_engine.grammar import Grammars
 from onebase_engine.kernels.batch import BLOCK
-from onebase_engine.kernels.cpu.build import Build
+from onebase_engine.kernels.choose import start_build
+from onebase_engine.kernels.interface import Build
 from onebase_engine.residency.resident_adapters import Residency
 from onebase_engine.runner.batched_model import ServedModel
 from onebase_engine.runner.encoder_decoder import EncoderDecoder
@@ -52,8 +53,8 @@ def start_engine(
     base = load_base(config.base, attention=ATTENTION_NAME, progress=phases.tell)
     shape = base.shape
     phases.begin("preparing weights")
-    if base.device.type == "cpu":
-        kernels = kernels or Build(phases.tell)
+    kernels = kernels or start_build(base.device.type, phases.tell)
+    if kernels is not None:
         kernels.wait()
     blocks = _cache_blocks(config, base.model.config, base.device)
     model: ServedModel | EncoderDecoder

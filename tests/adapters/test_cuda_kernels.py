@@ -137,11 +137,13 @@ def test_what_stands_between_products_compiles(build: Callable[..., Built], gemm
     names = ("_add_rms_norm", "_rope_write", "_gate_mul")
     kernels = [build(elementwise, name) for name in names]
     x, weight = random_bf16(1, 3, 4096), random_bf16(2, 4096)
-    elementwise.add_rms_norm(x, x, weight if gemma else None, weight, 1e-6, gemma=gemma)
+    elementwise.add_rms_norm(x, x, weight if gemma else None, weight, 1e-6, unit_offset=gemma)
     batch = make_batch([(0, 3)], backend, 2, deal_pages([3], 0, 4))
     caches = torch.empty(4, 2, 128, 16).bfloat16(), torch.empty(4, 2, 16, 128).bfloat16()
     angles = random_bf16(3, 8, 128), random_bf16(4, 8, 128)
     norms = (weight[:128], weight[:128]) if gemma else None
-    elementwise.rope_write(random_bf16(5, 3, 8 * 128), norms, angles, *caches, batch.on_device, 1e-6, gemma=gemma)
+    elementwise.rope_write(
+        random_bf16(5, 3, 8 * 128), norms, angles, *caches, batch.on_device, 1e-6, unit_offset=gemma
+    )
     elementwise.gate_mul(x, gelu=gemma)
     assert [kernel.programs for kernel in kernels] == [1, 1, 1]

@@ -8,7 +8,7 @@ from onebase_adapters.primitives.instruction_set import LowRank, Shift
 from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.kernels.arena import Arena
-from onebase_engine.kernels.cpu.tables import AffineTable
+from onebase_engine.kernels.tables import AffineTable
 from onebase_engine.runner.batched_model import ServedModel
 from onebase_engine.runner.batching import Chunk
 from support.batches import random_bf16

@@ -92,11 +92,11 @@ async def test_an_adapter_is_unloaded_when_its_requests_have_ended(
     engine: ProcessEngine, loras: list[Path]
 ) -> None:
     await engine.load_adapter("second", str(loras[1]))
-    running = asyncio.create_task(collect(engine, request("long", "second", max_tokens=60)))
+    running = asyncio.create_task(collect(engine, request("long", "second", max_tokens=ENDLESS)))
     await started(engine, 1)
     await engine.unload_adapter("second")
     assert running.done() or engine.stats.running == 0
-    assert len(tokens(await running)) == 60
+    assert len(tokens(await running)) == ENDLESS
     (only,) = await collect(engine, request("late", "second"))
     assert only.error_kind == "adapter"
 

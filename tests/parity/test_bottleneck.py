@@ -52,7 +52,7 @@ def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> 
     """On the fused kernels, on transformers' own layers, and there without any fast kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
-            patch.setattr("onebase_engine.kernels.cpu.decoder_families.MODELS", ())
+            patch.setattr("onebase_engine.kernels.decoder_families.MODELS", ())
         if request.param == "reference":
             from onebase_engine.kernels.reference import backend as reference
 

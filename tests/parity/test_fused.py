@@ -29,7 +29,7 @@ def test_fused_layers_give_what_transformers_layers_give(
 ) -> None:
     it = served(family)
     assert it.model._fused is not None
-    monkeypatch.setattr("onebase_engine.runner.batched_model.fuse", lambda *_: None)
+    monkeypatch.setattr("onebase_engine.kernels.cpu.backend.fuse", lambda *_: None)
     unfused = ServedModel.load(BaseSpec(str(tiny_model(family)), device="cpu"), slots=4, blocks=512)
     assert unfused._fused is None
     slots = {adapter: 0 if adapter is None else put(unfused, adapter) for adapter in it.slots}
@@ -86,7 +86,7 @@ def test_bottlenecks_and_factors_change_fused_layers_as_they_change_transformers
 
     unfused = False
     ours = found()
-    monkeypatch.setattr("onebase_engine.runner.batched_model.fuse", lambda *_: None)
+    monkeypatch.setattr("onebase_engine.kernels.cpu.backend.fuse", lambda *_: None)
     unfused = True
     plain = found()
     for mine, theirs in zip(ours, plain, strict=True):

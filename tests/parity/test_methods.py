@@ -42,7 +42,7 @@ def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> 
     """On the fused kernels, and on transformers' own layers."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
-            patch.setattr("onebase_engine.kernels.cpu.decoder_families.MODELS", ())
+            patch.setattr("onebase_engine.kernels.decoder_families.MODELS", ())
         return ServedModel.load(
             BaseSpec(str(tiny_model("llama")), device=DEVICE), slots=len(EVERYTHING), blocks=512
         )

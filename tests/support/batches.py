@@ -12,8 +12,8 @@ from onebase_adapters.primitives.instruction_set import ACTIVATIONS, Bottleneck,
 from onebase_engine.kernels.arena import Arena
 from onebase_engine.kernels.batch import BLOCK, Batch, Owners, Traits
 from onebase_engine.kernels.bitsandbytes_import import Linear4bit, Params4bit
-from onebase_engine.kernels.cpu.tables import BottleneckTable, LowRankTable, Vectors
 from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.tables import BottleneckTable, LowRankTable, Vectors
 from onebase_engine.kernels.tiles import low_rank_tiles
 from onebase_engine.runner import batching
 from onebase_engine.runner.batching import Chunk

@@ -18,7 +18,6 @@ from onebase_engine.base.catalog import fetch_base
 from onebase_engine.base.describe import describe_base, fingerprint_folder, is_encoder
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.bitsandbytes_import import Params4bit
-from onebase_engine.kernels.cpu import quantize as quantize  # bitsandbytes' kernel from here on
 from onebase_engine.kernels.device import resolve_device
 from onebase_engine.kernels.lean_imports import without_compiler
 from onebase_engine.kernels.linear4bit import choose_packing

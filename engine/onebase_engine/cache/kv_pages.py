@@ -6,15 +6,20 @@ import numpy as np
 import torch
 
 from onebase_engine.base.describe import cache_shape
+from onebase_engine.kernels.adapter_interface import AdapterKernels
 from onebase_engine.kernels.batch import BLOCK, Batch
-from onebase_engine.kernels.interface import Kernels
 
 
 class PagedKV:
     """Keys and values of all layers in blocks of 16 tokens; which block is whose is the engine's business."""
 
     def __init__(
-        self, config: Any, blocks: int, kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.bfloat16
+        self,
+        config: Any,
+        blocks: int,
+        kernels: AdapterKernels,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self._kernels = kernels
         shape = cache_shape(config)

@@ -1,14 +1,16 @@
-"""Which backend a served model runs on: decided here, once."""
+"""Which backend a served model runs on, and what a device wants prepared: decided here, once."""
 
 import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
+from torch import nn
 
-from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.interface import Build, Kernels
 from onebase_engine.kernels.reference import backend as reference
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,24 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, head_dim: int, widt
         log.warning("%s is served by slow kernels: %s", device, lacking)
     log.info("kernels are the plain torch ones (%s, %s, head dim %d)", device, dtype, head_dim)
     return reference
+
+
+def start_build(device: str, tell: Callable[[str], None]) -> Build | None:
+    """Begin to compile, beside all else, the kernels that `device` ("auto" among them) is sure to need and that are
+    not on disk; `tell` gets a line now and then."""
+    if device != "cpu" and Path("/dev/nvidiactl").exists():
+        return None
+    from onebase_engine.kernels.cpu.build import Build
+
+    return Build(tell)
+
+
+def replace_emulated(model: nn.Module) -> None:
+    """Let linear modules that are in bfloat16 multiply by kernels where torch would emulate it: in serving, on a
+    CPU."""
+    from onebase_engine.kernels.cpu.plain_product import replace_emulated
+
+    replace_emulated(model)
 
 
 def _lacking_for_triton(device: torch.device) -> str | None:

@@ -1,94 +1,63 @@
-"""The kernels' contract, and which implementation of it a served model runs on: chosen here, once.
+"""The kernels' contract: all that a device has for a served model.
 
 `reference` is the definition in plain torch and runs anywhere; `cpu` is numba, `cuda` is triton. Each is a module
-with the names of `Kernels`, so that nothing above this package asks which device it is on.
+with the names of `Kernels`, and `choose` takes one, so that nothing above this package names a device's.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
-from onebase_engine.kernels.batch import Batch, Owners
-from onebase_engine.kernels.cpu.tables import BottleneckTable, LowRankTable, Vectors
+from onebase_adapters.base_shape import BaseShape
+from onebase_engine.kernels.adapter_interface import AdapterKernels, KeyValuePages
+from onebase_engine.kernels.batch import Batch
+from onebase_engine.kernels.gumbel_noise import Noise
+from onebase_engine.kernels.site_tables import SiteTables
+from onebase_engine.kernels.tables import BottleneckTable
+
+Fused = Callable[[Batch, torch.Tensor], torch.Tensor]
+"""From a batch and its embeddings [T, hidden], which are used up, to the last hidden states [n, hidden] of its
+sample rows, ready for the LM head."""
 
 
-class Kernels(Protocol):
-    """What a served model needs beside the base's own products. Arrays that describe a batch are on the host."""
+class HeadScreen(Protocol):
+    """Finds best tokens without all logits."""
+
+    def best(self, hidden: torch.Tensor, noise: Noise | None = None) -> list[int]:
+        """For each row of hidden [n, width] the token of the highest logit, or of the highest sum of logit and
+        noise: the very one that all logits would give."""
+        ...
+
+
+class Kernels(AdapterKernels, Protocol):
+    """All that a device has for a served model."""
 
     @property
-    def TILE_ROWS(self) -> int:  # noqa: N802
-        """Rows of one slot in a tile of `low_rank_tiles`, at most."""
+    def CAPTURED(self) -> bool:  # noqa: N802
+        """Whether a decoding step's launches can be captured once and replayed."""
+        ...
+
+    def fuse(
+        self, model: Any, shape: BaseShape, cache: KeyValuePages, slots: int
+    ) -> tuple[Fused, list[SiteTables], list[BottleneckTable]] | None:
+        """The forward pass of transformers' `model` on kernels of its own, with the tables of its layers' sites and
+        sublayers. None where the model keeps its own layers; the log says why."""
+        ...
+
+    def screen(self, head: Any) -> HeadScreen | None:
+        """For an LM head; None where it takes all logits."""
+        ...
+
+
+class Build(Protocol):
+    """Kernels that are being compiled."""
+
+    def wait(self) -> None:
+        """Until all is compiled that any base needs; the rest goes on."""
         ...
 
     @property
-    def PAIRED_COLUMNS(self) -> int:  # noqa: N802
-        """How many columns of the transposed B a low-rank table keeps together in pairs of rows, as it then keeps
-        all of the transposed A's; 0: A and the transposed B lie row by row."""
+    def over(self) -> bool:
+        """Whether nothing is being compiled any more."""
         ...
-
-    @property
-    def TRANSPOSED_DOWN(self) -> bool:  # noqa: N802
-        """Whether a bottleneck's matrix to the bottleneck is kept as [hidden, rank]."""
-        ...
-
-    def attention_items(self, query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:
-        """Cut a batch into work items [n, ...] int32 as `attend` reads them; arguments as in `Batch`."""
-        ...
-
-    def add_low_rank(self, x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRankTable) -> None:
-        """See `reference.add_low_rank`. x and y contiguous."""
-        ...
-
-    def affine_rows(self, y: torch.Tensor, owners: Owners, scales: Vectors, shifts: Vectors) -> None:
-        """See `reference.affine_rows`. y contiguous."""
-        ...
-
-    def add_bottleneck(
-        self, x: torch.Tensor, y: torch.Tensor, owners: Owners, table: BottleneckTable, *, parallel: bool
-    ) -> None:
-        """See `reference.add_bottleneck`. x and y contiguous."""
-        ...
-
-    def write_kv(
-        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Batch
-    ) -> None:
-        """See `reference.write_kv`. The last two dimensions of k and v contiguous."""
-        ...
-
-    def attend(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        batch: Batch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> torch.Tensor:
-        """See `reference.attend`. The last two dimensions of q contiguous."""
-        ...
-
-
-class Table(Protocol):
-    """What keeps a part of each resident adapter."""
-
-    def put(self, slot: int, adapter: LoweredAdapter) -> None:
-        """Make the adapter's part the slot's, if it has one."""
-        ...
-
-    def clear(self, slot: int) -> None:
-        """Forget the slot's part."""
-        ...
-
-
-class KeyValuePages(Protocol):
-    """The paged cache as fused decoders read and write it."""
-
-    k: list[torch.Tensor]
-    """Of each layer [blocks, kv_heads, dim, BLOCK]."""
-    v: list[torch.Tensor]
-    """Of each layer [blocks, kv_heads, BLOCK, dim]."""
-    kv_heads: int
-    dim: int

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from onebase_engine.kernels.bitsandbytes_import import Linear4bit, Params4bit
+from onebase_engine.kernels.cpu import quantize as quantize  # bitsandbytes' kernel from here on
 from onebase_engine.kernels.cpu.packed import packable
 
 

@@ -7,10 +7,10 @@ import torch
 
 from onebase_adapters.base_shape import Site
 from onebase_adapters.primitives.by_site import Parts
+from onebase_engine.kernels.adapter_interface import AdapterKernels
 from onebase_engine.kernels.arena import Arena
 from onebase_engine.kernels.batch import Owners
-from onebase_engine.kernels.cpu.tables import AffineTable, BottleneckTable, LowRankTable
-from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.tables import AffineTable, BottleneckTable, LowRankTable
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -18,7 +18,7 @@ Linear = Callable[[torch.Tensor], torch.Tensor]
 class SiteTables:
     """All that resident adapters have at a group of sites that read the same input."""
 
-    def __init__(self, sites: Sequence[Site], slots: int, kernels: Kernels, device: torch.device) -> None:
+    def __init__(self, sites: Sequence[Site], slots: int, kernels: AdapterKernels, device: torch.device) -> None:
         self.sites = tuple(sites)
         self.low_rank = LowRankTable(sites, slots, paired_columns=kernels.PAIRED_COLUMNS)
         self.affine = AffineTable(sites, slots, device)
@@ -67,7 +67,7 @@ class SiteTables:
 
 
 def add_bottlenecks(
-    x: torch.Tensor, y: torch.Tensor, owners: Owners, table: BottleneckTable, kernels: Kernels
+    x: torch.Tensor, y: torch.Tensor, owners: Owners, table: BottleneckTable, kernels: AdapterKernels
 ) -> None:
     """Change a sublayer's output y [rows, hidden] in place; x [rows, hidden] was its input. Contiguous."""
     for parallel in (False, True):

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from onebase_adapters.base_shape import Site
-from onebase_engine.kernels.cpu.tables import BottleneckTable
-from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.adapter_interface import AdapterKernels
 from onebase_engine.kernels.site_tables import SiteTables, add_bottlenecks
+from onebase_engine.kernels.tables import BottleneckTable
 from onebase_engine.runner.batching import Context
 
 
@@ -18,7 +18,7 @@ class AdapterLinear(nn.Module):
     """A linear module of the base in its place, unchanged, between its adapters' changes of input and output."""
 
     def __init__(
-        self, inner: nn.Module, tables: SiteTables, kernels: Kernels, context: Context, *, head: bool
+        self, inner: nn.Module, tables: SiteTables, kernels: AdapterKernels, context: Context, *, head: bool
     ) -> None:
         """`head`: it is the LM head, which sees only the rows to sample from."""
         super().__init__()
@@ -59,7 +59,7 @@ def hook_linears(
     model: nn.Module,
     sites: Sequence[Site],
     slots: int,
-    kernels: Kernels,
+    kernels: AdapterKernels,
     context: Context,
     device: torch.device,
 ) -> list[SiteTables]:
@@ -76,7 +76,7 @@ def hook_linears(
     return hooked
 
 
-def hook_sublayer(module: nn.Module, table: BottleneckTable, kernels: Kernels, context: Context) -> None:
+def hook_sublayer(module: nn.Module, table: BottleneckTable, kernels: AdapterKernels, context: Context) -> None:
     """Let the bottlenecks of `table` work on what an attention or MLP block returns."""
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

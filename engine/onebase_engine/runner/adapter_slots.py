@@ -6,11 +6,11 @@ from onebase_adapters.primitives.instruction_set import Bottleneck, Head, LowRan
 from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
 from onebase_engine.base.load_base import LoadedBase
 from onebase_engine.base.model_weights import ModelWeights
+from onebase_engine.kernels.adapter_interface import Table
 from onebase_engine.kernels.arena import Arena
 from onebase_engine.kernels.batch import Traits
-from onebase_engine.kernels.cpu.tables import BottleneckTable
-from onebase_engine.kernels.interface import Table
 from onebase_engine.kernels.site_tables import SiteTables
+from onebase_engine.kernels.tables import BottleneckTable
 from onebase_engine.runner.classifier_heads import HeadTable
 from onebase_engine.runner.input_embedding import InputEmbedding
 

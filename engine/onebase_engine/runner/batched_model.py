@@ -13,15 +13,12 @@ from onebase_engine.base.describe import cache_shape
 from onebase_engine.base.load_base import LoadedBase, load_base
 from onebase_engine.base.package_files import Progress
 from onebase_engine.cache.kv_pages import PagedKV
+from onebase_engine.kernels.adapter_interface import AdapterKernels
 from onebase_engine.kernels.batch import Batch
-from onebase_engine.kernels.choose import choose_kernels
-from onebase_engine.kernels.cpu.fused_decoder import Fused, fuse
-from onebase_engine.kernels.cpu.plain_product import replace_emulated
-from onebase_engine.kernels.cpu.screen import Screen
-from onebase_engine.kernels.cpu.tables import BottleneckTable
-from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.choose import choose_kernels, replace_emulated
+from onebase_engine.kernels.interface import Fused, HeadScreen
 from onebase_engine.kernels.linear4bit import nf4_copy
-from onebase_engine.kernels.reference import backend as reference
+from onebase_engine.kernels.tables import BottleneckTable
 from onebase_engine.runner.adapter_linear import hook_linears, hook_sublayer
 from onebase_engine.runner.adapter_slots import AdapterSlots
 from onebase_engine.runner.batching import Chunk, Context, make_batch
@@ -47,7 +44,7 @@ class ServedModel(AdapterSlots):
             base.device, torch.bfloat16, cache_shape(base.model.config).dim,
             [site.in_features for site in base.shape.sites.values()],
         )  # fmt: skip
-        replays = base.device.type == "cuda" and self._kernels is not reference and Replays.suit(base.model)
+        replays = self._kernels.CAPTURED and base.device.type == "cuda" and Replays.suit(base.model)
         # A captured step's rows that are nobody's write into one block more.
         self.cache = PagedKV(base.model.config, blocks + replays, self._kernels, base.device)
         hook_attention(base.model, self.cache, self._context)
@@ -56,7 +53,7 @@ class ServedModel(AdapterSlots):
         self._bare_head = base.model.get_output_embeddings()
         self._screen = self._make_screen() if head == "screened" else None
         self._fused: Fused | None = None
-        if (made := fuse(base.model, base.shape, self._kernels, self.cache, slots + 1)) is not None:
+        if (made := self._kernels.fuse(base.model, base.shape, self.cache, slots + 1)) is not None:
             self._fused, self._sites, self._sublayers = made
         covered = {site.name for tables in self._sites for site in tables.sites}
         rest = [site for site in base.shape.sites.values() if site.name not in covered]
@@ -83,13 +80,12 @@ class ServedModel(AdapterSlots):
             self._run, tables, self._kernels, self._device, spare_block=spare_block, capture=capture
         )
 
-    def _make_screen(self) -> Screen | None:
+    def _make_screen(self) -> HeadScreen | None:
         if self._bare_head is None:
             return None
-        if self._device.type == "cpu" and Screen.fits(self._bare_head):
-            return Screen(self._bare_head)
-        log.info("greedy tokens come from all logits: the head cannot be screened here")
-        return None
+        if (screen := self._kernels.screen(self._bare_head)) is None:
+            log.info("greedy tokens come from all logits: the head cannot be screened here")
+        return screen
 
     def release(self, sequence: str) -> None:
         """Forget a sequence: nothing is kept of any, its pages are the engine's."""
@@ -161,7 +157,9 @@ class ServedModel(AdapterSlots):
         return torch.as_tensor(batch.positions + self.shape.first_position, device=self._device)[None]
 
 
-def _hook_sublayers(base: LoadedBase, slots: int, kernels: Kernels, context: Context) -> list[BottleneckTable]:
+def _hook_sublayers(
+    base: LoadedBase, slots: int, kernels: AdapterKernels, context: Context
+) -> list[BottleneckTable]:
     """Let each sublayer's output pass its bottlenecks."""
     tables = [
         BottleneckTable(name, slots, base.device, transposed=kernels.TRANSPOSED_DOWN)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from onebase_engine.kernels.adapter_interface import AdapterKernels
 from onebase_engine.kernels.batch import BLOCK, Batch, Owners, Traits
-from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.tiles import low_rank_tiles
 
 
@@ -46,7 +46,7 @@ class Context:
 
 def make_batch(
     chunks: Sequence[Chunk],
-    kernels: Kernels,
+    kernels: AdapterKernels,
     traits: Traits,
     device: torch.device,
     *,
@@ -96,7 +96,7 @@ def make_batch(
     )
 
 
-def make_owners(slots: np.ndarray, kernels: Kernels, traits: Traits) -> Owners:
+def make_owners(slots: np.ndarray, kernels: AdapterKernels, traits: Traits) -> Owners:
     """Of rows with these `slots` [rows] int32."""
     return Owners(
         slots,

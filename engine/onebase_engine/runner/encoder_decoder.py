@@ -14,10 +14,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from onebase_engine.base.describe import cache_shape
 from onebase_engine.base.load_base import LoadedBase
+from onebase_engine.kernels.adapter_interface import AdapterKernels
 from onebase_engine.kernels.batch import Owners, Traits
-from onebase_engine.kernels.choose import choose_kernels
-from onebase_engine.kernels.cpu.plain_product import replace_emulated
-from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.choose import choose_kernels, replace_emulated
 from onebase_engine.runner.adapter_linear import hook_linears
 from onebase_engine.runner.adapter_slots import AdapterSlots
 from onebase_engine.runner.batching import Chunk, Context, make_batch, make_owners
@@ -28,7 +27,7 @@ class _OneSlot(Context):
     """All rows of every module are one adapter's: those of the prompt, of the output, and of the prompt again where
     the decoder attends to it."""
 
-    def __init__(self, kernels: Kernels, traits: Traits) -> None:
+    def __init__(self, kernels: AdapterKernels, traits: Traits) -> None:
         self._kernels = kernels
         self._traits = traits
         self._slot = 0

@@ -6,8 +6,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from onebase_engine.kernels.cpu.screen import Screen
 from onebase_engine.kernels.gumbel_noise import Noise
+from onebase_engine.kernels.interface import HeadScreen
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,9 @@ class LogitScores:
 class HiddenScores:
     """Hidden states [n, width] whose logits are computed only for those who need them."""
 
-    def __init__(self, hidden: torch.Tensor, head: Any, screen: Screen | None, *, together: bool = False) -> None:
+    def __init__(
+        self, hidden: torch.Tensor, head: Any, screen: HeadScreen | None, *, together: bool = False
+    ) -> None:
         """`together`: the head takes only all rows at once, because it has adapters for each of them."""
         self._hidden = hidden
         self._head = head

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from onebase_engine.kernels.batch import BLOCK, Batch, DeviceArrays, Owners, Traits
-from onebase_engine.kernels.cpu.tables import LowRankTable
 from onebase_engine.kernels.interface import Kernels
+from onebase_engine.kernels.tables import LowRankTable
 from onebase_engine.kernels.tiles import low_rank_tiles
 from onebase_engine.runner.batching import Chunk
 

@@ -14,7 +14,6 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -168,12 +167,10 @@ def _load(config: EngineConfig, inbox: _Inbox, phases: Phases) -> "Engine":
 
     stay_alone()
 
-    kernels = None
-    if config.base.device == "cpu" or not Path("/dev/nvidiactl").exists():
-        # Compiled beside all else that takes a while, where they are sure to be needed.
-        from onebase_engine.kernels.cpu.build import Build
+    # Kernels are compiled beside all else that takes a while.
+    from onebase_engine.kernels.choose import start_build
 
-        kernels = Build(phases.tell)
+    kernels = start_build(config.base.device, phases.tell)
     from onebase_engine.startup import start_engine
 
     return start_engine(config, wake=lambda: inbox.put(_Signal.WAKE), phases=phases, kernels=kernels)

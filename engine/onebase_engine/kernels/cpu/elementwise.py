@@ -47,12 +47,12 @@ def _mean_square(row: np.ndarray) -> np.float32:
 
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _norm(x: int, weight: int, gemma: bool, out: int, width: int, eps: float) -> None:
+def _norm(x: int, weight: int, unit_offset: bool, out: int, width: int, eps: float) -> None:
     row = carray(u16_pointer(x), width, np.uint16)
     scale = np.float32(1.0) / np.sqrt(_mean_square(row) + np.float32(eps))
     weights = carray(u16_pointer(weight), width, np.uint16)
     target = carray(u16_pointer(out), width, np.uint16)
-    if gemma:
+    if unit_offset:
         for i in range(width):
             target[i] = bf16_from_f32(f32_from_bf16(row[i]) * scale * (np.float32(1.0) + f32_from_bf16(weights[i])))
     else:
@@ -64,30 +64,30 @@ def _norm(x: int, weight: int, gemma: bool, out: int, width: int, eps: float) ->
 @NORM.work
 def norm_row(t: int, at: int) -> None:
     """Row t of `add_rms_norm`."""
-    x, delta, behind, weight, gemma, out, width, eps = _read_norm(at)
+    x, delta, behind, weight, unit_offset, out, width, eps = _read_norm(at)
     step = 2 * t * width
     if delta != 0:
         if behind != 0:
-            _norm(delta + step, behind, gemma, delta + step, width, eps)
+            _norm(delta + step, behind, unit_offset, delta + step, width, eps)
         row = carray(u16_pointer(x + step), width, np.uint16)
         change = carray(u16_pointer(delta + step), width, np.uint16)
         for i in range(width):
             row[i] = bf16_from_f32(f32_from_bf16(row[i]) + f32_from_bf16(change[i]))
-    _norm(x + step, weight, gemma, out + step, width, eps)
+    _norm(x + step, weight, unit_offset, out + step, width, eps)
 
 
 _norm_rows = NORM.kernel(norm_row, serial=SERIAL_ROWS)
 
 
 def add_rms_norm(
-    x: int, delta: int, behind: int, weight: int, gemma: bool, out: int, rows: int, width: int, eps: float
+    x: int, delta: int, behind: int, weight: int, unit_offset: bool, out: int, rows: int, width: int, eps: float
 ) -> None:
     """x += delta (unless `delta` is 0), then out = RMSNorm(x) * weight; addresses of bfloat16 [rows, width].
 
     Before it is added, delta is normalised itself, in place, by the weight `behind` (unless that is 0). Weights are
-    rounded as in Llama, or with `gemma` are stored as what exceeds 1 and multiply in float32.
+    rounded as in Llama, or with `unit_offset` are stored as what exceeds 1 and multiply in float32.
     """
-    _norm_rows(rows, x, delta, behind, weight, gemma, out, width, eps)
+    _norm_rows(rows, x, delta, behind, weight, unit_offset, out, width, eps)
 
 
 @GATE.work
@@ -131,7 +131,7 @@ def _rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray, dim: int) -> Non
 @ROPE.work
 def rope_row(t: int, at: int) -> None:
     """Row t of `rope_attend`, but for the attention."""
-    qkv, q_norm, k_norm, gemma, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions = (
+    qkv, q_norm, k_norm, unit_offset, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions = (
         _read_rope(at)
     )
     row, angle, slot = qkv + 2 * t * (heads + 2 * kv_heads) * dim, 2 * positions[t] * dim, slots[t]
@@ -140,7 +140,7 @@ def rope_row(t: int, at: int) -> None:
     for h in range(heads + kv_heads):
         head, weight = row + 2 * h * dim, q_norm if h < heads else k_norm
         if weight != 0:
-            _norm(head, weight, gemma, head, dim, eps)
+            _norm(head, weight, unit_offset, head, dim, eps)
         _rotate(carray(u16_pointer(head), dim, np.uint16), cosine, sine, dim)
     block, offset = slot // BLOCK, slot % BLOCK
     page = 2 * block * kv_heads * dim * BLOCK
@@ -158,7 +158,7 @@ _rope_rows = ROPE.kernel(rope_row, serial=SERIAL_ROWS)
 
 
 def rope_attend(
-    qkv: int, q_norm: int, k_norm: int, gemma: bool, eps: float, cos: int, sin: int, out: int, k_cache: int,
+    qkv: int, q_norm: int, k_norm: int, unit_offset: bool, eps: float, cos: int, sin: int, out: int, k_cache: int,
     v_cache: int, heads: int, kv_heads: int, dim: int, scale: float, window: int, slots: np.ndarray,
     items: np.ndarray, positions: np.ndarray, visible: np.ndarray, tables: np.ndarray,
 ) -> None:  # fmt: skip
@@ -166,7 +166,7 @@ def rope_attend(
     [dim], are 0) and rotate them, in place, write keys and values to the cache, then attend into out
     [T, heads * dim]; cos and sin [positions, dim]. Addresses of bfloat16; see `attend`."""
     _rope_rows(
-        len(slots), qkv, q_norm, k_norm, gemma, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots,
+        len(slots), qkv, q_norm, k_norm, unit_offset, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots,
         positions,
     )  # fmt: skip
     attend(

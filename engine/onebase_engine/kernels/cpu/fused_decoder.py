@@ -5,39 +5,33 @@ against. Projections that share an input run as one product. Only where it is ex
 4-bit weights that the packed product takes. Every other model runs its own forward.
 """
 
-import logging
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numba import get_num_threads
-from torch import nn
 
 from onebase_adapters.base_shape import BaseShape
+from onebase_engine.kernels.adapter_interface import KeyValuePages
 from onebase_engine.kernels.batch import Batch, Owners
-from onebase_engine.kernels.cpu import backend as cpu
-from onebase_engine.kernels.cpu import decoder_families as families
+from onebase_engine.kernels.cpu import adapter_kernels as cpu
 from onebase_engine.kernels.cpu.attention import NO_WINDOW
-from onebase_engine.kernels.cpu.decoder_families import Kind
 from onebase_engine.kernels.cpu.elementwise import add_rms_norm, gate_mul, rope_attend
 from onebase_engine.kernels.cpu.packed import PackedLinear, packable
 from onebase_engine.kernels.cpu.run_layers import LAYER, run_layers
-from onebase_engine.kernels.cpu.tables import BottleneckTable
-from onebase_engine.kernels.interface import Kernels, KeyValuePages
-from onebase_engine.kernels.reference import backend as reference
+from onebase_engine.kernels.fusing import (
+    Angles,
+    LayerToFuse,
+    kind_of,
+    layers_to_fuse,
+    may_be_fused,
+    sites_of,
+    sublayers_of,
+    window_of,
+)
+from onebase_engine.kernels.interface import Fused
 from onebase_engine.kernels.site_tables import SiteTables, add_bottlenecks
-
-log = logging.getLogger(__name__)
-
-
-Fused = Callable[[Batch, torch.Tensor], torch.Tensor]
-"""From a batch and its embeddings [T, hidden], which are used up, to the last hidden states [n, hidden] of its
-sample rows, ready for the LM head."""
-
-_LEAST_ANGLES = 2048
-"""Positions whose angles are computed at first."""
+from onebase_engine.kernels.tables import BottleneckTable
 
 
 class Scratch:
@@ -57,37 +51,6 @@ class Scratch:
             buffer[: rows * width].view(rows, width)
             for buffer, width in zip(self._buffers, self._widths, strict=True)
         ]
-
-
-class Angles:
-    """The rotary embedding's cosines and sines by position, computed once by transformers' own module."""
-
-    def __init__(self, rotary: Any, layer_type: str | None) -> None:
-        """`layer_type`: whose, where a model's layers have several."""
-        self._rotary = rotary if layer_type is None else partial(rotary, layer_type=layer_type)
-        self._known = 0
-
-    @staticmethod
-    def layer_type(rotary: Any, attention: Any) -> str | None:
-        """Which of the model's rotations a layer takes; None where there is one."""
-        return attention.layer_type if isinstance(rotary.rope_type, dict) else None
-
-    @staticmethod
-    def fit(rotary: Any, dim: int) -> bool:
-        """Whether they are for whole heads, and depend on the position alone: in other kinds also on how long the
-        longest sequence is."""
-        several = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
-        frequencies = [getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq") for kind in several]
-        return {*several.values()} <= {"default", "linear", "llama3", "yarn"} and all(
-            2 * len(each) == dim for each in frequencies
-        )
-
-    def __call__(self, positions: np.ndarray, like: torch.Tensor) -> tuple[int, int]:
-        """Addresses of [positions, dim] in the dtype of `like`, as far as these positions."""
-        if (last := int(positions.max())) >= self._known:
-            self._known = max(_LEAST_ANGLES, 1 << last.bit_length())
-            self._cos, self._sin = self._rotary(like, torch.arange(self._known)[None])
-        return self._cos.data_ptr(), self._sin.data_ptr()
 
 
 class Projection:
@@ -122,23 +85,21 @@ class FusedLayer:
 
     def __init__(
         self,
-        layer: Any,
-        kind: Kind,
-        before: Any,
-        projections: list[Projection],
-        bottlenecks: list[BottleneckTable],
+        parts: LayerToFuse,
         cache: KeyValuePages,
     ) -> None:
-        """`before`: the layer whose output it reads, None for the first."""
+        layer, kind = parts.layer, parts.kind
         attention = layer.self_attn
         config = attention.config
-        self._qkv, self._o, self._gate_up, self._down = projections
-        self._after_attention, self._after_mlp = bottlenecks
+        self._qkv, self._o, self._gate_up, self._down = [
+            Projection(modules, tables) for modules, tables in parts.projections
+        ]
+        self._after_attention, self._after_mlp = parts.bottlenecks
         self._norms = tuple(_weight(layer, name) for name in kind.norms)
         behind_attention, behind_mlp = kind.behind
-        self._behind = (_weight(before, behind_mlp), _weight(layer, behind_attention))
+        self._behind = (_weight(parts.before, behind_mlp), _weight(layer, behind_attention))
         self._head_norms = (_weight(attention, "q_norm"), _weight(attention, "k_norm"))
-        self._gemma = kind.gemma
+        self._unit_offset, self._gelu = kind.unit_offset, kind.gelu
         self._eps = config.rms_norm_eps
         self._cache = (cache.k[attention.layer_idx].data_ptr(), cache.v[attention.layer_idx].data_ptr())
         self._heads = (config.num_attention_heads, cache.kv_heads, cache.dim)
@@ -158,9 +119,10 @@ class FusedLayer:
                 layer[name][field] = number
 
     @property
-    def settings(self) -> tuple[float, int, int, int, float, bool]:
-        """What layers have in common: epsilon; heads, key-value heads, dim; scale; whether it is Gemma."""
-        return self._eps, *self._heads, self._scale, self._gemma
+    def settings(self) -> tuple[float, int, int, int, float, bool, bool]:
+        """What layers have in common: epsilon; heads, key-value heads, dim; scale; whether norms are stored as what
+        exceeds 1; whether the activation is gelu."""
+        return self._eps, *self._heads, self._scale, self._unit_offset, self._gelu
 
     def __call__(
         self, x: torch.Tensor, first: bool, cos: int, sin: int, buffers: list[torch.Tensor], batch: Batch
@@ -168,16 +130,16 @@ class FusedLayer:
         """`x` [T, hidden] is changed in place; what the layer before left in the buffer `change` is added to it
         first, unless there was none (`first`)."""
         rows, hidden = x.shape
-        owners, gemma = batch.owners, self._gemma
+        owners, offset = batch.owners, self._unit_offset
         normed, qkv, attended, change, gate_up, activated = buffers
         at_x, at_change, at_normed = x.data_ptr(), change.data_ptr(), normed.data_ptr()
         add_rms_norm(
-            at_x, 0 if first else at_change, self._behind[0], self._norms[0], gemma, at_normed, rows, hidden,
+            at_x, 0 if first else at_change, self._behind[0], self._norms[0], offset, at_normed, rows, hidden,
             self._eps,
         )  # fmt: skip
         self._qkv(normed, qkv, owners)
         rope_attend(
-            qkv.data_ptr(), *self._head_norms, gemma, self._eps, cos, sin, attended.data_ptr(), *self._cache,
+            qkv.data_ptr(), *self._head_norms, offset, self._eps, cos, sin, attended.data_ptr(), *self._cache,
             *self._heads, self._scale, self._window,
             batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
         )  # fmt: skip
@@ -185,10 +147,10 @@ class FusedLayer:
         if owners.bottleneck:
             add_bottlenecks(normed, change, owners, self._after_attention, cpu)
         add_rms_norm(
-            at_x, at_change, self._behind[1], self._norms[1], gemma, at_normed, rows, hidden, self._eps
+            at_x, at_change, self._behind[1], self._norms[1], offset, at_normed, rows, hidden, self._eps
         )  # fmt: skip
         self._gate_up(normed, gate_up, owners)
-        gate_mul(gate_up.data_ptr(), gemma, activated.data_ptr(), rows, activated.shape[1])
+        gate_mul(gate_up.data_ptr(), self._gelu, activated.data_ptr(), rows, activated.shape[1])
         self._down(activated, change, owners)
         if owners.bottleneck:
             add_bottlenecks(normed, change, owners, self._after_mlp, cpu)
@@ -198,8 +160,12 @@ class FusedModel:
     """A decoder's forward pass over a flat batch, without embedding and LM head."""
 
     def __init__(self, model: Any, layers: list[FusedLayer], scratch: Scratch) -> None:
-        decoder, kind = model.model, families.MODELS[type(model).__name__]
-        self._norms = (_weight(decoder.layers[-1], kind.behind[1]), decoder.norm.weight.data_ptr(), kind.gemma)
+        decoder, kind = model.model, kind_of(model)
+        self._norms = (
+            _weight(decoder.layers[-1], kind.behind[1]),
+            decoder.norm.weight.data_ptr(),
+            kind.unit_offset,
+        )
         self._layers = layers
         self._scratch = scratch
         self._descriptions = np.zeros(len(layers), LAYER)
@@ -243,68 +209,17 @@ def _weight(owner: Any, name: str) -> int:
 
 
 def fuse(
-    model: Any, shape: BaseShape, kernels: Kernels, cache: KeyValuePages, slots: int
+    model: Any, shape: BaseShape, cache: KeyValuePages, slots: int
 ) -> tuple[Fused, list[SiteTables], list[BottleneckTable]] | None:
-    """The fused forward of `model`, and the tables of its layers' sites and sublayers; None where it cannot be
-    fused."""
-    if kernels is not cpu and kernels is not reference:
-        from onebase_engine.kernels.cuda.fused_decoder import fuse_on_gpu
-
-        return fuse_on_gpu(model, shape, kernels, cache, slots)
-    lacking = (
-        "its kernels are the plain ones" if kernels is reference else lacking_for_fusion(model, cache, packable)
-    )
-    if lacking is not None:
-        log.info("%s keeps transformers' own layers: %s", type(model).__name__, lacking)
+    """See `Kernels.fuse`."""
+    if not may_be_fused(model, cache, packable):
         return None
-    config, kind = model.config, families.MODELS[type(model).__name__]
+    config = model.config
     hidden, heads = config.hidden_size, config.num_attention_heads * cache.dim
     scratch = Scratch(
         hidden, heads + 2 * cache.kv_heads * cache.dim, heads, hidden,
         2 * config.intermediate_size, config.intermediate_size,
     )  # fmt: skip
-    device = torch.device("cpu")
-    layers, sites, sublayers = [], [], []
-    for index, layer in enumerate(model.model.layers):
-        projections = []
-        for owner, names in kind.projections:
-            group = [shape.sites[f"model.layers.{index}.{owner}.{name}"] for name in names]
-            tables = SiteTables(group, slots, kernels, device)
-            projections.append(Projection([layer.get_submodule(f"{owner}.{name}") for name in names], tables))
-            sites.append(tables)
-        bottlenecks = [
-            BottleneckTable(f"model.layers.{index}.{owner}", slots, device, transposed=kernels.TRANSPOSED_DOWN)
-            for owner in ("self_attn", "mlp")
-        ]
-        before = model.model.layers[index - 1] if index else None
-        layers.append(FusedLayer(layer, kind, before, projections, bottlenecks, cache))
-        sublayers += bottlenecks
-    return FusedModel(model, layers, scratch), sites, sublayers
-
-
-def lacking_for_fusion(model: Any, cache: KeyValuePages, fits: Callable[[nn.Module], bool]) -> str | None:
-    """Why the model cannot be fused, if it cannot; `fits`: whether the product takes a linear module."""
-    if type(model).__name__ not in families.MODELS:
-        return f"fused ones are known for {', '.join(families.MODELS)}"
-    if not Angles.fit(model.model.rotary_emb, cache.dim):
-        return "its rotary embedding depends on the longest sequence, or turns a part of each head"
-    config, gemma = model.config, families.MODELS[type(model).__name__].gemma
-    wanted = "gelu_pytorch_tanh" if gemma else "silu"
-    if (found := getattr(config, "hidden_activation", None) or config.hidden_act) != wanted:
-        return f"the fused ones have {wanted}, not {found}"
-    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "use_bidirectional_attention", None):
-        return "the fused ones have no soft cap on scores, and look back only"
-    if not all(_fusable(layer, fits) for layer in model.model.layers):
-        return "the fused ones take bfloat16 with linear modules in 4 bits, in sizes that pack"
-    return None
-
-
-def window_of(attention: Any) -> int | None:
-    """How far back a layer sees: where layers may differ, each knows its own."""
-    owner = attention if hasattr(attention, "sliding_window") else attention.config
-    return getattr(owner, "sliding_window", None) or None
-
-
-def _fusable(layer: Any, fits: Callable[[nn.Module], bool]) -> bool:
-    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    return all(fits(linear) for linear in linears) and layer.input_layernorm.weight.dtype == torch.bfloat16
+    parts = layers_to_fuse(model, shape, cpu, slots, torch.device("cpu"))
+    fused = FusedModel(model, [FusedLayer(each, cache) for each in parts], scratch)
+    return fused, sites_of(parts), sublayers_of(parts)

@@ -60,7 +60,7 @@ _write_product, _write_update = MULTIPLY.write, UPDATE.write
 
 LAYERS = Arguments(
     array(types.int64), WHOLE, array(types.int64), array(types.int64, 2), *[WHOLE] * 4, NUMBER, *[WHOLE] * 3,
-    NUMBER, FLAG, array(types.int64), array(types.int32, 2), array(types.int64), array(types.int32, 2),
+    NUMBER, FLAG, FLAG, array(types.int64), array(types.int32, 2), array(types.int64), array(types.int32, 2),
     array(types.int64), array(types.int64), array(types.int32, 2),
 )  # fmt: skip
 """Addresses of the works, threads, the stages' counts, and the rest as `run_layers` has it."""
@@ -95,8 +95,8 @@ def _project(
 def _run(_: int, at: int) -> None:
     """One thread's way through all stages."""
     (
-        works, threads, counts, layers, x, rows, hidden, intermediate, eps, heads, kv_heads, dim, scale, gemma,
-        buffers, tiles, slots, items, positions, visible, tables,
+        works, threads, counts, layers, x, rows, hidden, intermediate, eps, heads, kv_heads, dim, scale,
+        unit_offset, gelu, buffers, tiles, slots, items, positions, visible, tables,
     ) = _read(at)  # fmt: skip
     normalise, rotate, attend, gate, multiply, update = works
     normed, qkv, attended, change, gate_up, activated = buffers
@@ -106,11 +106,11 @@ def _run(_: int, at: int) -> None:
         layer = layers[index]
         s = stages + index * _STAGES * STAGE
         added, k_cache, v_cache = 0 if index == 0 else change, layer[_KEYS], layer[_VALUES]
-        norm = _write_norm((x, added, layer[_BEHIND_LAST], layer[_FIRST_NORM], gemma, normed, hidden, eps))
+        norm = _write_norm((x, added, layer[_BEHIND_LAST], layer[_FIRST_NORM], unit_offset, normed, hidden, eps))
         share(s, threads, rows, normalise, norm)
         _project(s + STAGE, threads, multiply, update, normed, qkv, rows, layer[_QKV:], tiles)
         rope = _write_rope((
-            qkv, layer[_Q_NORM], layer[_K_NORM], gemma, eps, layer[_COS], layer[_SIN], k_cache, v_cache,
+            qkv, layer[_Q_NORM], layer[_K_NORM], unit_offset, eps, layer[_COS], layer[_SIN], k_cache, v_cache,
             heads, kv_heads, dim, slots, positions,
         ))  # fmt: skip
         share(s + 3 * STAGE, threads, rows, rotate, rope)
@@ -121,11 +121,11 @@ def _run(_: int, at: int) -> None:
         share(s + 4 * STAGE, threads, items.shape[0], attend, attention)
         _project(s + 5 * STAGE, threads, multiply, update, attended, change, rows, layer[_O:], tiles)
         norm = _write_norm((
-            x, change, layer[_BEHIND_ATTENTION], layer[_SECOND_NORM], gemma, normed, hidden, eps
+            x, change, layer[_BEHIND_ATTENTION], layer[_SECOND_NORM], unit_offset, normed, hidden, eps
         ))  # fmt: skip
         share(s + 7 * STAGE, threads, rows, normalise, norm)
         _project(s + 8 * STAGE, threads, multiply, update, normed, gate_up, rows, layer[_GATE_UP:], tiles)
-        share(s + 10 * STAGE, threads, rows, gate, _write_gate((gate_up, gemma, activated, intermediate)))
+        share(s + 10 * STAGE, threads, rows, gate, _write_gate((gate_up, gelu, activated, intermediate)))
         _project(s + 11 * STAGE, threads, multiply, update, activated, change, rows, layer[_DOWN:], tiles)
 
 
@@ -134,11 +134,11 @@ _run_all = LAYERS.kernel(_run)
 
 def run_layers(
     threads: int, layers: np.ndarray, x: int, rows: int, hidden: int, intermediate: int, eps: float, heads: int,
-    kv_heads: int, dim: int, scale: float, gemma: bool, buffers: np.ndarray, tiles: np.ndarray, slots: np.ndarray,
-    items: np.ndarray, positions: np.ndarray, visible: np.ndarray, tables: np.ndarray,
+    kv_heads: int, dim: int, scale: float, unit_offset: bool, gelu: bool, buffers: np.ndarray, tiles: np.ndarray,
+    slots: np.ndarray, items: np.ndarray, positions: np.ndarray, visible: np.ndarray, tables: np.ndarray,
 ) -> None:  # fmt: skip
     """x [rows, hidden] through all layers by so many threads, but for the last one's MLP output, which is left in
-    the buffer `change`. `gemma`: norms as in `add_rms_norm`, and gelu.
+    the buffer `change`. `unit_offset` as in `add_rms_norm`, `gelu` as in `gate_mul`.
 
     `layers` [layers] of LAYER; `buffers` [6] int64, addresses of normed, qkv, attended,
     change, gate_up and activated; the rest as in `rope_attend`.
@@ -148,5 +148,5 @@ def run_layers(
     rows_of_numbers = layers.view(np.int64).reshape(len(layers), -1)
     _run_all(
         threads, np.array(works, np.int64), threads, counts, rows_of_numbers, x, rows, hidden, intermediate, eps,
-        heads, kv_heads, dim, scale, gemma, buffers, tiles, slots, items, positions, visible, tables,
+        heads, kv_heads, dim, scale, unit_offset, gelu, buffers, tiles, slots, items, positions, visible, tables,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from onebase_engine.kernels.batch import BLOCK, DeviceArrays
-from onebase_engine.kernels.cpu.tables import Vectors
+from onebase_engine.kernels.tables import Vectors
 
 _COLUMNS = 1024
 
@@ -50,11 +50,11 @@ def affine_rows(y: torch.Tensor, slots: torch.Tensor, scales: Vectors, shifts: V
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _normed(
-    values: tl.tensor, weight: tl.tensor, width: tl.tensor, eps: tl.tensor, GEMMA: tl.constexpr
+    values: tl.tensor, weight: tl.tensor, width: tl.tensor, eps: tl.tensor, UNIT_OFFSET: tl.constexpr
 ) -> tl.tensor:
     """values [n] float32, zero behind `width`, as transformers' RMS norms make of them, in bfloat16."""
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
-    if GEMMA:
+    if UNIT_OFFSET:
         return (values * scale * (1 + weight)).to(tl.bfloat16)
     return ((values * scale).to(tl.bfloat16).to(tl.float32) * weight).to(tl.bfloat16)
 
@@ -70,7 +70,7 @@ def _add_rms_norm(
     eps: tl.tensor,
     CHANGED: tl.constexpr,
     BEHIND: tl.constexpr,
-    GEMMA: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     """Program (row). COLUMNS is `width` rounded up to a power of two."""
@@ -82,12 +82,12 @@ def _add_rms_norm(
         more = tl.load(change + start + column, mask=inside, other=0.0).to(tl.float32)
         if BEHIND:
             factors = tl.load(behind + column, mask=inside, other=0.0).to(tl.float32)
-            more = _normed(more, factors, width, eps, GEMMA).to(tl.float32)
+            more = _normed(more, factors, width, eps, UNIT_OFFSET).to(tl.float32)
         summed = (values + more).to(tl.bfloat16)
         tl.store(x + start + column, summed, mask=inside)
         values = summed.to(tl.float32)
     factors = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + start + column, _normed(values, factors, width, eps, GEMMA), mask=inside)
+    tl.store(out + start + column, _normed(values, factors, width, eps, UNIT_OFFSET), mask=inside)
 
 
 def add_rms_norm(
@@ -97,7 +97,7 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     *,
-    gemma: bool,
+    unit_offset: bool,
 ) -> torch.Tensor:
     """Add `change` [rows, width], through the norm `behind` if there is one, to x in place; returns x's norm."""
     rows, width = x.shape
@@ -105,7 +105,7 @@ def add_rms_norm(
     columns = triton.next_power_of_2(width)
     _add_rms_norm[(rows,)](
         x, x if change is None else change, weight if behind is None else behind, weight, out, width, eps,
-        CHANGED=change is not None, BEHIND=behind is not None, GEMMA=gemma, COLUMNS=columns,
+        CHANGED=change is not None, BEHIND=behind is not None, UNIT_OFFSET=unit_offset, COLUMNS=columns,
         num_warps=max(1, min(8, columns // 512)),
     )  # fmt: skip
     return out
@@ -128,7 +128,7 @@ def _rope_write(
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     NORMS: tl.constexpr,
-    GEMMA: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Program (token, head of queries, then of keys, then of values). HALF is DIM / 2 rounded up to a power of two.
@@ -155,7 +155,7 @@ def _rope_write(
             scale = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / DIM + eps)
             u = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
             v = tl.load(weight + DIM // 2 + d, mask=inside, other=0.0).to(tl.float32)
-            if GEMMA:
+            if UNIT_OFFSET:
                 first, second = (a * scale * (1 + u)).to(tl.bfloat16), (b * scale * (1 + v)).to(tl.bfloat16)
             else:
                 first = ((a * scale).to(tl.bfloat16).to(tl.float32) * u).to(tl.bfloat16)
@@ -188,7 +188,7 @@ def rope_write(
     batch: DeviceArrays,
     eps: float,
     *,
-    gemma: bool,
+    unit_offset: bool,
 ) -> torch.Tensor:
     """Turn a layer's queries and keys, `norms` of their heads before, by their positions' `angles` (cosines and
     sines [positions, dim]), and write keys and values into the cache; returns the queries [T, heads, dim], a view
@@ -198,7 +198,7 @@ def rope_write(
     _rope_write[len(qkv), heads + 2 * kv_heads](
         qkv, *(norms or (qkv, qkv)), *angles, k_cache, v_cache, batch.positions, batch.cache_slots, eps,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HALF=triton.next_power_of_2(dim // 2), NORMS=norms is not None,
-        GEMMA=gemma, BLOCK=BLOCK, num_warps=1,
+        UNIT_OFFSET=unit_offset, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip
     return qkv[:, : heads * dim].view(len(qkv), heads, dim)
 

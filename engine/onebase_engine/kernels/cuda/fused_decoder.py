@@ -1,7 +1,6 @@
 """`fused` on GPUs: decoders of the Llama kind with some ten kernels a layer, and projections that share an input as
 one product and one low-rank update."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,18 +9,24 @@ from torch import nn
 from torch.nn.functional import linear
 
 from onebase_adapters.base_shape import BaseShape
+from onebase_engine.kernels.adapter_interface import KeyValuePages
 from onebase_engine.kernels.batch import Batch, Owners
 from onebase_engine.kernels.bitsandbytes_import import Linear4bit
-from onebase_engine.kernels.cpu import decoder_families as families
-from onebase_engine.kernels.cpu.decoder_families import Kind
-from onebase_engine.kernels.cpu.fused_decoder import Angles, lacking_for_fusion, window_of
-from onebase_engine.kernels.cpu.tables import BottleneckTable
+from onebase_engine.kernels.cuda import adapter_kernels as cuda
 from onebase_engine.kernels.cuda.elementwise import add_rms_norm, gate_mul, rope_write
 from onebase_engine.kernels.cuda.matmul4bit import Packed, multiplies
-from onebase_engine.kernels.interface import Kernels, KeyValuePages
+from onebase_engine.kernels.fusing import (
+    Angles,
+    LayerToFuse,
+    kind_of,
+    layers_to_fuse,
+    may_be_fused,
+    sites_of,
+    sublayers_of,
+    window_of,
+)
 from onebase_engine.kernels.site_tables import SiteTables, add_bottlenecks
-
-log = logging.getLogger(__name__)
+from onebase_engine.kernels.tables import BottleneckTable
 
 
 class Joined:
@@ -45,11 +50,10 @@ class Joined:
 class Projection:
     """Linear sites that share an input: the base's product between the adapters' changes of input and output."""
 
-    def __init__(self, modules: list[Any], tables: SiteTables, kernels: Kernels) -> None:
+    def __init__(self, modules: list[Any], tables: SiteTables) -> None:
         self._multiply = Packed(modules) if isinstance(modules[0], Linear4bit) else Joined(modules)
         self._modules = modules
         self._tables = tables
-        self._kernels = kernels
 
     def __call__(self, x: torch.Tensor, owners: Owners) -> torch.Tensor:
         """x [rows, in] to [rows, out], contiguous bfloat16."""
@@ -60,7 +64,7 @@ class Projection:
             return y
         if owners.affine and len(self._modules) > 1:
             self._tables.recompute(x, y, owners, self._modules)
-        self._kernels.add_low_rank(x, y, owners, self._tables.low_rank)
+        cuda.add_low_rank(x, y, owners, self._tables.low_rank)
         if owners.affine:
             self._tables.change_output(y, owners)
         return y
@@ -71,28 +75,24 @@ class GpuLayer:
 
     def __init__(
         self,
-        layer: Any,
-        kind: Kind,
-        before: Any,
-        projections: list[Projection],
-        bottlenecks: list[BottleneckTable],
+        parts: LayerToFuse,
         cache: KeyValuePages,
-        kernels: Kernels,
     ) -> None:
-        """`before`: the layer whose output it reads, None for the first."""
+        layer, kind = parts.layer, parts.kind
         attention = layer.self_attn
-        self._qkv, self._o, self._gate_up, self._down = projections
-        self._after_attention, self._after_mlp = bottlenecks
+        self._qkv, self._o, self._gate_up, self._down = [
+            Projection(modules, tables) for modules, tables in parts.projections
+        ]
+        self._after_attention, self._after_mlp = parts.bottlenecks
         self._norms = [layer.get_submodule(name).weight.data for name in kind.norms]
-        self._behind = (_weight(before, kind.behind[1]), _weight(layer, kind.behind[0]))
+        self._behind = (_weight(parts.before, kind.behind[1]), _weight(layer, kind.behind[0]))
         norms = _weight(attention, "q_norm"), _weight(attention, "k_norm")
         self._head_norms = None if norms[0] is None or norms[1] is None else (norms[0], norms[1])
-        self._gemma = kind.gemma
+        self._unit_offset, self._gelu = kind.unit_offset, kind.gelu
         self._eps = attention.config.rms_norm_eps
         self._cache = cache.k[attention.layer_idx], cache.v[attention.layer_idx]
         self._scale = attention.scaling
         self._window = window_of(attention)
-        self._kernels = kernels
 
     def __call__(
         self,
@@ -102,18 +102,18 @@ class GpuLayer:
         batch: Batch,
     ) -> torch.Tensor:
         """`x` [T, hidden] is changed in place, `change` is what the layer before left; returns what this leaves."""
-        owners, gemma, eps = batch.owners, self._gemma, self._eps
-        normed = add_rms_norm(x, change, self._behind[0], self._norms[0], eps, gemma=gemma)
+        owners, offset, eps = batch.owners, self._unit_offset, self._eps
+        normed = add_rms_norm(x, change, self._behind[0], self._norms[0], eps, unit_offset=offset)
         qkv = self._qkv(normed, owners)
-        q = rope_write(qkv, self._head_norms, angles, *self._cache, batch.on_device, eps, gemma=gemma)
-        attended = self._kernels.attend(q, *self._cache, batch, self._scale, self._window)
+        q = rope_write(qkv, self._head_norms, angles, *self._cache, batch.on_device, eps, unit_offset=offset)
+        attended = cuda.attend(q, *self._cache, batch, self._scale, self._window)
         change = self._o(attended.view(len(x), -1), owners)
         if owners.bottleneck:
-            add_bottlenecks(normed, change, owners, self._after_attention, self._kernels)
-        normed = add_rms_norm(x, change, self._behind[1], self._norms[1], eps, gemma=gemma)
-        change = self._down(gate_mul(self._gate_up(normed, owners), gelu=gemma), owners)
+            add_bottlenecks(normed, change, owners, self._after_attention, cuda)
+        normed = add_rms_norm(x, change, self._behind[1], self._norms[1], eps, unit_offset=offset)
+        change = self._down(gate_mul(self._gate_up(normed, owners), gelu=self._gelu), owners)
         if owners.bottleneck:
-            add_bottlenecks(normed, change, owners, self._after_mlp, self._kernels)
+            add_bottlenecks(normed, change, owners, self._after_mlp, cuda)
         return change
 
 
@@ -121,7 +121,7 @@ class GpuModel:
     """A decoder's forward pass over a flat batch, without embedding and LM head."""
 
     def __init__(self, model: Any, layers: list[GpuLayer], context: int, device: torch.device) -> None:
-        decoder, self._kind = model.model, families.MODELS[type(model).__name__]
+        decoder, self._kind = model.model, kind_of(model)
         self._layers = layers
         self._behind = _weight(decoder.layers[-1], self._kind.behind[1])
         self._norm = decoder.norm.weight.data
@@ -142,7 +142,9 @@ class GpuModel:
             change = layer(hidden, change, angles, batch)
         wanted = batch.sample_rows
         last = None if change is None else change[wanted]
-        return add_rms_norm(hidden[wanted], last, self._behind, self._norm, self._eps, gemma=self._kind.gemma)
+        return add_rms_norm(
+            hidden[wanted], last, self._behind, self._norm, self._eps, unit_offset=self._kind.unit_offset
+        )
 
 
 def _weight(owner: Any, name: str) -> torch.Tensor | None:
@@ -151,32 +153,16 @@ def _weight(owner: Any, name: str) -> torch.Tensor | None:
     return None if norm is None else norm.weight.data
 
 
-def fuse_on_gpu(
-    model: Any, shape: BaseShape, kernels: Kernels, cache: KeyValuePages, slots: int
+def fuse(
+    model: Any, shape: BaseShape, cache: KeyValuePages, slots: int
 ) -> tuple[GpuModel, list[SiteTables], list[BottleneckTable]] | None:
-    """As `fused.fuse`."""
-    lacking = lacking_for_fusion(model, cache, _fits)
-    if lacking is not None:
-        log.info("%s keeps transformers' own layers: %s", type(model).__name__, lacking)
+    """See `Kernels.fuse`."""
+    if not may_be_fused(model, cache, _fits):
         return None
-    kind, device = families.MODELS[type(model).__name__], cache.k[0].device
-    layers, sites, sublayers = [], [], []
-    for index, layer in enumerate(model.model.layers):
-        projections = []
-        for owner, names in kind.projections:
-            group = [shape.sites[f"model.layers.{index}.{owner}.{name}"] for name in names]
-            tables = SiteTables(group, slots, kernels, device)
-            modules = [layer.get_submodule(f"{owner}.{name}") for name in names]
-            projections.append(Projection(modules, tables, kernels))
-            sites.append(tables)
-        bottlenecks = [
-            BottleneckTable(f"model.layers.{index}.{owner}", slots, device, transposed=kernels.TRANSPOSED_DOWN)
-            for owner in ("self_attn", "mlp")
-        ]
-        before = model.model.layers[index - 1] if index else None
-        layers.append(GpuLayer(layer, kind, before, projections, bottlenecks, cache, kernels))
-        sublayers += bottlenecks
-    return GpuModel(model, layers, shape.context, device), sites, sublayers
+    device = cache.k[0].device
+    parts = layers_to_fuse(model, shape, cuda, slots, device)
+    fused = GpuModel(model, [GpuLayer(each, cache) for each in parts], shape.context, device)
+    return fused, sites_of(parts), sublayers_of(parts)
 
 
 def _fits(module: nn.Module) -> bool:

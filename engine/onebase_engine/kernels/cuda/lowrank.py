@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from onebase_engine.kernels.cpu.tables import BottleneckTable, LowRankTable
 from onebase_engine.kernels.cuda.operand import OPERAND
+from onebase_engine.kernels.tables import BottleneckTable, LowRankTable
 
 TILE = 16
 """Rows in a tile, at most: what a tensor core takes at least."""

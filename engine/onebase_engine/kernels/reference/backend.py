@@ -1,6 +1,8 @@
 """The kernels' definitions in plain torch: what the fast ones are tested against, and what runs where none is."""
 
+import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,12 +10,24 @@ import torch.nn.functional as F  # noqa: N812
 
 from onebase_adapters.primitives.instruction_set import Activation
 from onebase_engine.kernels.batch import BLOCK, Batch, Owners
-from onebase_engine.kernels.cpu.tables import BottleneckTable, LowRankTable, Vectors
+from onebase_engine.kernels.tables import BottleneckTable, LowRankTable, Vectors
 from onebase_engine.kernels.tiles import query_tiles
+
+log = logging.getLogger(__name__)
 
 TILE_ROWS = 16
 PAIRED_COLUMNS = 0
 TRANSPOSED_DOWN = False
+CAPTURED = False
+
+
+def fuse(model: Any, *_: object) -> None:
+    """The definition is transformers' own layers."""
+    log.info("%s keeps transformers' own layers: its kernels are the plain ones", type(model).__name__)
+
+
+def screen(head: Any) -> None:
+    """The definition is all logits."""
 
 
 def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:

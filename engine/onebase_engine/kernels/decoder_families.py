@@ -28,14 +28,17 @@ class Kind:
     """Before attention and MLP."""
     behind: tuple[str, str] = ("", "")
     """Norms of what attention and MLP give, where there are."""
-    gemma: bool = False
-    """Norms' weights are stored as what exceeds 1 and multiply in float32, and the activation is gelu."""
+    unit_offset: bool = False
+    """Norms' weights are stored as what exceeds 1, and multiply in float32."""
+    gelu: bool = False
+    """The activation, by tanh; else silu."""
 
 
 _GEMMA3 = Kind(
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     behind=("post_attention_layernorm", "post_feedforward_layernorm"),
-    gemma=True,
+    unit_offset=True,
+    gelu=True,
 )
 
 
