@@ -34,6 +34,13 @@ def note(**fields: Any) -> None:
                 current[name] = round(value, 6) if isinstance(value, float) else value
 
 
+def note_ignored(field: str) -> None:
+    """Add to the fields of the request that change nothing: its line and its reply's headers name them."""
+    current = _request.get()
+    if current is not None and field not in (ignored := current.setdefault("ignored", [])):
+        ignored.append(field)
+
+
 def fields(**values: Any) -> dict[str, dict[str, Any]]:
     """For logging's `extra`: what a line has of its own."""
     return {"fields": values}

@@ -112,7 +112,7 @@ async def test_an_adapters_own_tokens_count(
         ({"prompt": "a", "max_tokens": "7"}, "max_tokens", "valid integer"),
         ({"prompt": "a", "max_tokens": 7.5}, "max_tokens", "valid integer"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "at least 1"),
-        ({"prompt": "a", "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+        ({"prompt": "a", "max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
         ({"prompt": "a", "max_tokens": True}, "max_tokens", "valid integer"),
         ({"prompt": "a", "temperature": -0.1}, "temperature", "greater than or equal to 0"),
         ({"prompt": "a", "temperature": "hot"}, "temperature", "valid number"),
@@ -133,12 +133,16 @@ async def test_an_adapters_own_tokens_count(
         ({"prompt": "a", "logit_bias": {"99999": 1}}, "logit_bias", "not in the vocabulary"),
         ({"prompt": "a", "stop_token_ids": [99999]}, "stop_token_ids", "not in the vocabulary"),
         ({"prompt": "a", "min_tokens": 20}, "min_tokens", "more than max_tokens (16)"),
-        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "only allowed with stream"),
         ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options.x", "Unknown field"),
-        ({"prompt": "a", "temprature": 1}, "temprature", "Unknown field 'temprature'."),
+        (
+            {"prompt": "a", "temprature": 1},
+            "temprature",
+            "Unknown field 'temprature' (did you mean 'temperature'?).",
+        ),
+        ({"prompt": "a", "x1": 1, "x2": 2, "x3": 3, "x4": 4}, "x1", "Unknown fields 'x1', 'x2', 'x3', 'x4'."),
+        ({"prompt": "a", "use_beam_search": True}, "use_beam_search", "use_beam_search is not supported"),
+        ({"prompt": "a", "length_penalty": 0.5}, "length_penalty", "there is no beam search"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "suffix is not supported: the base model does not fill"),
-        ({"prompt": "a", "service_tier": "flex"}, "service_tier", "service_tier is not supported"),
-        ({"prompt": "a", "metadata": {"a": "b"}}, "metadata", "metadata is not supported"),
     ],
 )
 async def test_bad_completions(
@@ -188,11 +192,29 @@ async def test_bad_completions(
         ({"messages": USER, "chat_template": "x"}, "chat_template", "is not supported"),
         ({"messages": USER, "audio": {"voice": "x"}}, "audio", "audio is not supported"),
         ({"messages": USER, "modalities": ["text", "audio"]}, "modalities", "is not supported"),
-        ({"messages": USER, "store": True}, "store", "is not supported"),
+        (
+            {"messages": USER, "continue_final_message": True},
+            "continue_final_message",
+            "needs a text of the assistant's as the last message",
+        ),
+        (
+            {
+                "messages": [*USER, {"role": "assistant", "content": "b"}],
+                "continue_final_message": True,
+                "add_generation_prompt": True,
+            },
+            "add_generation_prompt",
+            "goes with add_generation_prompt: false",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+            "messages[0].content",
+            "part 0 has an unknown field 'x'",
+        ),
+        ({"messages": USER, "enable_thinking": True}, "enable_thinking", "use chat_template_kwargs"),
         ({"messages": USER, "functions": [{"name": "f"}]}, "functions", "is not supported"),
         ({"messages": USER, "web_search_options": {}}, "web_search_options", "is not supported"),
         ({"messages": USER, "prediction": {"type": "content"}}, "prediction", "is not supported"),
-        ({"messages": USER, "reasoning_effort": "high"}, "reasoning_effort", "is not supported"),
     ],
 )
 async def test_bad_chats(

@@ -149,7 +149,7 @@ async def test_what_cannot_be_done(http: httpx.AsyncClient) -> None:
     error = (await post(http, "/v1/classify", 400, model="plain", input="a"))["error"]
     assert (error["param"], error["message"]) == ("model", "The model 'plain' has no classification head.")
     assert (await post(http, "/v1/classify", 404, model="nobody", input="a"))["error"]["param"] == "model"
-    error = (await post(http, "/v1/embeddings", 400, input="a", dimensions=3))["error"]
+    error = (await post(http, "/v1/embeddings", 400, input="a", dimensions=300))["error"]
     assert error["param"] == "dimensions"
     error = (await post(http, "/v1/embeddings", 400, input="a", encoding_format="int8"))["error"]
     assert error["param"] == "encoding_format"

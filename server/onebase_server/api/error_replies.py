@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import msgspec
@@ -147,9 +148,9 @@ def _reply_to_validation(errors: Sequence[Mapping[str, Any]]) -> ErrorReply:
         if error["type"] == "json_invalid":
             reason = error.get("ctx", {}).get("error", "")
             return ErrorReply(400, f"The body is not valid JSON: {reason} at character {error['loc'][-1]}.")
-        if error["type"] == "extra_forbidden":
-            messages.append(f"Unknown field {name!r}.")
-        elif error["type"] == "missing" and not name:
+        if error["type"] == "unknown_fields":
+            return _reply_to_unknown(name, error["ctx"]["unknown"], error["ctx"]["known"])
+        if error["type"] == "missing" and not name:
             messages.append("The request has no body; send JSON with content-type application/json.")
         elif error["type"] == "missing":
             messages.append(f"Field {name!r} is required.")
@@ -159,6 +160,18 @@ def _reply_to_validation(errors: Sequence[Mapping[str, Any]]) -> ErrorReply:
             said = str(error["msg"]).removeprefix("Value error, ").removesuffix(".")
             messages.append(f"{name}: {said}." if name else f"{said}.")
     return ErrorReply(400, " ".join(messages), param=_field_name(errors[0]["loc"]) or None)
+
+
+def _reply_to_unknown(where: str, unknown: Sequence[str], known: Sequence[str]) -> ErrorReply:
+    """Name all of them, and what may have been meant."""
+    within = f"{where}." if where else ""
+    named = []
+    for name in unknown:
+        meant = get_close_matches(name, known, 1)
+        named.append(f"{within + name!r}" + (f" (did you mean {meant[0]!r}?)" if meant else ""))
+    return ErrorReply(
+        400, f"Unknown field{'s' if len(named) > 1 else ''} {', '.join(named)}.", param=within + unknown[0]
+    )
 
 
 def _field_name(location: Sequence[str | int]) -> str:

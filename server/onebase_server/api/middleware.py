@@ -71,7 +71,10 @@ class RequestGuard:
                 route = getattr(scope.get("route"), "path", "unmatched")
                 self._answered(route, scope["method"], message["status"])
                 fields["status"] = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                more = [(b"x-request-id", request_id)]
+                if ignored := fields.get("ignored"):
+                    more.append((b"x-onebase-ignored", ", ".join(ignored).encode()))
+                message["headers"] = [*message.get("headers", ()), *more]
             await send(message)
 
         limit = self._body_limit(scope["path"])

@@ -179,5 +179,5 @@ def _read_form(form: FormData, kind: type[B]) -> tuple[B, Mapping[str, BinaryIO]
 
 
 def _as_fastapi(error: ValidationError) -> RequestValidationError:
-    found = error.errors(include_url=False, include_context=False)
+    found = error.errors(include_url=False)
     return RequestValidationError([{**entry, "loc": ("body", *entry["loc"])} for entry in found])

@@ -162,6 +162,7 @@ async def prepare_chat(services: Services, body: ChatRequest, tenant: str, *, pr
         body.messages,
         tools=tools_of(body),
         add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs,
     )
     # The template has written the special tokens already.

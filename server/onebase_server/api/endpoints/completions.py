@@ -168,14 +168,24 @@ async def _prepare(services: Services, body: CompletionRequest, tenant: str) -> 
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and not body.echo:
         raise InvalidRequestError("max_tokens must be at least 1 (0 is for echo: true).", field="max_tokens")
-    generated = max(max_tokens, 1)
+    special = body.add_special_tokens is not False
+    fields = ["prompt" if len(body.prompt) == 1 else f"prompt[{number}]" for number in range(len(body.prompt))]
+    prompts = [
+        await prompt_tokens(services, target, prompt, add_special_tokens=special, field=field)
+        for prompt, field in zip(body.prompt, fields, strict=True)
+    ]
+    wanted = None if max_tokens == -1 else max(max_tokens, 1)
+    room = [
+        fit(services, target, len(tokens), wanted, field=field)
+        for tokens, field in zip(prompts, fields, strict=True)
+    ]
     logprobs = body.logprobs
     if logprobs is None and count > (body.n or 1):
         logprobs = 0  # best_of ranks by them
     params = sampling(
         services,
         body,
-        max_tokens=generated,
+        max_tokens=min(room),
         logprobs=logprobs,
         grammar=await grammar_of(body),
         prompt_logprobs=body.logprobs if body.echo else None,
@@ -183,11 +193,7 @@ async def _prepare(services: Services, body: CompletionRequest, tenant: str) -> 
     request_id = f"cmpl-{uuid.uuid4().hex}"
     groups: list[list[Choice]] = []
     echoed: list[str] = []
-    for number, prompt in enumerate(body.prompt):
-        field = "prompt" if len(body.prompt) == 1 else f"prompt[{number}]"
-        special = body.add_special_tokens is not False
-        tokens = await prompt_tokens(services, target, prompt, add_special_tokens=special, field=field)
-        fit(services, target, len(tokens), generated, field=field)
+    for number, (prompt, tokens) in enumerate(zip(body.prompt, prompts, strict=True)):
         request = target.request(request_id, tokens, params, tenant, body.priority)
         groups.append(make_choices(services, body, target, request, count, number * count))
         echoed.append(_echo(services, body, target, prompt, tokens))

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import math
 import struct
 import time
 import uuid
@@ -50,9 +51,10 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, tenant: Te
     work = _run(services, target, prompts, "embed", f"embd-{uuid.uuid4().hex}", body, tenant)
     outputs = await unless_disconnected(request.receive, work)
     packed = body.encoding_format == "base64"
+    vectors = [_first_of(output.embedding, body.dimensions) for output in outputs]
     data = [
-        {"object": "embedding", "index": index, "embedding": _packed(output) if packed else output.embedding}
-        for index, output in enumerate(outputs)
+        {"object": "embedding", "index": index, "embedding": _packed(vector) if packed else vector}
+        for index, vector in enumerate(vectors)
     ]
     return _json({"object": "list", "data": data, "model": target.name, "usage": _usage(prompts)})
 
@@ -187,9 +189,20 @@ def _tokens(
     ]
 
 
-def _packed(output: Output) -> str:
+def _first_of(vector: Sequence[float], count: int | None) -> Sequence[float]:
+    """The first numbers, made of length 1 again. Raises InvalidRequestError where there are fewer."""
+    if count is None:
+        return vector
+    if count > len(vector):
+        raise InvalidRequestError(f"An embedding has {len(vector)} numbers.", field="dimensions")
+    kept = vector[:count]
+    length = math.hypot(*kept) or 1.0
+    return [number / length for number in kept]
+
+
+def _packed(vector: Sequence[float]) -> str:
     """OpenAI's base64: float32, little-endian."""
-    return base64.b64encode(struct.pack(f"<{len(output.embedding)}f", *output.embedding)).decode()
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 def _usage(prompts: Sequence[Sequence[int]]) -> dict[str, int]:

@@ -283,7 +283,7 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
             "max_completion_tokens": body.max_output_tokens,
             "temperature": body.temperature,
             "top_p": body.top_p,
-            "logprobs": bool(body.include) or bool(body.top_logprobs),
+            "logprobs": "message.output_text.logprobs" in (body.include or ()) or bool(body.top_logprobs),
             "top_logprobs": body.top_logprobs,
         }
     )

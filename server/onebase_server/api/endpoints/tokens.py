@@ -33,6 +33,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
             target,
             body.messages or [],
             add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
             variables=body.chat_template_kwargs,
         )
         special, field = bool(body.add_special_tokens), "messages"

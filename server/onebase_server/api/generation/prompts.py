@@ -54,6 +54,7 @@ def render_chat(
     *,
     tools: Sequence[Tool] = (),
     add_generation_prompt: bool | None,
+    continue_final_message: bool | None = None,
     variables: Mapping[str, Any] | None,
 ) -> str:
     """The prompt of a conversation, by the base's template; the target's own turns go in front.
@@ -66,7 +67,8 @@ def render_chat(
     return services.codec.render_chat(
         templated_turns(target.template, turns),
         tools=[tool.document() for tool in tools] if tools and known else None,
-        add_generation_prompt=add_generation_prompt is not False,
+        add_generation_prompt=add_generation_prompt is not False and not continue_final_message,
+        continue_final_message=bool(continue_final_message),
         **(variables or {}),
     )
 

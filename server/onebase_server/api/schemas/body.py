@@ -1,14 +1,18 @@
-"""What all bodies share. Every field is checked and unknown ones are refused: nothing is silently ignored.
+"""What all bodies share. What could change an answer and is not supported is refused by name, and so is a field
+that nobody knows; what cannot is accepted, and the reply's `x-onebase-ignored` names it.
 
 Names and meanings are OpenAI's, and vLLM's for what goes beyond.
 """
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from onebase_server.api.error_replies import InvalidRequestError
+from onebase_server.logs import note_ignored
 
 MOST_SEQUENCES = 1024
 """Sequences that one request may ask for: prompts times n."""
@@ -28,16 +32,31 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     refused: ClassVar[Mapping[str, Refused]] = {}
+    ignored: ClassVar[AbstractSet[str]] = frozenset()
+    """Fields that clients send and that cannot change an answer here."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or cls.refused.keys().isdisjoint(data):
+    def _sift(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.keys() <= cls.model_fields.keys():
             return data
-        for field, reason in cls.refused.items():
-            if data.get(field) not in reason.neutral:
-                raise InvalidRequestError(f"{field} is not supported: {reason.why}.", field=field)
-        return {field: value for field, value in data.items() if field not in cls.refused}
+        known, kept = _names(cls), {}
+        for field, value in data.items():
+            if (reason := cls.refused.get(field)) is not None:
+                if value not in reason.neutral:
+                    raise InvalidRequestError(f"{field} is not supported: {reason.why}.", field=field)
+            elif field in cls.ignored:
+                if value is not None:
+                    note_ignored(field)
+            elif value is not None or field in known:
+                kept[field] = value
+        if unknown := [field for field in kept if field not in known]:
+            raise PydanticCustomError("unknown_fields", "unknown", {"unknown": unknown, "known": sorted(known)})
+        return kept
+
+
+def _names(model: type[BaseModel]) -> AbstractSet[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}
 
 
 def _is_token(value: Any) -> bool:
@@ -72,7 +91,9 @@ def _token_keys(value: Any) -> Any:
         raise ValueError("keys must be token ids") from error
 
 
-_TEXT_PARTS = ("text", "input_text", "output_text")
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+_WITHOUT_EFFECT = {"annotations", "cache_control", "logprobs", "id"}
+"""Of a part."""
 
 
 def _text_of_parts(value: Any) -> Any:
@@ -82,9 +103,14 @@ def _text_of_parts(value: Any) -> Any:
     lines = []
     for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+        said = "refusal" if kind == "refusal" else "text"
+        if kind not in _TEXT_PARTS or not isinstance(part.get(said), str):
             raise ValueError(f"part {index} must be {{'type': 'text', 'text': ...}}; got type {kind!r}")
-        lines.append(part["text"])
+        for field in part.keys() - {"type", said}:
+            if field not in _WITHOUT_EFFECT and part[field] is not None:
+                raise ValueError(f"part {index} has an unknown field {field!r}")
+            note_ignored(field)
+        lines.append(part[said])
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
@@ -25,8 +26,18 @@ class CalledFunction(Body):
             return self.arguments
 
 
+def _as_many_as_fit(value: Any) -> Any:
+    return None if value == -1 else value
+
+
+MaxTokens = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_as_many_as_fit)]
+"""-1, as some clients write it, is null: as many as fit."""
+
+
 class MessageToolCall(Body):
     """A call in an earlier turn."""
+
+    ignored: ClassVar[AbstractSet[str]] = {"provider_specific_fields", "extra_content", "cache_control"}
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -42,8 +53,11 @@ class Message(Body):
         "refusal": Refused("leave it out"),
         "function_call": Refused("use tool_calls"),
         "audio": Refused("only text is read"),
-        "annotations": Refused("leave it out", []),
     }
+    ignored: ClassVar[AbstractSet[str]] = {
+        "reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "provider_specific_fields", "id",
+        "annotations", "cache_control",
+    }  # fmt: skip
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
@@ -55,7 +69,7 @@ class Message(Body):
     def _consistent(self) -> Self:
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"a turn of role {self.role!r} has no tool_calls")
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.role != "assistant":
             raise ValueError("content is required")
         return self
 
@@ -84,6 +98,8 @@ class Function(Body):
 
 class Tool(Body):
     """A tool: a function."""
+
+    ignored: ClassVar[AbstractSet[str]] = {"cache_control"}
 
     type: Literal["function"]
     function: Function
@@ -140,28 +156,30 @@ class ChatRequest(Generation):
         "function_call": Refused("use tool_choice", "none", "auto"),
         "modalities": Refused("only text comes back", ["text"]),
         "audio": Refused("only text comes back"),
-        "store": Refused("completions are not stored", False),
-        "reasoning_effort": Refused("use chat_template_kwargs for what the base's template knows", "none"),
+        "best_of": Refused("use n", 1),
+        "echo": Refused("it is for completions", False),
+        "enable_thinking": Refused("use chat_template_kwargs for what the base's template knows", False),
+        "thinking": Refused("use chat_template_kwargs for what the base's template knows", {"type": "disabled"}),
         "verbosity": Refused("the base has no such setting", "medium"),
         "prediction": Refused("leave it out"),
         "web_search_options": Refused("leave it out"),
         "chat_template": Refused("the base's own template is used"),
-        "continue_final_message": Refused("leave it out", False),
     }
+    ignored: ClassVar[AbstractSet[str]] = Generation.ignored | {"reasoning_effort", "include"}
 
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: MaxTokens = None
+    max_tokens: MaxTokens = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    """Go on with the last message, the assistant's, instead of answering it."""
     add_special_tokens: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
-    safety_identifier: str | None = None
-    """Accepted for compatibility; changes nothing."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -179,6 +197,16 @@ class ChatRequest(Generation):
             )
         if len(set(names)) < len(names):
             raise InvalidRequestError("Two tools have the same name.", field="tools")
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise InvalidRequestError(
+                    "continue_final_message goes with add_generation_prompt: false.", field="add_generation_prompt"
+                )
+            if self.messages[-1].role != "assistant" or self.messages[-1].tool_calls:
+                raise InvalidRequestError(
+                    "continue_final_message needs a text of the assistant's as the last message.",
+                    field="continue_final_message",
+                )
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true.", field="top_logprobs")
         return self

@@ -17,6 +17,8 @@ class CompletionRequest(Generation):
         "suffix": Refused("the base model does not fill in the middle", ""),
     }
 
+    max_tokens: int | None = Field(None, ge=-1)
+    """16 without it, as OpenAI has it; -1 is as many as fit."""
     prompt: Prompts
     echo: bool | None = None
     logprobs: Logprobs | None = None

@@ -1,6 +1,7 @@
 """What completions and chats have in common, and completions."""
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
@@ -15,10 +16,19 @@ from onebase_server.api.schemas.body import (
     Targeted,
     TokenId,
 )
+from onebase_server.logs import note_ignored
+
+WITHOUT_EFFECT = frozenset({
+    "metadata", "store", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier",
+    "request_id", "keep_alive",
+})  # fmt: skip
+"""Nothing is stored, caching needs no key, there is one tier, and a caller is known by its key."""
 
 
 class StreamOptions(Body):
     """Extras of a stream."""
+
+    ignored: ClassVar[AbstractSet[str]] = {"include_obfuscation", "continuous_usage_stats"}
 
     include_usage: bool | None = None
 
@@ -61,11 +71,14 @@ class Generation(Targeted):
     """What completions and chats have in common. Null means the default everywhere, as some clients send it."""
 
     refused: ClassVar[Mapping[str, Refused]] = {
-        "service_tier": Refused("there is one tier", "auto", "default"),
-        "metadata": Refused("completions are not stored", {}),
+        "use_beam_search": Refused("tokens are drawn, or the likeliest is taken", False),
+        "length_penalty": Refused("there is no beam search", 1),
+        "documents": Refused("write them into the prompt", []),
+        "spaces_between_special_tokens": Refused("they stand as the tokenizer has them", True),
+        "typical_p": Refused("use top_p or min_p", 1),
     }
+    ignored: ClassVar[AbstractSet[str]] = WITHOUT_EFFECT
 
-    max_tokens: int | None = Field(None, ge=0)
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -76,8 +89,6 @@ class Generation(Targeted):
     logit_bias: LogitBias | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Stops | None = None
-    user: str | None = None
-    """Accepted for compatibility; changes nothing."""
 
     # vLLM's.
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
@@ -100,5 +111,5 @@ class Generation(Targeted):
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequestError("stream_options is only allowed with stream: true.", field="stream_options")
+            note_ignored("stream_options")
         return self

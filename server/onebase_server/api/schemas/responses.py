@@ -1,12 +1,14 @@
 """Bodies of /v1/responses."""
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from onebase_server.api.schemas.body import Body, Logprobs, Refused, Targeted, Text
 from onebase_server.api.schemas.chat import Function, tool_choice
+from onebase_server.api.schemas.generation import WITHOUT_EFFECT
 
 
 class NamedFunction(Body):
@@ -42,10 +44,9 @@ class ResponseTool(Function):
 class ResponseInput(Body):
     """One item of a response's input: a message, a call, or what a call gave."""
 
+    ignored: ClassVar[AbstractSet[str]] = {"id", "status", "phase"}
+
     type: Literal["message", "function_call", "function_call_output"] = "message"
-    id: str | None = None
-    """As earlier responses have it; changes nothing."""
-    status: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: Text | None = None
     call_id: str | None = None
@@ -108,11 +109,11 @@ class ResponsesRequest(Targeted):
         "max_tool_calls": Refused("no tool runs on the server"),
         "previous_response_id": Refused("nothing is stored; send the whole input"),
         "prompt": Refused("no prompts are stored"),
-        "reasoning": Refused("the base has no such setting", {}, {"effort": None}, {"effort": "none"}),
-        "service_tier": Refused("there is one tier", "auto", "default"),
-        "store": Refused("responses are not stored", False),
-        "truncation": Refused("a too long input is an error", "disabled"),
     }
+    ignored: ClassVar[AbstractSet[str]] = {
+        *(WITHOUT_EFFECT - {"metadata", "user"}), "reasoning", "stream_options", "truncation"
+    }  # fmt: skip
+    """`truncation`, because what fits is never cut, and what does not is an error."""
 
     input: Annotated[
         list[ResponseInput],
@@ -131,16 +132,12 @@ class ResponsesRequest(Targeted):
         Any, BeforeValidator(_response_tool_choice), WithJsonSchema(_RESPONSE_TOOL_CHOICE_SCHEMA)
     ] = None
     parallel_tool_calls: bool | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: list[str] | None = None
+    """`message.output_text.logprobs`; there is nothing of the other kinds."""
     top_logprobs: Logprobs | None = None
     metadata: dict[str, str] | None = None
-    """Comes back with the response."""
     user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    """These three are accepted for compatibility; they change nothing."""
-    stream_options: dict[str, bool] | None = None
-    """Accepted for compatibility; there is no padding to leave out."""
+    """These two come back with the response, and change nothing else."""
 
     def text_format(self) -> TextFormat:
         """How its text is."""
