@@ -93,6 +93,11 @@ def schema(given: Any) -> dict[str, Any]:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "goes with type"),
         ({"response_format": {"type": "json_object", "x": 1}}, "response_format.x", "Unknown field"),
         (schema({"type": "strin"}), "response_format.json_schema.schema", "Invalid type: strin"),
+        (schema({"$ref": "#"}), "response_format.json_schema.schema", "refers to nothing but itself"),
+        (schema({"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}},
+                 "$defs": {"b": {"$ref": "#/$defs/c"}, "c": {"$ref": "#/$defs/b"}}}),
+         "response_format.json_schema.schema", "refers to nothing but itself"),
+        (schema({"type": "array", "uniqueItems": True}), "response_format.json_schema.schema", "uniqueItems"),
         (schema({"not": {}}), "response_format.json_schema.schema", 'Unimplemented keys: ["not"]'),
         (schema({"$ref": "http://x/y"}), "response_format.json_schema.schema", "cannot be followed"),
         (schema({"minLength": 5, "maxLength": 2, "type": "string"}), "response_format.json_schema.schema", "minL"),
@@ -118,6 +123,20 @@ async def test_what_cannot_be_followed_is_refused(
     assert error["param"] == param, error
     assert message in error["message"]
     assert not engine.requests
+
+
+async def test_what_a_schema_that_is_not_strict_leaves_to_the_caller(http: httpx.AsyncClient, engine: Any) -> None:
+    odd = {
+        "type": "object",
+        "properties": {"a": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}},
+        "propertyNames": {"pattern": "a"},
+        "additionalProperties": {"type": "string", "format": "password"},
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "p", "schema": odd, "strict": False}}
+    reply = await http.post("/v1/chat/completions", json={**CHAT, "response_format": form})
+    assert reply.status_code == 200, reply.text
+    assert {*reply.headers["x-onebase-ignored"].split(", ")} == {"uniqueItems", "propertyNames", "format"}
+    assert engine.requests[-1].sampling.grammar is not None
 
 
 async def test_a_large_schema_is_checked_too(http: httpx.AsyncClient, engine: Any) -> None:

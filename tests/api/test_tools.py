@@ -14,7 +14,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from onebase_adapters.store.adapter_store import AdapterStore
 from onebase_engine.text.tokenizer import TextCodec
-from onebase_server.api.generation.tools import ToolCall, ToolParser
+from onebase_server.api.generation.tools import CallRules, ToolCall, ToolParser
 from onebase_server.api.schemas.chat import ChatRequest, Tool
 from onebase_server.api.services import ApiSettings, Services
 
@@ -41,6 +41,8 @@ WEATHER = {
     },
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
+NAMED = {"type": "function", "function": {"name": "clock"}}
+FREE = CallRules(forced=False, one=False)
 TOOLS = [Tool.model_validate(tool) for tool in (WEATHER, CLOCK)]
 
 
@@ -50,7 +52,7 @@ def tagged(name: str, **arguments: Any) -> str:
 
 def parsed(text: str, *cuts: int) -> tuple[str, list[tuple[str, Any]]]:
     """The text and the calls of an output that comes in pieces."""
-    parser = ToolParser(TOOLS)
+    parser = ToolParser(TOOLS, FREE)
     parts: list[str | ToolCall] = []
     at = 0
     for cut in [*sorted(min(cut, len(text)) for cut in cuts), len(text)]:
@@ -112,7 +114,7 @@ def test_calls_do_not_depend_on_how_an_output_is_cut(text: str, cuts: list[int])
 
 
 def test_text_is_shown_as_soon_as_it_cannot_be_a_call() -> None:
-    parser = ToolParser(TOOLS)
+    parser = ToolParser(TOOLS, FREE)
     assert parser.push("Hello") == ["Hello"]
     assert parser.push(" <") == []
     assert parser.push("b>") == [" <b>"]
@@ -149,13 +151,65 @@ async def test_the_message(http: httpx.AsyncClient, engine: Any, reply: Any, cod
         assert (await chat(http, **body))["choices"][0]["message"]["content"] == tagged("clock")
 
 
-async def test_a_call_that_is_cut_off_is_text(
-    http: httpx.AsyncClient, engine: Any, reply: Any, codec: TextCodec
+@pytest.mark.parametrize("choice", ["auto", "required"])
+async def test_a_call_that_is_cut_off_is_not_shown(
+    http: httpx.AsyncClient, engine: Any, reply: Any, codec: TextCodec, choice: str
 ) -> None:
     engine.reply = lambda request: reply(codec.encode(tagged("weather", city="Paris")))
-    (choice,) = (await chat(http, max_tokens=30))["choices"]
-    assert choice["finish_reason"] == "length"
-    assert choice["message"]["content"].startswith("<tool_call>")
+    for tokens in (3, 12, 30):
+        (answer,) = (await chat(http, max_tokens=tokens, tool_choice=choice))["choices"]
+        assert answer["finish_reason"] == "length"
+        assert answer["message"]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "made"),
+    [
+        ({"tool_choice": NAMED}, 1),
+        ({"tool_choice": "required"}, 2),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, 1),
+        ({"parallel_tool_calls": False}, 1),
+        ({}, 5),
+    ],
+)
+@pytest.mark.parametrize("at_once", [1, 1000])
+async def test_how_many_calls_end_an_answer(
+    http: httpx.AsyncClient, engine: Any, reply: Any, codec: TextCodec, at_once: int, fields: Any, made: int
+) -> None:
+    """A model that goes round in circles: two calls, over and over."""
+    engine.tokens_at_once = at_once
+    text = "\n".join([tagged("clock"), tagged("weather", city="Rome"), *[tagged("clock")] * 3])
+    engine.reply = lambda request: reply(codec.encode(text))
+    (answer,) = (await chat(http, **fields))["choices"]
+    assert len(answer["message"]["tool_calls"]) == made
+    assert (answer["message"]["content"], answer["finish_reason"]) == (None, "tool_calls")
+
+
+async def test_a_template_without_a_system_turn_is_told_in_the_first_of_the_users(
+    engine: Any, codec: TextCodec, store: AdapterStore, in_process: Callable[..., httpx.AsyncClient]
+) -> None:
+    refusing = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    )
+    for template in (
+        refusing,
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }};{% endfor %}",
+    ):
+        plain = TextCodec(codec.tokenizer, template)
+        async with in_process(Services.over(engine, plain, store, ApiSettings("tiny"))) as http:
+            await chat(http, max_tokens=5)
+            text = codec.decode(engine.requests[-1].prompt)
+            assert text.startswith("user:You can call functions.")
+            assert text.endswith("\n\nhi;")
+
+
+async def test_arguments_of_earlier_calls_may_be_nothing(http: httpx.AsyncClient, engine: Any, codec: Any) -> None:
+    for arguments in ("", None, " "):
+        call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": arguments}}
+        turns = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+        await chat(http, messages=[*USER, *turns], max_tokens=5)
+        assert tagged("clock") in codec.decode(engine.requests[-1].prompt)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
@@ -285,7 +339,6 @@ def exact(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 ONE = tagged("weather", city="Rome")
-NAMED = {"type": "function", "function": {"name": "clock"}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "p", "schema": {"type": "integer"}}}
 
 
@@ -294,7 +347,7 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "p", "schema": {"type":
     [
         ({"tool_choice": "required"}, [ONE, ONE + "\n" + tagged("clock")], ["text", tagged("none"), "x" + ONE]),
         ({"tool_choice": "required", "parallel_tool_calls": False}, [ONE], [ONE + "\n" + ONE]),
-        ({"tool_choice": NAMED}, [tagged("clock"), tagged("clock", x=1)], [ONE, "text"]),
+        ({"tool_choice": NAMED}, [tagged("clock")], [ONE, "text", tagged("clock", x=1), tagged("clock") * 2]),
         (
             {"tools": [exact(WEATHER), CLOCK]},
             ["text", "", "a < b", "see:\n" + ONE, ONE + ONE + " done"],

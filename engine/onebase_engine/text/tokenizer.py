@@ -73,6 +73,15 @@ class TextCodec:
         """Whether the chat template shows tools, and turns that call them, by itself."""
         return self.chat_template is not None and re.search(r"\btools\b", self.chat_template) is not None
 
+    @cached_property
+    def template_takes_system(self) -> bool:
+        """Whether the chat template writes a system turn's text out."""
+        word = "onebase-system"
+        try:
+            return word in self.render_chat([{"role": "system", "content": word}, {"role": "user", "content": "?"}])
+        except ChatTemplateError:
+            return False
+
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:

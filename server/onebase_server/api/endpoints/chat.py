@@ -19,7 +19,7 @@ from onebase_server.api.generation.logprobs import for_chat
 from onebase_server.api.generation.prompts import check_prompt, encode, render_chat
 from onebase_server.api.generation.sampling_params import fit, sampling
 from onebase_server.api.generation.structured_output import grammar_of
-from onebase_server.api.generation.tools import ToolCall, ToolParser, tools_of
+from onebase_server.api.generation.tools import CallRules, ToolCall, ToolParser, tools_of
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.chat import ChatRequest
@@ -113,7 +113,7 @@ class Answer:
 
     def __init__(self, body: ChatRequest) -> None:
         tools = tools_of(body)
-        self._parser = ToolParser(tools) if tools else None
+        self._parser = ToolParser(tools, CallRules.of(body)) if tools else None
         self._texts: list[str] = []
         self._calls: list[ToolCall] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -125,7 +125,9 @@ class Answer:
             return text, []
         parts = self._parser.push(text)
         if choice.finish_reason is not None:
-            parts += self._parser.finish()
+            parts += self._parser.finish(cut_off=choice.finish_reason == "length")
+        elif self._parser.over:
+            choice.finish_reason = "stop"
         shown = "".join(part for part in parts if isinstance(part, str))
         calls = [part for part in parts if isinstance(part, ToolCall)]
         numbered = list(enumerate(calls, len(self._calls)))

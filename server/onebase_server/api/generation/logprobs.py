@@ -1,5 +1,6 @@
 """Log-probabilities in the shapes of OpenAI's two endpoints."""
 
+import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,7 +34,9 @@ class CompletionLogprobs:
     def __init__(self, codec: TextCodec, top: int) -> None:
         self._codec = codec
         self._top = top
+        self._text = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
+        """Characters of the text that are whole."""
 
     def add(self, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
         """The object for the next tokens. An entry is None where there is no probability: the first of a prompt."""
@@ -42,7 +45,7 @@ class CompletionLogprobs:
             word = self._codec.token_text(token)
             words.append(word)
             offsets.append(self._offset)
-            self._offset += len(word)
+            self._offset += len(self._text.decode(self._codec.token_bytes(token)))
             values.append(None if entry is None else max(entry.logprob, _LOWEST))
             tops.append(None if entry is None else self._alternatives(entry))
         return {

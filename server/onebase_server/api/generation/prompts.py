@@ -63,7 +63,7 @@ def render_chat(
     known = services.codec.template_knows_tools
     turns: list[Mapping[str, Any]] = [_turn(message, known) for message in messages]
     if tools and not known:
-        turns = one_system_turn([*turns, {"role": "system", "content": instructions(tools)}])
+        turns = _instructed(turns, instructions(tools), system=services.codec.template_takes_system)
     return services.codec.render_chat(
         templated_turns(target.template, turns),
         tools=[tool.document() for tool in tools] if tools and known else None,
@@ -71,6 +71,18 @@ def render_chat(
         continue_final_message=bool(continue_final_message),
         **(variables or {}),
     )
+
+
+def _instructed(turns: Sequence[Mapping[str, Any]], text: str, *, system: bool) -> list[Mapping[str, Any]]:
+    """A conversation that begins with more to go by: in its system turn, or in the first of the user's where the
+    template takes no system turn."""
+    if system:
+        return one_system_turn([*turns, {"role": "system", "content": text}])
+    first = next((n for n, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if first is None:
+        return [{"role": "user", "content": text}, *turns]
+    told = {**turns[first], "content": f"{text}\n\n{turns[first]['content']}"}
+    return [*turns[:first], told, *turns[first + 1 :]]
 
 
 def _turn(message: Message, template_knows_tools: bool) -> dict[str, Any]:

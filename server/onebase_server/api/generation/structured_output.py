@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from onebase_server.api.error_replies import InvalidRequestError
 from onebase_server.api.generation.tools import SPACES, tool_grammar, tools_of
 from onebase_server.api.schemas.chat import ChatRequest
 from onebase_server.api.schemas.generation import Generation
+from onebase_server.logs import note_ignored
 
 _LONG = 10_000
 """Characters from which checking is worth a thread: the event loop serves everybody's streams."""
@@ -36,6 +38,8 @@ async def grammar_of(body: Generation) -> str | None:
             wrong, messages = await asyncio.to_thread(check, grammar, limits=_LIMITS)
         if wrong:
             raise InvalidRequestError(f"{field} cannot be followed: {messages[0]}", field=field)
+        for key in re.findall(r'"([$\w]+)"|Unknown (format)', " ".join(messages)):
+            note_ignored("".join(key))
         return grammar
     return None
 
@@ -50,21 +54,46 @@ def _with_tools(body: ChatRequest, given: list[_Given]) -> list[_Given]:
     return given if grammar is None else [("tools", grammar)]
 
 
-def json_grammar(schema: Any, field: str) -> str:
-    """Texts that a JSON schema describes. Raises InvalidRequestError."""
+def json_grammar(schema: Any, field: str, *, lenient: bool = False) -> str:
+    """Texts that a JSON schema describes; `lenient`: what grammars cannot hold is left to the caller.
+
+    Raises InvalidRequestError."""
+    _check_references(schema, field)
     try:
-        return LLMatcher.grammar_from_json_schema(schema, overrides=SPACES)  # type: ignore[arg-type]
+        return LLMatcher.grammar_from_json_schema(schema, overrides={**SPACES, "lenient": lenient})  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
         raise InvalidRequestError(f"{field} is not a JSON schema: {error}", field=field) from error
+
+
+def _check_references(schema: Any, field: str) -> None:
+    """Refuse a `$ref` that leads to nothing but itself: no text would ever do."""
+    parts = [schema]
+    while parts:
+        part = parts.pop()
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        seen: set[str] = set()
+        while isinstance(part, dict) and isinstance(reference := part.get("$ref"), str) and reference[:1] == "#":
+            if reference in seen:
+                raise InvalidRequestError(f"{field}: {reference!r} refers to nothing but itself.", field=field)
+            seen.add(reference)
+            part = _found(schema, reference)
+
+
+def _found(schema: Any, reference: str) -> Any:
+    """What a JSON pointer (RFC 6901) means; None where there is nothing."""
+    for key in filter(None, reference[1:].split("/")):
+        schema = schema.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(schema, dict) else None
+    return schema
 
 
 def _response_format(body: Generation) -> _Given | None:
     schema = _response_schema(body)
     if schema is None:
         return None
-    given = body.response_format is not None and body.response_format.json_schema is not None
-    field = "response_format.json_schema.schema" if given else "response_format"
-    return field, json_grammar(schema, field)
+    given = body.response_format.json_schema if body.response_format is not None else None
+    field = "response_format" if given is None else "response_format.json_schema.schema"
+    lenient = given is not None and given.strict is False
+    return field, json_grammar(schema, field, lenient=lenient)
 
 
 def _response_schema(body: Generation) -> dict[str, Any] | None:

@@ -20,14 +20,13 @@ SPACES = {"whitespace_pattern": r" |\n[ \t]{0,24}"}
 """For the grammar of any JSON."""
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+# Without an example: small models copy its words into their calls.
 _INSTRUCTIONS = """You can call functions. These are at hand, one a line:
 <tools>
 {tools}
 </tools>
-To call one, write its name and its arguments as JSON within these tags:
-<tool_call>
-{{"name": "the function's name", "arguments": {{"an argument": "its value"}}}}
-</tool_call>"""
+To call a function, write <tool_call>, then a JSON object whose "name" is the function's name and whose
+"arguments" are an object by the function's "parameters", then </tool_call>."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,22 @@ def spelled_out(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": "\n".join(parts)}
 
 
+@dataclass(frozen=True)
+class CallRules:
+    """What a body asks of calls beyond their form."""
+
+    forced: bool
+    """Whether there has to be one: then nothing else is shown, and a call that was made already ends the answer."""
+    one: bool
+    """Whether the first ends the answer."""
+
+    @classmethod
+    def of(cls, body: ChatRequest) -> "CallRules":
+        """A body's."""
+        named = isinstance(body.tool_choice, NamedTool)
+        return cls(named or body.tool_choice == "required", named or body.parallel_tool_calls is False)
+
+
 def tool_grammar(body: ChatRequest, final: str | None) -> str | None:
     """The grammar that a body's tools make necessary, if any: calls that have to be made, have to be exact, or are
     not to be more than one. `final` is what an answer without calls has to follow: the right side of a rule in
@@ -73,28 +88,28 @@ def tool_grammar(body: ChatRequest, final: str | None) -> str | None:
     choice = body.tool_choice
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    forced = choice == "required" or isinstance(choice, NamedTool)
-    several = body.parallel_tool_calls is not False
+    rules = CallRules.of(body)
+    forced, several = rules.forced, not rules.one
     if not tools or not (forced or final or not several or any(tool.function.strict for tool in tools)):
         return None
-    rules = [f"function: %json {json.dumps(_call_schema(tools))}"]
+    lines = [f"function: %json {json.dumps(_call_schema(tools))}"]
     if forced or final is not None:
         calls = "call+" if several else "call"
-        rules += [
+        lines += [
             f"start: {calls}" if forced else f"start: {calls} | final",
             f'call: "\\n"? {json.dumps(_OPEN)} "\\n" function "\\n" {json.dumps(_CLOSE)}',
         ]
         if not forced:
-            rules.append(f"final: {final}")
+            lines.append(f"final: {final}")
     else:
-        rules += [
+        lines += [
             "start: call* TEXT" if several else "start: TEXT | call",
             f'call: head "\\n" function "\\n" {json.dumps(_CLOSE)}',
             # Lazy: the tag ends the text, whatever else could be made of it.
             f"head[lazy]: TEXT {json.dumps(_OPEN)}",
             r"TEXT: /(.|\n)*/",
         ]
-    return LLMatcher.grammar_from_lark("\n".join(rules))
+    return LLMatcher.grammar_from_lark("\n".join(lines))
 
 
 def _call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
@@ -103,7 +118,7 @@ def _call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
+                "arguments": _arguments_schema(tool.function.parameters or {}),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
@@ -115,6 +130,16 @@ def _call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
     return {"anyOf": options, "x-guidance": {**SPACES, "lenient": lenient}}
 
 
+_OPEN_OBJECT = {"additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref", "not"}
+
+
+def _arguments_schema(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A function without parameters takes `{}`, not whatever a model thinks of."""
+    if parameters.get("properties") or _OPEN_OBJECT & parameters.keys():
+        return parameters
+    return {"type": "object", "properties": {}, "additionalProperties": False}
+
+
 class ToolParser:
     """Reads an output in pieces of any size: the same calls and the same text, however it is cut.
 
@@ -122,8 +147,12 @@ class ToolParser:
     or its function unknown, stays text.
     """
 
-    def __init__(self, tools: Sequence[Tool]) -> None:
+    def __init__(self, tools: Sequence[Tool], rules: CallRules) -> None:
         self._names = frozenset(tool.function.name for tool in tools)
+        self._rules = rules
+        self._made: set[tuple[str, str]] = set()
+        self.over = False
+        """Whether the answer has all the calls that it may have: nothing more is read."""
         self._held = ""
         self._state: str = "start"
         """`start`: nothing but space yet; `json`: perhaps one large call; `text`; `call`: within the tags."""
@@ -136,18 +165,40 @@ class ToolParser:
         found: list[str | ToolCall] = []
         while self._advance(found):
             pass
-        return found
+        return self._ruled(found)
 
-    def finish(self) -> list[str | ToolCall]:
-        """What was held back, once no more text comes."""
+    def finish(self, *, cut_off: bool = False) -> list[str | ToolCall]:
+        """What was held back, once no more text comes; `cut_off`: because of a limit, so that a call that has begun
+        is none, and no text either."""
+        return self._ruled(self._rest(cut_off=cut_off))
+
+    def _ruled(self, found: list[str | ToolCall]) -> list[str | ToolCall]:
+        """As far as the rules let it be shown."""
+        shown: list[str | ToolCall] = []
+        for part in found:
+            if self.over or (self._rules.forced and isinstance(part, str)):
+                continue
+            if isinstance(part, ToolCall):
+                made = (part.name, part.arguments)
+                repeated = self._rules.forced and made in self._made
+                self._made.add(made)
+                self.over = self._rules.one or repeated
+                if repeated:
+                    continue
+            shown.append(part)
+        return shown
+
+    def _rest(self, *, cut_off: bool) -> list[str | ToolCall]:
         rest, self._held = self._held, ""
         if self._state == "json":
             calls = self._parse_all(rest)
         elif self._state == "call":  # the closing tag is missing
             calls = self._parse_all(rest)
-            rest = _OPEN + rest
+            rest = "" if cut_off else _OPEN + rest
         else:
             calls = []
+            if cut_off and self._state == "text":
+                rest = rest.partition("<")[0]
         if calls:
             self.calls += len(calls)
             return [*calls]
@@ -196,7 +247,7 @@ class ToolParser:
     def _parse(self, document: Any) -> ToolCall | None:
         if not isinstance(document, dict) or document.get("name") not in self._names:
             return None
-        arguments = document.get("arguments", document.get("parameters", {}))
+        arguments = document.get("arguments", document.get("parameters")) or {}
         if not isinstance(arguments, dict):
             return None
         return ToolCall(

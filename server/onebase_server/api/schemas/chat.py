@@ -16,12 +16,14 @@ class CalledFunction(Body):
     """A function's name and arguments, in an earlier turn."""
 
     name: str
-    arguments: str
+    arguments: str | None = None
 
     def parsed(self) -> Any:
-        """The arguments, or their text where it is not JSON."""
+        """The arguments, or their text where it is not JSON; `{}` where there is nothing."""
+        if not (self.arguments or "").strip():
+            return {}
         try:
-            return json.loads(self.arguments)
+            return json.loads(self.arguments or "")
         except (ValueError, RecursionError):
             return self.arguments
 

@@ -40,7 +40,8 @@ class JsonSchema(Body):
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
-    """Accepted for compatibility: the schema is always followed."""
+    """The schema is always followed. false: what grammars cannot hold of it, such as `uniqueItems`, is left to the
+    caller, and the reply's headers name it, where it is refused otherwise."""
 
 
 class ResponseFormat(Body):
