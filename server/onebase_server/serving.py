@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
@@ -16,7 +17,7 @@ from onebase_adapters.errors import ConfigError
 from onebase_adapters.store.adapter_store import AdapterStore
 from onebase_engine.base.catalog import fetch_base
 from onebase_engine.start_phases import Phases
-from onebase_engine.text.tokenizer import load_codec
+from onebase_engine.text.tokenizer import TextCodec, load_codec
 from onebase_server.engine_process.supervisor import ProcessEngine
 from onebase_server.jobs.job_store import JobBook
 from onebase_server.logs import configure_logging
@@ -135,7 +136,7 @@ async def _start(
     say(f"loading {config.engine.base.model}")
     phases.begin("")  # the engine speaks for itself
     codec, _, _ = await asyncio.gather(
-        asyncio.to_thread(load_codec, folder),
+        asyncio.to_thread(_ready_codec, folder),
         asyncio.to_thread(importlib.import_module, "onebase_server.api.app"),
         engine.start(),
     )
@@ -153,6 +154,12 @@ async def _start(
     phases.end()
     await services.runner.start()
     return services
+
+
+def _ready_codec(folder: Path) -> TextCodec:
+    codec = load_codec(folder)
+    codec.warm_up()
+    return codec
 
 
 async def _drain(engine: ProcessEngine, grace: float) -> bool:

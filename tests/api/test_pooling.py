@@ -130,7 +130,7 @@ async def test_classification_of_tokens(http: httpx.AsyncClient, codec: TextCode
         ({"input": ["a", ""]}, "input[1]", "empty"),
         ({"input": [[99999]]}, "input", "not in the vocabulary"),
         ({"input": ["\ud800"]}, "input", "lone surrogate"),
-        ({"input": ["a"] * 1025}, "input", "At most 1024"),
+        ({"input": ["a"] * 1025}, "input", "1,025 items, more than a request may have"),
         ({"input": [[5] * 513]}, "input", "512 tokens in all. This one has 513 in the prompt."),
         ({"input": "a", "truncate": True}, "truncate", "Unknown field"),
         ({"input": {"a": 1}}, "input", "must be a string"),

@@ -126,8 +126,9 @@ def _apply_penalties(scores: torch.Tensor, sequence: Sequence) -> None:
         output = torch.tensor(sequence.tokens[sequence.prompt_tokens :], dtype=torch.int64, device=scores.device)
         counts = torch.bincount(output, minlength=vocab)
         scores -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
-    for token, bias in sampling.logit_bias.items():
-        scores[token] += bias
+    if sampling.logit_bias:
+        biased = torch.tensor(list(sampling.logit_bias), device=scores.device)
+        scores[biased] += torch.tensor(list(sampling.logit_bias.values()), dtype=scores.dtype, device=scores.device)
     grammar = sequence.grammar
     if sequence.generated < sampling.min_tokens and not (grammar and grammar.over):
         scores[sorted(t for t in sequence.stop_tokens if t < vocab)] = float("-inf")

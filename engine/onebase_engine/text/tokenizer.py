@@ -13,6 +13,8 @@ from onebase_adapters.errors import BaseModelError
 from onebase_engine.text.chat_template import ChatTemplateError, _find_template, _read_json
 from onebase_engine.text.detokenizer import ByteDetokenizer, Detokenizer, TokenBytes, WindowDetokenizer
 
+_LONG = 10_000
+"""Characters from which the interpreter's lock is let go while they are tokenised."""
 _TAIL = 6
 """Prompt tokens that a WindowDetokenizer starts from: enough for its decoder to be past the beginning."""
 
@@ -28,13 +30,20 @@ class TextCodec:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids. Special tokens that the text spells out become themselves, as chat templates need."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < _LONG:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        else:
+            ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """No more than the text has, told without tokenising it."""
+        return 0 if self._longest_token is None else -(-len(text) // self._longest_token)
 
     def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and for each where it begins and ends in the text, in characters; special tokens are nowhere,
         so begin and end at one place."""
-        encoded = self.tokenizer.encode(text)
+        (encoded,) = self.tokenizer.encode_batch([text])
         return encoded.ids, encoded.offsets
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = False) -> str:
@@ -105,6 +114,24 @@ class TextCodec:
             raise ChatTemplateError(f"The base's chat template refuses this: {error}", field="messages") from error
         text: str = rendered[0]
         return text
+
+    def warm_up(self) -> None:
+        """Let what the first text and the first chat would wait for happen now."""
+        self.least_tokens("")
+        if self.chat_template is not None:
+            _ = self.template_takes_system, self.template_knows_tools
+
+    @cached_property
+    def _longest_token(self) -> int | None:
+        """In bytes; None where one may stand for any number of them."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        if (
+            not self._byte_level
+            or self.tokenizer.normalizer is not None
+            or any(w.lstrip or w.rstrip for w in added)
+        ):
+            return None
+        return max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
     def _byte_level(self) -> bool:

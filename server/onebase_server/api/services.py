@@ -30,7 +30,8 @@ class ApiSettings:
     """Without one, the administration of adapters is closed."""
     api_keys: tuple[str, ...] = ()
     """Without any, inference is open."""
-    max_body_bytes: int = 32 << 20
+    max_body_bytes: int = 8 << 20
+    """Of a JSON body, which is read in one go: while it is, nobody's stream goes on."""
     max_upload_bytes: int = 4 << 30
     metric_adapters: int = 100
     """Adapters with a label of their own in the metrics."""

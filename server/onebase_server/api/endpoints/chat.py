@@ -16,7 +16,7 @@ from onebase_server.api.auth import Tenant
 from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.generation.choices import Choice, make_choices, run_all, usage_of
 from onebase_server.api.generation.logprobs import for_chat
-from onebase_server.api.generation.prompts import check_prompt, encode, render_chat
+from onebase_server.api.generation.prompts import check_length, check_prompt, encode, render_chat
 from onebase_server.api.generation.sampling_params import fit, sampling
 from onebase_server.api.generation.structured_output import grammar_of
 from onebase_server.api.generation.tools import CallRules, ToolCall, ToolParser, tools_of
@@ -167,6 +167,7 @@ async def prepare_chat(services: Services, body: ChatRequest, tenant: str, *, pr
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs,
     )
+    check_length(services, prompt, "messages")
     # The template has written the special tokens already.
     tokens = await encode(services, prompt, add_special_tokens=bool(body.add_special_tokens), field="messages")
     check_prompt(services, tokens, field="messages")

@@ -23,11 +23,10 @@ from onebase_server.api.adapters.directory import Target
 from onebase_server.api.auth import Tenant
 from onebase_server.api.disconnect import unless_disconnected
 from onebase_server.api.error_replies import InvalidRequestError
-from onebase_server.api.generation.prompts import check_prompt, check_unicode, prompt_tokens
+from onebase_server.api.generation.prompts import check_length, check_prompt, check_unicode, prompt_tokens
 from onebase_server.api.generation.sampling_params import fit
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
-from onebase_server.api.schemas.body import MOST_SEQUENCES
 from onebase_server.api.schemas.pooling import ClassificationRequest, EmbeddingRequest, PooledRequest
 from onebase_server.api.services import Services, services_of
 from onebase_server.logs import note
@@ -98,8 +97,6 @@ async def create_classification(body: ClassificationRequest, request: Request, t
 
 def _inputs(body: PooledRequest) -> list[tuple[str | list[int], str]]:
     """Each input with the name of its field."""
-    if len(body.input) > MOST_SEQUENCES:
-        raise InvalidRequestError(f"At most {MOST_SEQUENCES} inputs in a request.", field="input")
     if len(body.input) == 1:
         return [(body.input[0], "input")]
     return [(prompt, f"input[{index}]") for index, prompt in enumerate(body.input)]
@@ -113,6 +110,7 @@ async def _placed_tokens(
         return await prompt_tokens(services, target, prompt, add_special_tokens=False, field=field), None
     check_unicode(prompt, field)
     text = templated(target.template, prompt)
+    check_length(services, text, field)
     tokens, places = await asyncio.to_thread(services.codec.encode_with_places, text)
     check_prompt(services, tokens, field=field)
     before = len(target.template.before) if target.template is not None else 0

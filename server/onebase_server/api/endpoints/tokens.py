@@ -1,10 +1,15 @@
 """POST /tokenize and /detokenize, in vLLM's shapes."""
 
+import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
 
 from onebase_engine.text.hard_prompt import templated
+from onebase_engine.text.tokenizer import TextCodec
 from onebase_server.api.adapters.composition import target_of
 from onebase_server.api.auth import require_key
 from onebase_server.api.generation.prompts import check_prompt, encode, render_chat
@@ -13,11 +18,13 @@ from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from onebase_server.api.services import services_of
 
+_LONG = 2_000
+
 router = APIRouter(tags=["tokens"], dependencies=[Depends(require_key)])
 
 
 @router.post("/tokenize", summary="Text or a conversation to tokens", **answers(doc.Tokens))
-async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """What a completion or a chat with the same input would send to the engine."""
     services = services_of(request)
     target = target_of(services.adapters, body)
@@ -38,20 +45,32 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         )
         special, field = bool(body.add_special_tokens), "messages"
     tokens = await encode(services, text, add_special_tokens=special, field=field)
-    names = [services.codec.token_text(token) for token in tokens] if body.return_token_strs else None
-    return {
-        "count": len(tokens),
-        "max_model_len": services.longest,
-        "tokens": tokens,
-        "token_strs": names,
-    }
+    known = {"count": len(tokens), "max_model_len": services.longest, "tokens": tokens}
+    names = bool(body.return_token_strs)
+    return await _aside(
+        len(tokens), lambda: {**known, "token_strs": _texts(services.codec, tokens) if names else None}
+    )
 
 
 @router.post("/detokenize", summary="Tokens to text", **answers(doc.Prompt))
-async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of a sequence, special tokens included."""
     services = services_of(request)
     services.adapters.resolve(body.model)
     if body.tokens:
         check_prompt(services, body.tokens, field="tokens")
-    return {"prompt": services.codec.decode(body.tokens)}
+    return await _aside(len(body.tokens), lambda: {"prompt": services.codec.decode(body.tokens)})
+
+
+def _texts(codec: TextCodec, tokens: Sequence[int] | None) -> list[str] | None:
+    return None if tokens is None else [codec.token_text(token) for token in tokens]
+
+
+async def _aside(size: int, make: Callable[[], dict[str, Any]]) -> Response:
+    """A reply of so many tokens, made on a thread where it is long: the event loop serves everybody's streams."""
+
+    def encoded() -> bytes:
+        return msgspec.json.encode(make())
+
+    content = encoded() if size < _LONG else await asyncio.to_thread(encoded)
+    return Response(content, media_type="application/json")

@@ -23,6 +23,7 @@ async def prompt_tokens(
     Raises InvalidRequestError."""
     if isinstance(prompt, str):
         text = templated(target.template, prompt)
+        check_length(services, text, field)
         tokens = await encode(services, text, add_special_tokens=add_special_tokens, field=field)
     else:
         tokens = templated_tokens(services.codec, target.template, prompt)
@@ -37,6 +38,16 @@ async def encode(services: Services, text: str, *, add_special_tokens: bool, fie
     if len(text) < _LONG_TEXT:
         return services.codec.encode(text, add_special_tokens=add_special_tokens)
     return await asyncio.to_thread(services.codec.encode, text, add_special_tokens=add_special_tokens)
+
+
+def check_length(services: Services, text: str, field: str) -> None:
+    """Refuse a text that cannot fit before any work is done on it. Raises InvalidRequestError."""
+    if (least := services.codec.least_tokens(text)) > services.longest:
+        raise InvalidRequestError(
+            f"A request may have {services.longest} tokens in all. This one has {least} or more in the prompt.",
+            field=field,
+            code="context_length_exceeded",
+        )
 
 
 def check_unicode(text: str, field: str) -> None:

@@ -59,8 +59,12 @@ def _names(model: type[BaseModel]) -> AbstractSet[str]:
     return {field.alias or name for name, field in model.model_fields.items()}
 
 
-def _is_token(value: Any) -> bool:
-    return type(value) is int and value >= 0
+MOST_TOKENS = 1 << 20
+"""Tokens that one prompt may be sent as: more than any context."""
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and {*map(type, value)} <= {int} and min(value, default=0) >= 0
 
 
 def _prompts(value: Any) -> Any:
@@ -68,11 +72,11 @@ def _prompts(value: Any) -> Any:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
-        if all(map(_is_token, value)):
+        if len(value) > (MOST_TOKENS if isinstance(value[0], int) else MOST_SEQUENCES):
+            raise ValueError(f"has {len(value):,} items, more than a request may have")
+        if _are_tokens(value):
             return [value]
-        if all(isinstance(prompt, str) for prompt in value):
-            return value
-        if all(isinstance(prompt, list) and all(map(_is_token, prompt)) for prompt in value):
+        if all(isinstance(prompt, str) for prompt in value) or all(map(_are_tokens, value)):
             return value
     raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
 

@@ -76,6 +76,9 @@ class Message(Body):
         return self
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+
+
 def _template_variables(value: dict[str, Any]) -> dict[str, Any]:
     taken = {"messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message"}
     taken |= {"tools", "documents", "return_assistant_tokens_mask"}
@@ -169,7 +172,7 @@ class ChatRequest(Generation):
     }
     ignored: ClassVar[AbstractSet[str]] = Generation.ignored | {"reasoning_effort", "include"}
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

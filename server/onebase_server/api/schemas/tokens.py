@@ -5,15 +5,15 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from onebase_server.api.error_replies import InvalidRequestError
-from onebase_server.api.schemas.body import Body, Targeted, TokenId
-from onebase_server.api.schemas.chat import Message, TemplateVariables
+from onebase_server.api.schemas.body import MOST_TOKENS, Body, Targeted, TokenId
+from onebase_server.api.schemas.chat import Messages, TemplateVariables
 
 
 class TokenizeRequest(Targeted):
     """POST /tokenize: a prompt, or a conversation."""
 
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -31,4 +31,4 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(max_length=MOST_TOKENS)
