@@ -77,6 +77,15 @@ def serve(
             help="Key that inference needs; any of several. Default: none is needed.",
         ),
     ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        _option(
+            "--allowed-origins",
+            rich_help_panel=_NETWORK,
+            help="Origin whose web pages may call the API, e.g. https://app.example; several, or * for all. "
+            "Default: none.",
+        ),
+    ] = None,
     adapter_root: Annotated[
         Path | None,
         _option(rich_help_panel=_ACCESS, help="Folder below which adapters may be registered by path."),
@@ -182,6 +191,7 @@ def serve(
         adapter_root=_existing(adapter_root),
         admin_key=admin_key or None,
         api_keys=tuple(key for key in api_key or () if key),
+        allowed_origins=tuple(allowed_origins or ()),
         grace=grace,
         otlp_endpoint=otlp_endpoint,
     )

@@ -29,6 +29,8 @@ class ServerConfig:
     """Opens the administration of adapters."""
     api_keys: tuple[str, ...] = ()
     """Any of them is needed for inference; without any, inference is open."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages from these may call the API in a browser, from `*` all."""
     otlp_endpoint: str | None = None
     """URL of a collector that takes OpenTelemetry's traces over HTTP; None: none are made."""
     grace: float = 30.0

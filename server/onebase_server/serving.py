@@ -147,6 +147,7 @@ async def _start(
         adapter_root=config.adapter_root,
         admin_key=config.admin_key,
         api_keys=config.api_keys,
+        allowed_origins=config.allowed_origins,
     )
     services = Services.over(engine, codec, store, settings, book=book, jobs=config.jobs)
     phases.begin("loading adapters")

@@ -9,8 +9,9 @@ import httpx
 import msgspec
 import pytest
 
+from onebase_adapters.store.adapter_store import AdapterStore
 from onebase_engine.text.tokenizer import TextCodec
-from onebase_server.api.services import Services
+from onebase_server.api.services import ApiSettings, Services
 
 Make = Callable[..., Path]
 
@@ -46,6 +47,43 @@ async def test_models_are_the_base_and_its_adapters(
 async def test_an_unknown_model(http: httpx.AsyncClient) -> None:
     reply = await http.get("/v1/models/nobody")
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_a_name_that_was_meant(
+    http: httpx.AsyncClient, services: Services, new_adapter: Make, tmp_path: Path
+) -> None:
+    await add(services, new_adapter(tmp_path / "a", b"a"), "invoices")
+    error = (await http.post("/v1/completions", json={"model": "invoice", "prompt": "a"})).json()["error"]
+    assert "Did you mean 'invoices'? This server has: tiny, invoices." in error["message"]
+
+
+async def test_an_adapter_is_deleted_as_a_model(
+    http: httpx.AsyncClient, services: Services, new_adapter: Make, tmp_path: Path, admin_key: str
+) -> None:
+    admin = {"authorization": f"Bearer {admin_key}"}
+    await add(services, new_adapter(tmp_path / "a", b"a"), "a")
+    assert (await http.delete("/v1/models/a", headers={"authorization": "Bearer wrong"})).status_code in (401, 403)
+    reply = await http.delete("/v1/models/a", headers=admin)
+    assert reply.json() == {"id": "a", "object": "model", "deleted": True}
+    assert (await http.get("/v1/models/a")).status_code == 404
+    assert (await http.delete("/v1/models/a", headers=admin)).status_code == 404
+    assert (await http.delete("/v1/models/tiny", headers=admin)).status_code == 400
+
+
+async def test_web_pages_from_elsewhere(
+    engine: Any, codec: TextCodec, store: AdapterStore, in_process: Callable[..., httpx.AsyncClient]
+) -> None:
+    page = {"origin": "https://app.example"}
+    settings = ApiSettings("tiny", allowed_origins=("https://app.example",))
+    async with in_process(Services.over(engine, codec, store, settings)) as http:
+        reply = await http.post("/v1/completions", json={"prompt": "a", "store": True}, headers=page)
+        assert reply.headers["access-control-allow-origin"] == "https://app.example"
+        assert "x-onebase-ignored" in reply.headers["access-control-expose-headers"]
+        asked = {**page, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        assert (await http.options("/v1/completions", headers=asked)).status_code == 200
+        elsewhere = {"origin": "https://evil.example"}
+        reply = await http.post("/v1/completions", json={"prompt": "a"}, headers=elsewhere)
+        assert "access-control-allow-origin" not in reply.headers
 
 
 async def test_health(http: httpx.AsyncClient, engine: Any) -> None:

@@ -369,6 +369,35 @@ async def test_grammars(
         assert not accepts(grammar, text), text
 
 
+def allowed(mode: str) -> dict[str, Any]:
+    return {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [NAMED]}}}
+
+
+async def test_some_of_the_tools(http: httpx.AsyncClient, engine: Any, accepts: Any, codec: TextCodec) -> None:
+    await chat(http, **allowed("auto"))
+    assert engine.requests[-1].sampling.grammar is None
+    told = codec.decode(engine.requests[-1].prompt)
+    assert "clock" in told
+    assert "weather" not in told
+    await chat(http, **allowed("required"))
+    grammar = engine.requests[-1].sampling.grammar
+    assert accepts(grammar, tagged("clock"))
+    assert not accepts(grammar, ONE)
+    unknown = {"type": "function", "function": {"name": "none"}}
+    choice = {"type": "allowed_tools", "allowed_tools": {"tools": [unknown]}}
+    reply = await http.post(PATH, json={"messages": USER, "tools": [CLOCK], "tool_choice": choice})
+    assert "tool_choice names 'none'; the tools are: clock." in reply.json()["error"]["message"]
+
+
+async def test_some_of_a_responses_tools(http: httpx.AsyncClient, engine: Any, accepts: Any) -> None:
+    tools = [{"type": "function", **tool["function"]} for tool in (WEATHER, CLOCK)]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "clock"}]}
+    reply = await http.post("/v1/responses", json={"input": "hi", "tools": tools, "tool_choice": choice})
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["tool_choice"] == choice
+    assert not accepts(engine.requests[-1].sampling.grammar, ONE)
+
+
 async def test_free_choice_needs_no_grammar(http: httpx.AsyncClient, engine: Any) -> None:
     for fields in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}, {"parallel_tool_calls": True}):
         await chat(http, **fields)

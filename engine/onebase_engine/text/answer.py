@@ -31,6 +31,7 @@ class Answer:
         "finish_reason",
         "index",
         "new_logprobs",
+        "new_tokens",
         "prompt_logprobs",
         "request",
         "stop_reason",
@@ -47,6 +48,8 @@ class Answer:
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.new_logprobs: Sequence[TokenLogprobs] = ()
         """Those of the tokens in the latest output."""
+        self.new_tokens: Sequence[int] = ()
+        """Of the latest output, without what a stop string cut off."""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         """The stop string or stop token that ended it (vLLM's field); None for the model's own end."""
@@ -59,6 +62,7 @@ class Answer:
             self.prompt_logprobs = output.prompt_logprobs
         before = self.text.tokens
         shown = self.text.push(output.tokens) if output.tokens else ""
+        self.new_tokens = output.tokens[: self.text.tokens - before]
         if output.logprobs:
             self.new_logprobs = output.logprobs[: self.text.tokens - before]
         else:

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from onebase_adapters.errors import OneBaseError
 from onebase_server.api.endpoints import (
@@ -62,5 +63,14 @@ def create_app(services: Services, *, around: Around | None = None) -> FastAPI:
     def body_limit(path: str) -> int:
         return settings.max_upload_bytes if path.startswith(_UPLOADS) else settings.max_body_bytes
 
+    if settings.allowed_origins:
+        shown = ["x-request-id", "x-onebase-ignored", "retry-after"]
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=shown,
+        )
     app.add_middleware(RequestGuard, body_limit=body_limit, answered=services.metrics.answered, around=around)
     return app

@@ -30,6 +30,8 @@ class ApiSettings:
     """Without one, the administration of adapters is closed."""
     api_keys: tuple[str, ...] = ()
     """Without any, inference is open."""
+    allowed_origins: tuple[str, ...] = ()
+    """Whose web pages may call the API."""
     max_body_bytes: int = 8 << 20
     """Of a JSON body, which is read in one go: while it is, nobody's stream goes on."""
     max_upload_bytes: int = 4 << 30

@@ -6,7 +6,7 @@ machine HTTP takes: here it is one JSON string escape, one concatenation and one
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -38,7 +38,7 @@ def event(document: object) -> bytes:
 class ChunkFormat:
     """The chunks of one response. A choice's text sits between `before` and `after`."""
 
-    __slots__ = ("_after", "_before", "_envelope", "_first", "_heads", "_plain")
+    __slots__ = ("_after", "_before", "_envelope", "_first", "_heads", "_noted", "_plain")
 
     def __init__(
         self, envelope: dict[str, Any], *, before: bytes, after: bytes, first: bytes | None = None
@@ -49,6 +49,7 @@ class ChunkFormat:
         self._first = before if first is None else first
         self._after = after
         self._plain = after + _GOES_ON
+        self._noted = b""
         self._heads: dict[int, bytes] = {}
 
     def chunk(self, index: int, text: str) -> bytes:
@@ -63,9 +64,13 @@ class ChunkFormat:
         finish_reason: str | None,
         stop_reason: object,
         more: bytes = b"",
+        tokens: Sequence[int] | None = None,
     ) -> bytes:
-        """A chunk with more to say than text; `more` is JSON that stands right behind the text."""
-        return b'%b%b%b%b,"logprobs":%b,"finish_reason":%b,"stop_reason":%b}]}\n\n' % (
+        """A chunk with more to say than text; `more` is JSON that stands right behind the text,
+        `tokens` are the text's ids."""
+        ids = b"" if tokens is None else b',"token_ids":' + _encode(tokens)
+        noted, self._noted = self._noted, b""
+        return b'%b%b%b%b,"logprobs":%b,"finish_reason":%b,"stop_reason":%b%b}]%b}\n\n' % (
             self._head(index),
             _encode(text),
             more,
@@ -73,7 +78,13 @@ class ChunkFormat:
             _encode(logprobs),
             _encode(finish_reason),
             _encode(stop_reason),
+            ids,
+            noted,
         )
+
+    def note(self, member: bytes) -> None:
+        """Let the next `full` chunk have one more member beside its choices."""
+        self._noted += b"," + member
 
     def _head(self, index: int) -> bytes:
         head = self._heads.get(index)

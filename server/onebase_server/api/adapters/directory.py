@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import msgspec
 
@@ -110,7 +111,7 @@ class AdapterDirectory:
             if error.field == "version":
                 raise
             raise AdapterNotFoundError(
-                f"The model {model[:160]!r} does not exist. {self._what_exists()}", field="model"
+                f"The model {model[:160]!r} does not exist. {self._what_exists(model)}", field="model"
             ) from None
         raise AdapterError(f"The adapter {model!r} is not served: {entry.problem}", field="model")
 
@@ -127,7 +128,9 @@ class AdapterDirectory:
         name, version = split_version(name)
         entries = self._entries.get(name)
         if not entries:
-            raise AdapterNotFoundError(f"No adapter is named {name[:160]!r}. {self._what_exists()}", field="name")
+            raise AdapterNotFoundError(
+                f"No adapter is named {name[:160]!r}. {self._what_exists(name)}", field="name"
+            )
         for entry in entries:
             if entry.record.current if version is None else str(entry.record.version) == version:
                 return entry
@@ -268,10 +271,14 @@ class AdapterDirectory:
         except OneBaseError as error:  # it never got there, or the engine is down and forgets it anyway
             log.info("adapter %s was not unloaded: %s", digest[:12], error.message)
 
-    def _what_exists(self) -> str:
+    def _what_exists(self, wanted: str) -> str:
+        """With the name that may have been meant, if it is not among those shown."""
         names = [self._base.name, *sorted(name for name in self._entries if name in self._targets)]
         more = len(names) - _NAMES_IN_MESSAGE
-        return f"This server has: {', '.join(names[:_NAMES_IN_MESSAGE])}{f' and {more} more' if more > 0 else ''}."
+        meant = get_close_matches(wanted, names, 1)
+        asked = f"Did you mean {meant[0]!r}? " if meant else ""
+        shown = ", ".join(names[:_NAMES_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")
+        return f"{asked}This server has: {shown}."
 
 
 def split_version(name: str) -> tuple[str, str | None]:

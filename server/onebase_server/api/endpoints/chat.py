@@ -57,11 +57,14 @@ class Chat:
         async def show(choice: Choice, text: str) -> None:
             answers[choice.index].take(choice, text)
             answers[choice.index].logprobs += choice.new_logprobs
+            answers[choice.index].tokens += choice.new_tokens
 
         await run_all(self.services.engine, self.choices, show)
+        ids = bool(self.body.return_token_ids)
         return {
             **self.envelope,
             "object": "chat.completion",
+            **({"prompt_token_ids": self.choices[0].request.prompt} if ids else {}),
             "choices": [
                 {
                     "index": choice.index,
@@ -69,6 +72,7 @@ class Chat:
                     "logprobs": self.logprobs(answers[choice.index].logprobs) if self.body.logprobs else None,
                     "finish_reason": answers[choice.index].finish_reason(choice),
                     "stop_reason": choice.stop_reason,
+                    **({"token_ids": answers[choice.index].tokens} if ids else {}),
                 }
                 for choice in self.choices
             ],
@@ -86,15 +90,19 @@ class Chat:
             after=b"}",
         )
         answers = {choice.index: Answer(self.body) for choice in self.choices}
+        ids = bool(self.body.return_token_ids)
+        if ids:
+            chunks.note(b'"prompt_token_ids":' + msgspec.json.encode(self.choices[0].request.prompt))
 
         async def show(choice: Choice, text: str) -> None:
             answer = answers[choice.index]
             shown, calls = answer.take(choice, text)
             logprobs = self.logprobs(choice.new_logprobs) if choice.new_logprobs else None
-            if choice.finish_reason is not None or logprobs is not None or calls:
+            if choice.finish_reason is not None or logprobs is not None or calls or ids:
                 reason, stop = answer.finish_reason(choice), choice.stop_reason
                 content = None if calls and not shown else shown
-                await write(chunks.full(choice.index, content, logprobs, reason, stop, _delta_of(calls)))
+                tokens = choice.new_tokens if ids else None
+                await write(chunks.full(choice.index, content, logprobs, reason, stop, _delta_of(calls), tokens))
             elif shown:
                 await write(chunks.chunk(choice.index, shown))
 
@@ -117,6 +125,7 @@ class Answer:
         self._texts: list[str] = []
         self._calls: list[ToolCall] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.tokens: list[int] = []
 
     def take(self, choice: Choice, text: str) -> tuple[str, list[tuple[int, ToolCall]]]:
         """The choice has got `text`: what of it is shown, and the calls that it completes, numbered."""

@@ -64,12 +64,14 @@ class _Completion:
         renderers = self._renderers()
         texts: dict[int, list[str]] = {choice.index: [] for choice in choices}
         logprobs: dict[int, list[dict[str, Any]]] = {choice.index: [] for choice in choices}
+        tokens: dict[int, list[int]] = {choice.index: [] for choice in choices}
         scores = dict.fromkeys(texts, 0.0)
 
         async def show(choice: Choice, text: str) -> None:
             scores[choice.index] += sum(entry.logprob for entry in choice.new_logprobs)
             text, part = renderers[choice.index].render(text)
             texts[choice.index].append(text)
+            tokens[choice.index] += choice.new_tokens
             if part is not None:
                 logprobs[choice.index].append(part)
 
@@ -84,6 +86,7 @@ class _Completion:
                     "logprobs": joined(logprobs[choice.index]) if self.body.logprobs is not None else None,
                     "finish_reason": choice.finish_reason,
                     "stop_reason": choice.stop_reason,
+                    **(_ids(choice, tokens[choice.index]) if self.body.return_token_ids else {}),
                 }
                 for index, choice in enumerate(kept)
             ],
@@ -96,12 +99,19 @@ class _Completion:
         with_usage = self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
         envelope = {**self.envelope, "usage": None} if with_usage else self.envelope
         chunks = ChunkFormat(envelope, before=b'"text":', after=b"")
+        ids = bool(self.body.return_token_ids)
+        begun: set[int] = set()
 
         async def show(choice: Choice, text: str) -> None:
             index = choice.index
             text, logprobs = renderers[index].render(text)
-            if choice.finish_reason is not None or logprobs is not None:
-                await write(chunks.full(index, text, logprobs, choice.finish_reason, choice.stop_reason))
+            if choice.finish_reason is not None or logprobs is not None or ids:
+                tokens = choice.new_tokens if ids else None
+                prompt = b',"prompt_token_ids":' + msgspec.json.encode(choice.request.prompt)
+                more = prompt if ids and index not in begun else b""
+                begun.add(index)
+                reason, stop = choice.finish_reason, choice.stop_reason
+                await write(chunks.full(index, text, logprobs, reason, stop, more, tokens))
             elif text:
                 await write(chunks.chunk(index, text))
 
@@ -152,6 +162,10 @@ class _Renderer:
             tokens += [entry.token for entry in choice.new_logprobs]
             entries += choice.new_logprobs
         return text, self._logprobs.add(tokens, entries) if tokens else None
+
+
+def _ids(choice: Choice, tokens: Sequence[int]) -> dict[str, Any]:
+    return {"prompt_token_ids": choice.request.prompt, "token_ids": tokens}
 
 
 def _best(group: Sequence[Choice], scores: dict[int, float], count: int) -> Sequence[Choice]:

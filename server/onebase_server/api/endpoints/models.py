@@ -6,7 +6,8 @@ from fastapi import APIRouter, Depends, Request
 
 from onebase_adapters.errors import AdapterNotFoundError
 from onebase_server.api.adapters.directory import Entry, Target
-from onebase_server.api.auth import require_key
+from onebase_server.api.auth import require_admin, require_key
+from onebase_server.api.error_replies import InvalidRequestError
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.services import Services, services_of
@@ -32,6 +33,21 @@ async def get_model(name: str, request: Request) -> dict[str, Any]:
     if entry.problem is not None:
         raise AdapterNotFoundError(f"The adapter {name!r} is not served: {entry.problem}", field="model")
     return {**_adapter(services, entry), "id": name}
+
+
+@router.delete(
+    "/v1/models/{name:path}",
+    summary="Delete an adapter",
+    dependencies=[Depends(require_admin)],
+    **answers(doc.Deleted),
+)
+async def delete_model(name: str, request: Request) -> dict[str, Any]:
+    """As DELETE /v1/adapters/NAME, with the admin key; the base stays."""
+    services = services_of(request)
+    if name == services.settings.base_name:
+        raise InvalidRequestError("The base cannot be deleted.", field="model")
+    await services.adapters.delete(name)
+    return {"id": name, "object": "model", "deleted": True}
 
 
 def _base(services: Services) -> dict[str, Any]:

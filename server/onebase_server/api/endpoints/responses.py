@@ -20,7 +20,7 @@ from onebase_server.api.generation.tools import ToolCall
 from onebase_server.api.schemas import answers as doc
 from onebase_server.api.schemas.answers import answers
 from onebase_server.api.schemas.chat import ChatRequest
-from onebase_server.api.schemas.responses import NamedFunction, ResponseInput, ResponsesRequest
+from onebase_server.api.schemas.responses import AllowedFunctions, NamedFunction, ResponseInput, ResponsesRequest
 from onebase_server.api.services import services_of
 from onebase_server.api.sse import SseResponse, Write
 
@@ -268,7 +268,10 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
     schema = {"name": form.name or "schema", "schema": form.schema_} if form.type == "json_schema" else None
     choice = body.tool_choice
     if isinstance(choice, NamedFunction):
-        choice = {"type": "function", "function": {"name": choice.name}}
+        choice = _named(choice)
+    elif isinstance(choice, AllowedFunctions):
+        tools = [_named(each) for each in choice.tools]
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": tools}}
     return ChatRequest.model_validate(
         {
             "model": body.model,
@@ -289,6 +292,10 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
     )
 
 
+def _named(function: NamedFunction) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": function.name}}
+
+
 def _append(turns: list[dict[str, Any]], item: ResponseInput) -> None:
     """An input item as a turn; calls belong to the assistant's turn before them."""
     if item.type == "message":
@@ -304,4 +311,4 @@ def _append(turns: list[dict[str, Any]], item: ResponseInput) -> None:
 
 
 def _plain(choice: Any) -> Any:
-    return choice.model_dump() if isinstance(choice, NamedFunction) else choice
+    return choice.model_dump() if isinstance(choice, NamedFunction | AllowedFunctions) else choice

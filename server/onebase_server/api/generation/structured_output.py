@@ -100,20 +100,41 @@ def _response_schema(body: Generation) -> dict[str, Any] | None:
     form = body.response_format
     if form is None or form.type == "text":
         return None
-    return {"type": "object"} if form.json_schema is None else form.json_schema.schema_ or {}
+    if form.json_schema is not None:
+        return form.json_schema.schema_ or {}
+    return {"type": "object"} if form.schema_ is None else form.schema_
 
 
 def _guided(body: Generation) -> Sequence[_Given | None]:
-    return (
+    earlier = (
         _optional("guided_json", body.guided_json, json_grammar),
-        _optional("guided_regex", body.guided_regex, lambda regex, _: LLMatcher.grammar_from_regex(regex)),
-        _optional("guided_grammar", body.guided_grammar, lambda lark, _: LLMatcher.grammar_from_lark(lark)),
+        _optional("guided_regex", body.guided_regex, _regex),
+        _optional("guided_grammar", body.guided_grammar, _lark),
         _optional("guided_choice", body.guided_choice, _choice),
+    )
+    if (later := body.structured_outputs) is None:
+        return earlier
+    anything = {"type": "object"} if later.json_object else None
+    return (
+        *earlier,
+        _optional("structured_outputs.json", later.json_, json_grammar),
+        _optional("structured_outputs.json_object", anything, json_grammar),
+        _optional("structured_outputs.regex", later.regex, _regex),
+        _optional("structured_outputs.grammar", later.grammar, _lark),
+        _optional("structured_outputs.choice", later.choice, _choice),
     )
 
 
 def _optional(field: str, value: Any, make: Any) -> _Given | None:
     return None if value is None else (field, make(value, field))
+
+
+def _regex(regex: str, _: str) -> str:
+    return LLMatcher.grammar_from_regex(regex)
+
+
+def _lark(grammar: str, _: str) -> str:
+    return LLMatcher.grammar_from_lark(grammar)
 
 
 def _choice(choices: Sequence[str], _: str) -> str:

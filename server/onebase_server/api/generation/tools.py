@@ -12,7 +12,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from onebase_server.api.schemas.chat import ChatRequest, Message, NamedTool, Tool
+from onebase_server.api.schemas.chat import AllowedTools, ChatRequest, Message, NamedTool, Tool, chosen_names
 
 # As people and json.dumps write it, and no more: a small model gets lost in white space (tried: with up to 40
 # characters of it anywhere, SmolLM2-135M wrote newlines until its tokens were spent).
@@ -44,8 +44,11 @@ class ToolCall:
 
 
 def tools_of(body: ChatRequest) -> Sequence[Tool]:
-    """Those that the model is told of: none where `tool_choice` is `none`."""
-    return () if body.tool_choice == "none" else body.tools or ()
+    """Those that the model is told of: none where `tool_choice` is `none`, some where it is `allowed_tools`."""
+    tools = () if body.tool_choice == "none" else body.tools or ()
+    if isinstance(body.tool_choice, AllowedTools):
+        return [tool for tool in tools if tool.function.name in chosen_names(body.tool_choice)]
+    return tools
 
 
 def instructions(tools: Sequence[Tool]) -> str:
@@ -76,8 +79,10 @@ class CallRules:
     @classmethod
     def of(cls, body: ChatRequest) -> "CallRules":
         """A body's."""
-        named = isinstance(body.tool_choice, NamedTool)
-        return cls(named or body.tool_choice == "required", named or body.parallel_tool_calls is False)
+        choice = body.tool_choice
+        named = isinstance(choice, NamedTool)
+        mode = choice.allowed_tools.mode if isinstance(choice, AllowedTools) else choice
+        return cls(named or mode == "required", named or body.parallel_tool_calls is False)
 
 
 def tool_grammar(body: ChatRequest, final: str | None) -> str | None:
@@ -85,9 +90,8 @@ def tool_grammar(body: ChatRequest, final: str | None) -> str | None:
     not to be more than one. `final` is what an answer without calls has to follow: the right side of a rule in
     Lark's notation."""
     tools = tools_of(body)
-    choice = body.tool_choice
-    if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+    if isinstance(body.tool_choice, NamedTool):
+        tools = [tool for tool in tools if tool.function.name in chosen_names(body.tool_choice)]
     rules = CallRules.of(body)
     forced, several = rules.forced, not rules.one
     if not tools or not (forced or final or not several or any(tool.function.strict for tool in tools)):

@@ -49,6 +49,8 @@ class _Choice(BaseModel):
     index: int
     finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None
+    token_ids: list[int] | None = None
+    """With `return_token_ids`."""
 
 
 class CompletionChoice(_Choice):
@@ -56,6 +58,8 @@ class CompletionChoice(_Choice):
 
     text: str
     logprobs: CompletionLogprobs | None
+    prompt_token_ids: list[int] | None = None
+    """With `return_token_ids`."""
 
 
 class _Generated(BaseModel):
@@ -129,6 +133,8 @@ class Chat(_Generated):
     """The reply to POST /v1/chat/completions."""
 
     object: Literal["chat.completion"]
+    prompt_token_ids: list[int] | None = None
+    """With `return_token_ids`."""
     choices: list[ChatChoice]
 
 

@@ -127,13 +127,40 @@ class NamedTool(Body):
     function: FunctionName
 
 
+class AllowedSet(Body):
+    """Some of the tools."""
+
+    mode: Literal["auto", "required"] = "auto"
+    tools: list[NamedTool] = Field(min_length=1, max_length=128)
+
+
+class AllowedTools(Body):
+    """`tool_choice` for some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedSet
+
+
 def tool_choice(value: Any) -> Any:
-    """The three words, or a NamedTool. Raises ValueError."""
+    """The three words, a NamedTool or AllowedTools. Raises ValueError."""
     if isinstance(value, dict):
-        return NamedTool.model_validate(value)
+        kind = AllowedTools if value.get("type") == "allowed_tools" else NamedTool
+        return kind.model_validate(value)
     if value not in (None, "none", "auto", "required"):
-        raise ValueError("must be 'none', 'auto', 'required', or {'type': 'function', 'function': {'name': ...}}")
+        raise ValueError(
+            "must be 'none', 'auto', 'required', {'type': 'function', 'function': {'name': ...}}, or "
+            "{'type': 'allowed_tools', 'allowed_tools': {'mode': ..., 'tools': [...]}}"
+        )
     return value
+
+
+def chosen_names(choice: Any) -> AbstractSet[str]:
+    """The functions that a `tool_choice` names."""
+    if isinstance(choice, NamedTool):
+        return {choice.function.name}
+    return (
+        {tool.function.name for tool in choice.allowed_tools.tools} if isinstance(choice, AllowedTools) else set()
+    )
 
 
 _TOOL_CHOICE_SCHEMA = {
@@ -145,6 +172,21 @@ _TOOL_CHOICE_SCHEMA = {
             "properties": {
                 "type": {"const": "function"},
                 "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+            },
+        },
+        {
+            "type": "object",
+            "required": ["type", "allowed_tools"],
+            "properties": {
+                "type": {"const": "allowed_tools"},
+                "allowed_tools": {
+                    "type": "object",
+                    "required": ["tools"],
+                    "properties": {
+                        "mode": {"enum": ["auto", "required"]},
+                        "tools": {"type": "array", "minItems": 1, "items": {"type": "object"}},
+                    },
+                },
             },
         },
     ]
@@ -195,10 +237,9 @@ class ChatRequest(Generation):
         names = [tool.function.name for tool in self.tools or ()]
         if self.tool_choice not in (None, "none", "auto") and not names:
             raise InvalidRequestError("tool_choice needs tools.", field="tool_choice")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+        for wanted in sorted(chosen_names(self.tool_choice) - set(names)):
             raise InvalidRequestError(
-                f"tool_choice names {self.tool_choice.function.name!r}; the tools are: {', '.join(names)}.",
-                field="tool_choice",
+                f"tool_choice names {wanted!r}; the tools are: {', '.join(names)}.", field="tool_choice"
             )
         if len(set(names)) < len(names):
             raise InvalidRequestError("Two tools have the same name.", field="tools")

@@ -49,9 +49,15 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    """Of a `json_object`, as llama.cpp and Together have it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.schema_ is not None and self.type != "json_object":
+            raise InvalidRequestError(
+                "schema goes with type 'json_object', and with no other.", field="response_format.schema"
+            )
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise InvalidRequestError(
                 "json_schema goes with type 'json_schema', and with no other.", field="response_format.json_schema"
@@ -66,6 +72,29 @@ def _schema_or_text(value: Any) -> Any:
 
 
 AnyJsonSchema = Annotated[Any, BeforeValidator(_schema_or_text), WithJsonSchema({"type": ["object", "string"]})]
+
+
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1000)]
+
+
+class StructuredOutputs(Body):
+    """vLLM's later form of the `guided_` fields: one of these."""
+
+    ignored: ClassVar[AbstractSet[str]] = {"disable_fallback"}
+
+    json_: AnyJsonSchema | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    """In llguidance's Lark notation."""
+    json_object: bool | None = None
+    """Any JSON object."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if all(value is None for _, value in self):
+            raise ValueError("needs one of json, regex, choice, grammar and json_object")
+        return self
 
 
 class Generation(Targeted):
@@ -100,14 +129,17 @@ class Generation(Targeted):
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    """The prompt's tokens, and each choice's, come back beside the text."""
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
 
     response_format: ResponseFormat | None = None
     guided_json: AnyJsonSchema | None = None
     guided_regex: str | None = None
-    guided_choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=1000)
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
     """In llguidance's Lark notation."""
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:

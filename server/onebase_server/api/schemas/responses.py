@@ -18,8 +18,18 @@ class NamedFunction(Body):
     name: str
 
 
+class AllowedFunctions(Body):
+    """`tool_choice` of a response for some of the functions."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"] = "auto"
+    tools: list[NamedFunction] = Field(min_length=1, max_length=128)
+
+
 def _response_tool_choice(value: Any) -> Any:
-    return NamedFunction.model_validate(value) if isinstance(value, dict) else tool_choice(value)
+    if not isinstance(value, dict):
+        return tool_choice(value)
+    return (AllowedFunctions if value.get("type") == "allowed_tools" else NamedFunction).model_validate(value)
 
 
 _RESPONSE_TOOL_CHOICE_SCHEMA = {
@@ -29,6 +39,15 @@ _RESPONSE_TOOL_CHOICE_SCHEMA = {
             "type": "object",
             "required": ["type", "name"],
             "properties": {"type": {"const": "function"}, "name": {"type": "string"}},
+        },
+        {
+            "type": "object",
+            "required": ["type", "tools"],
+            "properties": {
+                "type": {"const": "allowed_tools"},
+                "mode": {"enum": ["auto", "required"]},
+                "tools": {"type": "array", "minItems": 1, "items": {"type": "object"}},
+            },
         },
         {"type": "null"},
     ]
