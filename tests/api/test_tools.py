@@ -41,6 +41,10 @@ WEATHER = {
     },
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
+OPEN = {
+    "type": "function",
+    "function": {"name": "open", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+}
 NAMED = {"type": "function", "function": {"name": "clock"}}
 FREE = CallRules(forced=False, one=False)
 TOOLS = [Tool.model_validate(tool) for tool in (WEATHER, CLOCK)]
@@ -205,7 +209,7 @@ async def test_a_template_without_a_system_turn_is_told_in_the_first_of_the_user
 
 
 async def test_arguments_of_earlier_calls_may_be_nothing(http: httpx.AsyncClient, engine: Any, codec: Any) -> None:
-    for arguments in ("", None, " "):
+    for arguments in ("", None, " ", {}):
         call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": arguments}}
         turns = [{"role": "assistant", "content": None, "tool_calls": [call]}]
         await chat(http, messages=[*USER, *turns], max_tokens=5)
@@ -348,6 +352,11 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "p", "schema": {"type":
         ({"tool_choice": "required"}, [ONE, ONE + "\n" + tagged("clock")], ["text", tagged("none"), "x" + ONE]),
         ({"tool_choice": "required", "parallel_tool_calls": False}, [ONE], [ONE + "\n" + ONE]),
         ({"tool_choice": NAMED}, [tagged("clock")], [ONE, "text", tagged("clock", x=1), tagged("clock") * 2]),
+        (
+            {"tools": [OPEN], "tool_choice": "required"},
+            [tagged("open", city="Rome")],
+            [tagged("open", city="Rome", type="string")],
+        ),
         (
             {"tools": [exact(WEATHER), CLOCK]},
             ["text", "", "a < b", "see:\n" + ONE, ONE + ONE + " done"],

@@ -138,10 +138,10 @@ _OPEN_OBJECT = {"additionalProperties", "patternProperties", "anyOf", "oneOf", "
 
 
 def _arguments_schema(parameters: dict[str, Any]) -> dict[str, Any]:
-    """A function without parameters takes `{}`, not whatever a model thinks of."""
-    if parameters.get("properties") or _OPEN_OBJECT & parameters.keys():
+    """A model invents no arguments: a function takes those that its schema names, and without any it takes `{}`."""
+    if _OPEN_OBJECT & parameters.keys():
         return parameters
-    return {"type": "object", "properties": {}, "additionalProperties": False}
+    return {"type": "object", "properties": {}, **parameters, "additionalProperties": False}
 
 
 class ToolParser:

@@ -16,14 +16,16 @@ class CalledFunction(Body):
     """A function's name and arguments, in an earlier turn."""
 
     name: str
-    arguments: str | None = None
+    arguments: str | dict[str, Any] | None = None
 
     def parsed(self) -> Any:
         """The arguments, or their text where it is not JSON; `{}` where there is nothing."""
-        if not (self.arguments or "").strip():
+        if not isinstance(self.arguments, str):
+            return self.arguments or {}
+        if not self.arguments.strip():
             return {}
         try:
-            return json.loads(self.arguments or "")
+            return json.loads(self.arguments)
         except (ValueError, RecursionError):
             return self.arguments
 
@@ -71,7 +73,7 @@ class Message(Body):
     def _consistent(self) -> Self:
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"a turn of role {self.role!r} has no tool_calls")
-        if self.content is None and self.role != "assistant":
+        if self.content is None and self.role not in ("assistant", "tool"):
             raise ValueError("content is required")
         return self
 

@@ -107,7 +107,7 @@ class Generation(Targeted):
         "spaces_between_special_tokens": Refused("they stand as the tokenizer has them", True),
         "typical_p": Refused("use top_p or min_p", 1),
     }
-    ignored: ClassVar[AbstractSet[str]] = WITHOUT_EFFECT
+    ignored: ClassVar[AbstractSet[str]] = WITHOUT_EFFECT | {"guided_decoding_backend"}
 
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
