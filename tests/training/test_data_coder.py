@@ -1,5 +1,8 @@
 """Tokenizers and templates of other families than the default base's."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +10,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from onebase_adapters.errors import DataError
+from onebase_engine.text.tokenizer import TextCodec
+from onebase_server.api.adapters.directory import Target
+from onebase_server.api.generation.prompts import render_chat
+from onebase_server.api.generation.tools import tools_of
+from onebase_server.api.schemas.chat import ChatRequest
 from onebase_training.data import NO_LOSS, Encoded, Example, Turn, encode
+from onebase_training.data.reading.read_dataset import read_dataset
 
 CHAT = (Turn("user", "ab"), Turn("assistant", "c"), Turn("user", "d"), Turn("assistant", "e"))
 
@@ -79,8 +88,41 @@ def test_tools_go_through_the_template() -> None:
     example = Example(4, (CHAT[0], call), tools=({"type": "function", "function": {"name": "weather"}},))
     (one,) = encode([example], tokenizer := byte_level(template), max_length=99)
     assert parts(one, tokenizer) == ("weather;abRome<end>", "Rome<end>")
-    with pytest.raises(DataError, match="line 4: the base's chat template shows no tools"):
-        encode([example], byte_level(PLAIN), max_length=99)
+
+
+def test_tools_are_spelled_out_as_serving_does_where_the_template_shows_none(tmp_path: Path) -> None:
+    """The prompt of the last turn is the one that a chat with the same turns and tools sends to the engine."""
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tool = {"type": "function", "function": {"strict": False, "parameters": {"type": "object"}, "name": "weather"}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"place": "Rome"}'}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "weather?"}, {"type": "text", "text": "In Rome."}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", **call}]},
+        {"role": "tool", "tool_call_id": "1", "content": "sun"},
+        {"role": "assistant", "content": "It is sunny."},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": messages, "tools": [tool]}))
+    tokenizer = byte_level(template)
+    last = encode(read_dataset(data).examples, tokenizer, max_length=5000)[-1]
+    body = ChatRequest.model_validate({"messages": messages[:-1], "tools": [tool]})
+    codec = TextCodec(tokenizer.backend_tokenizer, template)
+    services: Any = SimpleNamespace(codec=codec)
+    prompt = render_chat(
+        services,
+        Target("base", None),
+        body.messages,
+        tools=tools_of(body),
+        add_generation_prompt=None,
+        variables=None,
+    )
+    assert parts(last, tokenizer)[0] == prompt + "It is sunny.<end>"
+    assert '<tool_call>\n{"name": "weather", "arguments": {"place": "Rome"}}\n</tool_call><end>' in prompt
 
 
 @pytest.mark.parametrize(

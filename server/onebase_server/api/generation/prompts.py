@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onebase_engine.text.hard_prompt import one_system_turn, templated, templated_tokens, templated_turns
+from onebase_engine.text.hard_prompt import templated, templated_tokens, templated_turns
+from onebase_engine.text.tool_text import spell_out
 from onebase_server.api.adapters.directory import Target
 from onebase_server.api.error_replies import InvalidRequestError
-from onebase_server.api.generation.tools import instructions, spelled_out
 from onebase_server.api.schemas.chat import Message, Tool
 from onebase_server.api.services import Services
 
@@ -72,33 +72,20 @@ def render_chat(
 
     Raises ChatTemplateError."""
     known = services.codec.template_knows_tools
-    turns: list[Mapping[str, Any]] = [_turn(message, known) for message in messages]
-    if tools and not known:
-        turns = _instructed(turns, instructions(tools), system=services.codec.template_takes_system)
+    documents = [tool.document() for tool in tools]
+    turns: list[Mapping[str, Any]] = [_turn(message) for message in messages]
+    if not known:
+        turns = spell_out(turns, documents, system=services.codec.template_takes_system)
     return services.codec.render_chat(
         templated_turns(target.template, turns),
-        tools=[tool.document() for tool in tools] if tools and known else None,
+        tools=documents if documents and known else None,
         add_generation_prompt=add_generation_prompt is not False and not continue_final_message,
         continue_final_message=bool(continue_final_message),
         **(variables or {}),
     )
 
 
-def _instructed(turns: Sequence[Mapping[str, Any]], text: str, *, system: bool) -> list[Mapping[str, Any]]:
-    """A conversation that begins with more to go by: in its system turn, or in the first of the user's where the
-    template takes no system turn."""
-    if system:
-        return one_system_turn([*turns, {"role": "system", "content": text}])
-    first = next((n for n, turn in enumerate(turns) if turn["role"] == "user"), None)
-    if first is None:
-        return [{"role": "user", "content": text}, *turns]
-    told = {**turns[first], "content": f"{text}\n\n{turns[first]['content']}"}
-    return [*turns[:first], told, *turns[first + 1 :]]
-
-
-def _turn(message: Message, template_knows_tools: bool) -> dict[str, Any]:
-    if not template_knows_tools and (message.role == "tool" or message.tool_calls):
-        return spelled_out(message)
+def _turn(message: Message) -> dict[str, Any]:
     # `developer` is OpenAI's later name for `system`; templates know the earlier one.
     turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
     turn["content"] = message.content or ""

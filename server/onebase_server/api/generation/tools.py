@@ -1,8 +1,5 @@
-"""Functions that a model may call: how the prompt tells of them, the grammar of a call, and calls in the output.
-
-A call is written as Hermes and Qwen do, `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`; an output that
-is nothing but such JSON counts, too.
-"""
+"""Functions that a model may call: the grammar of a call, and calls in the output, as `text/tool_text.py` writes
+them; an output that is nothing but such JSON counts, too."""
 
 import json
 import uuid
@@ -12,21 +9,13 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from onebase_server.api.schemas.chat import AllowedTools, ChatRequest, Message, NamedTool, Tool, chosen_names
+from onebase_engine.text.tool_text import CLOSE, OPEN
+from onebase_server.api.schemas.chat import AllowedTools, ChatRequest, NamedTool, Tool, chosen_names
 
 # As people and json.dumps write it, and no more: a small model gets lost in white space (tried: with up to 40
 # characters of it anywhere, SmolLM2-135M wrote newlines until its tokens were spent).
 SPACES = {"whitespace_pattern": r" |\n[ \t]{0,24}"}
 """For the grammar of any JSON."""
-
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-# Without an example: small models copy its words into their calls.
-_INSTRUCTIONS = """You can call functions. These are at hand, one a line:
-<tools>
-{tools}
-</tools>
-To call a function, write <tool_call>, then a JSON object whose "name" is the function's name and whose
-"arguments" are an object by the function's "parameters", then </tool_call>."""
 
 
 @dataclass(frozen=True)
@@ -49,22 +38,6 @@ def tools_of(body: ChatRequest) -> Sequence[Tool]:
     if isinstance(body.tool_choice, AllowedTools):
         return [tool for tool in tools if tool.function.name in chosen_names(body.tool_choice)]
     return tools
-
-
-def instructions(tools: Sequence[Tool]) -> str:
-    """What a system turn says of the tools, for a base whose chat template does not."""
-    return _INSTRUCTIONS.format(tools="\n".join(json.dumps(tool.document(), ensure_ascii=False) for tool in tools))
-
-
-def spelled_out(message: Message) -> dict[str, Any]:
-    """A turn with calls, or a call's result, as text: for a base whose chat template knows neither."""
-    if message.role == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{message.content or ''}\n</tool_response>"}
-    parts = [message.content] if message.content else []
-    for call in message.tool_calls or ():
-        document = {"name": call.function.name, "arguments": call.function.parsed()}
-        parts.append(f"{_OPEN}\n{json.dumps(document, ensure_ascii=False)}\n{_CLOSE}")
-    return {"role": message.role, "content": "\n".join(parts)}
 
 
 @dataclass(frozen=True)
@@ -101,16 +74,16 @@ def tool_grammar(body: ChatRequest, final: str | None) -> str | None:
         calls = "call+" if several else "call"
         lines += [
             f"start: {calls}" if forced else f"start: {calls} | final",
-            f'call: "\\n"? {json.dumps(_OPEN)} "\\n" function "\\n" {json.dumps(_CLOSE)}',
+            f'call: "\\n"? {json.dumps(OPEN)} "\\n" function "\\n" {json.dumps(CLOSE)}',
         ]
         if not forced:
             lines.append(f"final: {final}")
     else:
         lines += [
             "start: call* TEXT" if several else "start: TEXT | call",
-            f'call: head "\\n" function "\\n" {json.dumps(_CLOSE)}',
+            f'call: head "\\n" function "\\n" {json.dumps(CLOSE)}',
             # Lazy: the tag ends the text, whatever else could be made of it.
-            f"head[lazy]: TEXT {json.dumps(_OPEN)}",
+            f"head[lazy]: TEXT {json.dumps(OPEN)}",
             r"TEXT: /(.|\n)*/",
         ]
     return LLMatcher.grammar_from_lark("\n".join(lines))
@@ -198,7 +171,7 @@ class ToolParser:
             calls = self._parse_all(rest)
         elif self._state == "call":  # the closing tag is missing
             calls = self._parse_all(rest)
-            rest = "" if cut_off else _OPEN + rest
+            rest = "" if cut_off else OPEN + rest
         else:
             calls = []
             if cut_off and self._state == "text":
@@ -218,7 +191,7 @@ class ToolParser:
                 self._state = "json" if first in "{[" else "text"
                 return True
             case "text":
-                before, tag, after = self._held.partition(_OPEN)
+                before, tag, after = self._held.partition(OPEN)
                 if not tag:
                     keep = _may_open_a_call(self._held)
                     shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -228,12 +201,12 @@ class ToolParser:
                 self._held, self._state = after, "call"
                 return True
             case "call":
-                inside, tag, after = self._held.partition(_CLOSE)
+                inside, tag, after = self._held.partition(CLOSE)
                 if not tag:
                     return False
                 calls = self._parse_all(inside)
                 self.calls += len(calls)
-                found += calls or [_OPEN + inside + _CLOSE]
+                found += calls or [OPEN + inside + CLOSE]
                 self._held, self._state = after, "text"
                 return True
         return False
@@ -261,6 +234,6 @@ class ToolParser:
 
 def _may_open_a_call(text: str) -> int:
     """Length of the end of `text` that may be space in front of a call, and the first letters of its tag."""
-    tag = next((n for n in range(min(len(text), len(_OPEN) - 1), 0, -1) if _OPEN.startswith(text[-n:])), 0)
+    tag = next((n for n in range(min(len(text), len(OPEN) - 1), 0, -1) if OPEN.startswith(text[-n:])), 0)
     before = text[: len(text) - tag]
     return len(before) - len(before.rstrip()) + tag

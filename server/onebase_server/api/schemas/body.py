@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from onebase_engine.text.message_parts import joined
 from onebase_server.api.error_replies import InvalidRequestError
 from onebase_server.logs import note_ignored
 
@@ -115,7 +116,7 @@ def _text_of_parts(value: Any) -> Any:
                 raise ValueError(f"part {index} has an unknown field {field!r}")
             note_ignored(field)
         lines.append(part[said])
-    return "\n".join(lines)
+    return joined(lines)
 
 
 _PROMPT_SCHEMA = {

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
+from onebase_engine.text.tool_text import tool_document
 from onebase_server.api.error_replies import InvalidRequestError
 from onebase_server.api.schemas.body import Body, Logprobs, Refused, Text
 from onebase_server.api.schemas.generation import Generation
@@ -113,7 +114,7 @@ class Tool(Body):
 
     def document(self) -> dict[str, Any]:
         """As prompts show it."""
-        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+        return tool_document({"function": self.function.model_dump()})
 
 
 class FunctionName(Body):

@@ -1,7 +1,7 @@
 """A tokenizer as training needs it: prompts and chats as the server makes them, answers as a model writes them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from onebase_adapters.errors import DataError
+from onebase_engine.text.tool_text import spell_out, tool_document
 from onebase_training.data.examples import Example, Turn
 
 
@@ -59,16 +60,15 @@ class Coder:
     def _render(self, example: Example, turns: Sequence[Turn], *, generate: bool) -> str:
         if not self.tokenizer.chat_template:
             raise DataError("The base has no chat template; use prompt and completion.", field="format")
-        if not self._shows_tools and (example.tools or any(turn.role == "tool" or turn.fields for turn in turns)):
-            raise DataError(
-                f"{example.place}: the base's chat template shows no tools, calls and results, so they cannot be "
-                "learned as they would be served. Write them out as text.",
-                field="data",
-            )
-        messages = [{"role": turn.role, "content": turn.content, **turn.fields} for turn in turns]
+        messages: list[Mapping[str, Any]] = [
+            {"role": turn.role, "content": turn.content, **turn.fields} for turn in turns
+        ]
+        tools = [tool_document(tool) for tool in example.tools]
+        if not self._shows_tools:
+            messages, tools = spell_out(messages, tools, system=self._takes_system), []
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, tools=list(example.tools) or None, tokenize=False, add_generation_prompt=generate
+                messages, tools=tools or None, tokenize=False, add_generation_prompt=generate
             )
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             raise DataError(f"{example.place}: the base's chat template refuses this: {error}") from error
@@ -83,6 +83,16 @@ class Coder:
     @cached_property
     def _shows_tools(self) -> bool:
         return re.search(r"\btools\b", self.tokenizer.chat_template) is not None
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        word = "onebase-system"
+        try:
+            return word in self.tokenizer.apply_chat_template(
+                [{"role": "system", "content": word}, {"role": "user", "content": "?"}], tokenize=False
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError):
+            return False
 
     @cached_property
     def _special(self) -> frozenset[int]:

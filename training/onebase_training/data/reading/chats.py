@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from onebase_engine.text.message_parts import joined
 from onebase_training.data.examples import Example, Turn
 from onebase_training.data.reading.cells import listed, only_key, optional, task, text
 from onebase_training.data.reading.text_files import Record
@@ -114,7 +115,7 @@ def _message(record: Record, field: str, message: dict[str, Any]) -> Turn:
     fields = _fields(record, field, message)
     content = message.get("content")
     if isinstance(content, list):  # OpenAI's parts
-        content = "".join(_part(record, f"{field}.content[{at}]", part) for at, part in enumerate(content))
+        content = joined(_part(record, f"{field}.content[{at}]", part) for at, part in enumerate(content))
     if content is None and fields.get("tool_calls"):
         content = ""
     return Turn(_ROLES[role], text(record, f"{field}.content", content), _learned(record, field, message), fields)
