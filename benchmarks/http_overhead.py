@@ -52,8 +52,8 @@ def engine_process(descriptor: int, step_seconds: float) -> None:
 
     threading.Thread(target=read, daemon=True).start()
     info = EngineInfo("tiny", "f00d", "llama", "nf4", "cpu", 49152, 8192, 100_000, 0, 0, (2,), 0.0)
-    connection.sendall(frame(encode(Ready(info))))
     stats = EngineStats(*[0] * len(EngineStats.__struct_fields__))
+    connection.sendall(frame(encode(Ready(info, stats))))
     left: dict[str, int] = {}
     chance = random.Random(1)
     beat = time.monotonic()

@@ -112,3 +112,11 @@ async def test_without_an_admin_key_administration_is_closed(
 async def test_health_needs_no_key(closed: httpx.AsyncClient) -> None:
     for path in ("/health", "/ping", "/version"):
         assert (await closed.get(path)).status_code == 200
+
+
+async def test_the_document_says_which_key_opens_what(http: httpx.AsyncClient) -> None:
+    """So that /docs can ask for it."""
+    document = (await http.get("/openapi.json")).json()
+    assert {*document["components"]["securitySchemes"]} == {"API key", "Admin key"}
+    assert document["paths"]["/v1/completions"]["post"]["security"] == [{"API key": []}]
+    assert document["paths"]["/v1/adapters"]["post"]["security"] == [{"Admin key": []}]

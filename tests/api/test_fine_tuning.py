@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,24 @@ async def test_jobs_outlive_the_server(http: httpx.AsyncClient, services: Servic
     assert "fake run from step 1" in messages
     assert any(f"fake run from step {step}" in messages for step in range(2, 6))
     await services.runner.stop()
+
+
+async def test_a_job_waits_for_a_server_of_its_base(http: httpx.AsyncClient, services: Services) -> None:
+    file_id = await upload(http, steps=1)
+    job = (await http.post(JOBS, json={"model": "tiny", "training_file": file_id})).json()["id"]
+    runner, own = services.runner, services.runner._settings
+    runner._settings, runner._waiting = replace(own, model="another"), asyncio.Queue()  # as in a new process
+    await runner.start()
+    events = (await http.get(f"{JOBS}/{job}/events")).json()["data"]
+    assert f"The server's base is another now: the job waits for {own.model}." in [e["message"] for e in events]
+    await asyncio.sleep(0.2)
+    assert (await http.get(f"{JOBS}/{job}")).json()["status"] == "queued"
+    await runner.stop()
+    runner._settings = own
+    await runner.start()
+    done = await until(http, job, lambda job: job["status"] not in ("queued", "running"))
+    assert done["status"] == "succeeded"
+    await runner.stop()
 
 
 async def test_a_result_waits_for_an_engine_that_is_away(

@@ -58,6 +58,12 @@ def test_an_adapters_life(client: OneBase, adapter_root: Path, new_adapter: Make
         client.adapters.get("team/a")
 
 
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_the_url_may_be_the_one_that_openais_client_takes(live: str, end: str) -> None:
+    with OneBase(live + end) as opened:
+        assert opened.complete("abc").text == "abc"
+
+
 def test_upload(client: OneBase, tmp_path: Path, new_adapter: Make, services: Any) -> None:
     folder = new_adapter(tmp_path / "a", bytes(range(256)) * 1000)
     (folder / "other.txt").write_text("not sent")

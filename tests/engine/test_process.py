@@ -74,6 +74,13 @@ async def test_answers_as_an_engine_in_this_process(engine: ProcessEngine, llama
     assert engine.stats.blocks_used == 0
 
 
+async def test_its_room_is_known_before_the_first_request(llama: Path) -> None:
+    fresh = ProcessEngine(engine_config(llama))
+    await fresh.start()
+    assert fresh.stats.blocks_free == fresh.stats.blocks_total > 0
+    await fresh.stop(1)
+
+
 async def test_refuses_as_an_engine_in_this_process(engine: ProcessEngine) -> None:
     for asked, kind in ((request("large", max_tokens=1000), "too_large"), (request("other", "none"), "adapter")):
         (only,) = await collect(engine, asked)

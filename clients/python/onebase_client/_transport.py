@@ -18,6 +18,11 @@ _REFUSED_FOR_NOW = (429, 503)
 DONE = "[DONE]"
 
 
+def server_url(url: str) -> str:
+    """Without the `/v1` that OpenAI's client wants: paths have it."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a client reaches its server."""

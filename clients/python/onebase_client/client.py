@@ -11,7 +11,16 @@ import httpx
 from onebase_client import _calls as calls
 from onebase_client import models
 from onebase_client._calls import Call
-from onebase_client._transport import DONE, Settings, connection_failed, data_of, error_of, event_of, result_of
+from onebase_client._transport import (
+    DONE,
+    Settings,
+    connection_failed,
+    data_of,
+    error_of,
+    event_of,
+    result_of,
+    server_url,
+)
 from onebase_client.errors import ConnectionFailedError
 
 T = TypeVar("T")
@@ -37,9 +46,9 @@ class OneBase:
         max_retries: int = 2,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """`base_url` is the server's, without `/v1`. `timeout` is in seconds, for each wait on the socket."""
+        """`base_url` is the server's, with or without `/v1`. `timeout` is in seconds, for each wait."""
         self._settings = Settings(api_key, admin_key, max_retries)
-        self._http = httpx.Client(base_url=base_url, timeout=timeout, transport=transport)
+        self._http = httpx.Client(base_url=server_url(base_url), timeout=timeout, transport=transport)
         self.adapters = Adapters(self)
 
     def complete(
@@ -215,7 +224,7 @@ class AsyncOneBase:
     ) -> None:
         """See `OneBase`."""
         self._settings = Settings(api_key, admin_key, max_retries)
-        self._http = httpx.AsyncClient(base_url=base_url, timeout=timeout, transport=transport)
+        self._http = httpx.AsyncClient(base_url=server_url(base_url), timeout=timeout, transport=transport)
         self.adapters = AsyncAdapters(self)
 
     async def complete(

@@ -50,6 +50,7 @@ Command = Submit | Abort | LoadAdapter | UnloadAdapter | Drain
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     info: EngineInfo
+    stats: EngineStats
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):

@@ -234,7 +234,7 @@ class ProcessEngine:
             await self._child.wait()
             why = first.message if isinstance(first, StartFailed) else f"exit code {self._child.returncode}"
             raise BaseModelError(f"The engine did not start: {why}")
-        self._info = first.info
+        self._info, self._stats = first.info, first.stats
         self._accepting = not self._stopping
         return reader
 

@@ -206,7 +206,7 @@ def main() -> None:
     worker = Worker(engine, connection, inbox)
     gc.freeze()  # nor does a collection between two steps look through it
     gc.enable()
-    worker.send(Ready(engine.info))
+    worker.send(Ready(engine.info, engine.stats()))
     worker.run()
     engine.close()
     connection.close()

@@ -37,6 +37,8 @@ class JobSpec:
     """Of `onebase train`, by the names of its command line with `_` for `-`."""
     request: Mapping[str, Any] = field(default_factory=dict)
     """What the client is shown of its own words."""
+    base: str = ""
+    """The model that is trained on, as `onebase serve` was told it; empty in jobs from before this was kept."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,13 @@ class JobRunner:
             log.warning("another server runs the jobs in %s: none are run here", self.book.root)
             return
         for job in reversed(await asyncio.to_thread(self.book.jobs)):
-            if job.status not in ENDED:
+            if job.status in ENDED:
+                continue
+            if job.spec.base in ("", self._settings.model):
                 self._waiting.put_nowait(job.id)
+            else:
+                waits = f"The server's base is {self._settings.model} now: the job waits for {job.spec.base}."
+                await self._tell(job.id, waits, level="warn")
         self._workers = [asyncio.create_task(self._work()) for _ in range(self._settings.at_once)]
 
     async def stop(self) -> None:
@@ -88,7 +93,7 @@ class JobRunner:
     async def submit(self, spec: JobSpec) -> Job:
         """Queue a job. Raises JobsElsewhereError."""
         self._check_owned()
-        job = await asyncio.to_thread(self.book.add_job, spec)
+        job = await asyncio.to_thread(self.book.add_job, replace(spec, base=self._settings.model))
         await self._tell(job.id, "The job is queued.")
         self._waiting.put_nowait(job.id)
         return job
