@@ -4,8 +4,9 @@ import asyncio
 import importlib
 import signal
 import socket
+import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -113,7 +114,7 @@ async def _serve(config: ServerConfig, listener: socket.socket, tracing: "Tracin
                 greet(console, config, services, listener)
                 await signals.unless_stopped(asyncio.wait([serving]))
                 console.print("finishing what is in flight; once more to stop at once")
-                drained = await signals.unless_stopped(_drain(engine, config.grace), second=True)
+                drained = await signals.unless_stopped(_drain(engine, services, config.grace), second=True)
                 server.should_exit = True
                 server.force_exit = drained is None
             return 130 if server.force_exit else 0
@@ -122,6 +123,8 @@ async def _serve(config: ServerConfig, listener: socket.socket, tracing: "Tracin
                 await services.runner.stop()
             engine.kill()
             await engine.stop(0)
+            if services is not None:
+                await _within(_SLOW_CLIENT_SECONDS, services.adapters.settle())
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
@@ -163,10 +166,19 @@ def _ready_codec(folder: Path) -> TextCodec:
     return codec
 
 
-async def _drain(engine: ProcessEngine, grace: float) -> bool:
+async def _drain(engine: ProcessEngine, services: "Services", grace: float) -> bool:
     # The socket stays open meanwhile: new requests get 503 with Retry-After, /health too.
-    await engine.stop(grace)
+    begun = time.monotonic()
+    await _within(grace, services.adapters.close())
+    await engine.stop(max(0.0, grace - (time.monotonic() - begun)))
     return True
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, None]) -> None:
+    """What changes adapters writes to a store that is about to be closed: let it end, if it does in time."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await work
 
 
 class _Server(uvicorn.Server):

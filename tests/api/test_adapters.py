@@ -523,3 +523,32 @@ async def test_broken_tensors_are_refused_by_the_engines_own_reader(
     assert message in reply.json()["error"]["message"]
     assert left_behind(services, tmp_path) == []
     await register(http, "a", "good")
+
+
+async def test_a_change_ends_before_the_store_is_closed(
+    http: httpx.AsyncClient, services: Services, engine: Any, adapter_root: Path, new_adapter: Any, admin_key: str
+) -> None:
+    """The server is told to stop while an adapter is being loaded."""
+    new_adapter(adapter_root / "a")
+    loading, go_on = asyncio.Event(), asyncio.Event()
+    load = engine.load_adapter
+
+    async def slowly(digest: str, folder: str) -> Any:
+        loading.set()
+        await go_on.wait()
+        return await load(digest, folder)
+
+    engine.load_adapter = slowly
+    headers = {"authorization": f"Bearer {admin_key}"}
+    register = asyncio.create_task(http.post("/v1/adapters", json={"name": "a", "path": "a"}, headers=headers))
+    await loading.wait()
+    closing = asyncio.create_task(services.adapters.close())
+    late = asyncio.create_task(http.delete("/v1/adapters/a", headers=headers))
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    go_on.set()
+    assert (await register).status_code == 201
+    await closing
+    reply = await late
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+    await services.adapters.settle()

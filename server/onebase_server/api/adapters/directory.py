@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -13,7 +14,7 @@ from onebase_adapters.store.adapter_store import AdapterStore, StagedAdapter
 from onebase_adapters.store.registry import AdapterRecord, check_name
 from onebase_engine.engine_info import HeadInfo, TemplateInfo
 from onebase_engine.request import EngineRequest, Part, SamplingParams, Task
-from onebase_server.engine_process.engine_client import EngineClient
+from onebase_server.engine_process.engine_client import EngineClient, EngineUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class AdapterDirectory:
         self._problems: dict[str, str] = {}
         """Why the engine would not take some digests."""
         self._changing = asyncio.Lock()
+        self._closed = False
         self._leaving: dict[str, asyncio.Task[None]] = {}
         """Digests that no name has any more, while the engine finishes with them."""
 
@@ -170,7 +172,7 @@ class AdapterDirectory:
         """
         if check_name(name) == self._base.name:
             raise AdapterExistsError(f"{name!r} is the base model's own name.", field="name")
-        async with self._changing:
+        async with self._change():
             if name in self._entries and not replace:
                 raise AdapterExistsError(
                     f"The name {name!r} is taken: send replace to make a new version of it, delete it first, or "
@@ -204,7 +206,7 @@ class AdapterDirectory:
         """Make a version the current one: the next request for the name gets it. None goes back to the one before.
 
         Raises AdapterNotFoundError, AdapterError (there was none before) or StorageError."""
-        async with self._changing:
+        async with self._change():
             self.get(name if version is None else f"{name}@{version}")
             await asyncio.to_thread(self._store.promote, name, version)
             await self._reread(name)
@@ -215,7 +217,7 @@ class AdapterDirectory:
 
         Raises AdapterNotFoundError, AdapterError (the version is the current one) or StorageError.
         """
-        async with self._changing:
+        async with self._change():
             record = self.get(name).record
             version = record.version if split_version(name)[1] is not None else None
             name = record.name
@@ -225,6 +227,25 @@ class AdapterDirectory:
                 if not self._is_used(digest):
                     self._problems.pop(digest, None)
                     self._leaving[digest] = asyncio.create_task(self._leave(digest))
+
+    async def close(self) -> None:
+        """Let the change that is going on end; from here on there are no more."""
+        self._closed = True
+        async with self._changing:
+            pass
+
+    async def settle(self) -> None:
+        """After the engine has ended: until nothing works on the store any more."""
+        await self.close()
+        await asyncio.gather(*self._leaving.values(), return_exceptions=True)
+
+    @asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        """One at a time. Raises EngineUnavailableError once the server stops."""
+        async with self._changing:
+            if self._closed:
+                raise EngineUnavailableError("The server is stopping: its adapters change no more.", retry_after=5)
+            yield
 
     async def _reread(self, name: str) -> None:
         self._remember(name, await asyncio.to_thread(self._store.versions, name))
