@@ -17,6 +17,7 @@ import uvicorn
 import uvloop
 
 from onebase_adapters import errors
+from onebase_adapters.formats.chat_template import read_chat_template
 from onebase_adapters.store.adapter_store import AdapterStore
 from onebase_engine.engine_info import AdapterInfo, EngineInfo, EngineStats, HeadInfo, TemplateInfo
 from onebase_engine.request import EngineRequest, Output, TokenLogprobs
@@ -152,7 +153,8 @@ class FakeEngine:
         if head is not None:
             self.heads[digest] = head
         template = msgspec.convert(config.get("template"), TemplateInfo | None)
-        return AdapterInfo("LORA", 8, 1000, 2000, ("LowRank x 2",), 2, virtual, head, template)
+        chat = read_chat_template(Path(folder))
+        return AdapterInfo("LORA", 8, 1000, 2000, ("LowRank x 2",), 2, virtual, head, template, chat_template=chat)
 
     async def unload_adapter(self, digest: str) -> None:
         self.loaded.pop(digest, None)

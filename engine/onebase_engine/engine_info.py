@@ -64,6 +64,8 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     template: TemplateInfo | None = None
     notes: tuple[str, ...] = ()
     """What its owner should know, e.g. the error of an approximation."""
+    chat_template: str | None = None
+    """Its own, which chats with it are written by."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):

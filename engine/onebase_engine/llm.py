@@ -404,7 +404,8 @@ class LLM:
         self, messages: Sequence[Any], adapter: _Loaded, field: str, variables: Mapping[str, Any]
     ) -> _Asked:
         template = adapter.info.template if adapter.info is not None else None
-        text = self._codec.render_chat(templated_turns(template, messages), **variables)
+        own = adapter.info.chat_template if adapter.info is not None else None
+        text = self._codec.chat(own).render(templated_turns(template, messages), **variables)
         tokens = self._encode(text, field, special=False)  # the chat template has written them already
         self._check(tokens, field)
         return _Asked(text, tuple(tokens), adapter, field)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,17 @@ def test_chat_goes_through_the_bases_template_and_the_adapters_turns(llm: LLM) -
     assert own.prompt == f"<|im_start|>system\n{TURN}<|im_end|>\n{asked}"
     assert llm.chat(turns, GREEDY)[0].outputs == plain.outputs == llm.generate(asked, GREEDY)[0].outputs
     assert "".join(llm.stream(turns, GREEDY)) == plain.outputs[0].text
+
+
+def test_chat_goes_through_an_adapters_own_template(llm: LLM, loras: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(loras[0], folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }} =>")
+    llm.load_adapter("own", folder)
+    (written,) = llm.generate(["the stop string =>"], GREEDY, adapter="one")
+    (chatted,) = llm.chat([[{"role": "user", "content": "the stop string"}]], GREEDY, adapter="own")
+    llm.unload_adapter("own")
+    assert chatted.outputs[0].text == written.outputs[0].text
 
 
 def test_a_hard_prompt_is_around_text_and_tokens(llm: LLM) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load, load_file
 
 from onebase_adapters.base_shape import BaseShape
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError, AdapterPathError
+from onebase_adapters.formats.chat_template import read_chat_template
 from onebase_adapters.formats.checks import check_listing
 from onebase_adapters.formats.peft_folder import CONFIG_FILE, SIDECAR_FILE, read_object
 
@@ -31,6 +32,8 @@ class AdapterFiles:
     tensors: dict[str, torch.Tensor]
     sidecar: dict[str, Any]
     """Our trainer's notes (base fingerprint, data, metrics); empty for a foreign adapter."""
+    chat_template: str | None = None
+    """That chats with it are to be written by, where it brings one."""
 
 
 def read_adapter(folder: Path) -> AdapterFiles:
@@ -46,7 +49,12 @@ def read_adapter(folder: Path) -> AdapterFiles:
         # In the float32 that it is computed in, where a float64 may not fit.
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterFormatError(f"Tensor {name!r} holds NaN or infinity.", field="path")
-    return AdapterFiles(read_object(folder / CONFIG_FILE), tensors, read_object(folder / SIDECAR_FILE))
+    return AdapterFiles(
+        read_object(folder / CONFIG_FILE),
+        tensors,
+        read_object(folder / SIDECAR_FILE),
+        read_chat_template(folder),
+    )
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

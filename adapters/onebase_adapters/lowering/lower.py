@@ -58,4 +58,4 @@ def load_adapter(folder: Path, digest: str, base: BaseShape, weights: BaseWeight
     if not primitives and not files.tensors:
         raise AdapterFormatError("The adapter changes nothing: it has no weights for any site.", field="path")
     _refuse_conflicts(primitives)
-    return LoweredAdapter(digest, kind.lower(), primitives, lowered.notes)
+    return LoweredAdapter(digest, kind.lower(), primitives, lowered.notes, files.chat_template)

@@ -26,6 +26,8 @@ class LoweredAdapter:
     primitives: tuple[Primitive, ...]
     notes: tuple[str, ...] = ()
     """What its owner should know, e.g. the error of an approximation."""
+    chat_template: str | None = None
+    """Its own, in place of the base's."""
 
     def of(self, kind: type[P]) -> list[P]:
         """The primitives of one kind."""

@@ -7,6 +7,8 @@ any moment leaves the old state or the new, and at worst an object that no row n
 import builtins
 import fcntl
 import hashlib
+import io
+import json
 import os
 import shutil
 import stat
@@ -21,6 +23,7 @@ from typing import Any, BinaryIO
 
 from onebase_adapters.atomic_files import disk_errors
 from onebase_adapters.errors import AdapterFormatError, AdapterPathError, StorageError
+from onebase_adapters.formats.chat_template import CHAT_TEMPLATE_FILE, SETTINGS_FILE, template_in
 from onebase_adapters.formats.checks import TOKENIZER_FILES, check_listing, check_vocabulary
 from onebase_adapters.formats.peft_folder import CONFIG_FILE, SIDECAR_FILE, read_object
 from onebase_adapters.store.registry import AdapterRecord, Registry, check_name
@@ -97,7 +100,7 @@ class AdapterStore:
             raise AdapterPathError(f"Cannot read {str(folder)[:160]}: {error.strerror}.", field="path") from error
         files: dict[str, BinaryIO] = {}
         try:
-            for name in (*check_listing(names), *_NOTES, *TOKENIZER_FILES):
+            for name in (*check_listing(names), *_NOTES, *TOKENIZER_FILES, CHAT_TEMPLATE_FILE):
                 if name in names:
                     files[name] = _open_plain(folder / name, root)
             return self.stage_files(files, source=str(folder), vocabulary=vocabulary)
@@ -115,6 +118,7 @@ class AdapterStore:
         check_listing(files)
         if vocabulary is not None:
             _check_tokenizer(files, vocabulary)
+        files = _with_chat_template(files)
         with disk_errors(str(self._staging)):
             scratch = Path(tempfile.mkdtemp(dir=self._staging))
         try:
@@ -224,10 +228,10 @@ class AdapterStore:
         """Copy the wanted files and flush them to the disk; returns the digest of what was copied."""
         total = hashlib.sha256()
         left = self._max_bytes
-        for name in (CONFIG_FILE, *check_listing(files), SIDECAR_FILE):
+        for name in (CONFIG_FILE, *check_listing(files), SIDECAR_FILE, CHAT_TEMPLATE_FILE):
             if name not in files:
                 continue
-            limit = min(left, _MAX_JSON_BYTES) if name.endswith(".json") else left
+            limit = min(left, _MAX_JSON_BYTES) if name.endswith((".json", ".jinja")) else left
             digest = hashlib.sha256()
             size = 0
             with (scratch / name).open("wb") as out:
@@ -275,6 +279,26 @@ class AdapterStore:
             if folder.name not in named:
                 shutil.rmtree(folder, ignore_errors=True)
         fcntl.flock(self._lock_file, fcntl.LOCK_SH)
+
+
+def _with_chat_template(files: Mapping[str, BinaryIO]) -> Mapping[str, BinaryIO]:
+    """With the template as a file of its own where it is among the tokenizer's settings."""
+    if CHAT_TEMPLATE_FILE in files or SETTINGS_FILE not in files:
+        return files
+    files[SETTINGS_FILE].seek(0)
+    try:
+        settings = json.loads(files[SETTINGS_FILE].read(_MAX_TOKENIZER_BYTES))
+    except ValueError as error:
+        raise AdapterFormatError(f"{SETTINGS_FILE} is not JSON: {error}.", field="path") from error
+    template = template_in(settings) if isinstance(settings, dict) else None
+    if template is None:
+        return files
+    try:
+        return {**files, CHAT_TEMPLATE_FILE: io.BytesIO(template.encode())}
+    except UnicodeEncodeError as error:
+        raise AdapterFormatError(
+            f"The chat_template in {SETTINGS_FILE} is no text: {error}.", field="path"
+        ) from error
 
 
 def _check_tokenizer(files: Mapping[str, BinaryIO], vocabulary: Vocabulary) -> None:

@@ -106,6 +106,7 @@ class Residency:
             head=_head_info(adapter.one(Head)),
             template=_template_info(adapter.one(Template)),
             notes=adapter.notes,
+            chat_template=adapter.chat_template,
         )
 
     def forget(self, digest: str) -> None:

@@ -1,6 +1,5 @@
 """The base's tokenizer and chat template, read from its folder with the `tokenizers` library alone."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +9,13 @@ from typing import Any
 from tokenizers import Tokenizer, decoders
 
 from onebase_adapters.errors import BaseModelError
-from onebase_engine.text.chat_template import ChatTemplateError, _find_template, _read_json
+from onebase_engine.text.chat_template import ChatTemplate, _find_template, _read_json
 from onebase_engine.text.detokenizer import ByteDetokenizer, Detokenizer, TokenBytes, WindowDetokenizer
 
 _LONG = 10_000
 """Characters from which the interpreter's lock is let go while they are tokenised."""
+_OTHERS = 256
+"""Templates of adapters that are kept at hand."""
 _TAIL = 6
 """Prompt tokens that a WindowDetokenizer starts from: enough for its decoder to be past the beginning."""
 
@@ -77,49 +78,33 @@ class TextCodec:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)
 
-    @cached_property
-    def template_knows_tools(self) -> bool:
-        """Whether the chat template shows tools, and turns that call them, by itself."""
-        return self.chat_template is not None and re.search(r"\btools\b", self.chat_template) is not None
+    def chat(self, own: str | None = None) -> ChatTemplate:
+        """The base's template, or an adapter's `own`."""
+        if own is None or own == self.chat_template:
+            return self._chat
+        if own not in self._others:
+            if len(self._others) >= _OTHERS:
+                self._others.clear()
+            self._others[own] = ChatTemplate(own, self._chat.special_words, "adapter")
+        return self._others[own]
 
-    @cached_property
-    def template_takes_system(self) -> bool:
-        """Whether the chat template writes a system turn's text out."""
-        word = "onebase-system"
-        try:
-            return word in self.render_chat([{"role": "system", "content": word}, {"role": "user", "content": "?"}])
-        except ChatTemplateError:
-            return False
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
-        """The prompt of a conversation. Raises ChatTemplateError."""
-        # transformers', for its hardening against what a template from a hub may try; imports no torch.
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        if self.chat_template is None:
-            raise ChatTemplateError(
-                "The base model has no chat template: write the prompt out, and ask for a completion of it."
-            )
-        try:
-            rendered, _ = render_jinja_template(
-                [list(messages)],
-                chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                **{**(self.special_words or {}), **variables},
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
-            raise ChatTemplateError(f"The base's chat template refuses this: {error}", field="messages") from error
-        text: str = rendered[0]
-        return text
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The prompt of a conversation by the base's template. Raises ChatTemplateError."""
+        return self._chat.render(messages, **variables)
 
     def warm_up(self) -> None:
         """Let what the first text and the first chat would wait for happen now."""
         self.least_tokens("")
         if self.chat_template is not None:
-            _ = self.template_takes_system, self.template_knows_tools
+            _ = self._chat.takes_system
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.chat_template, self.special_words or {})
+
+    @cached_property
+    def _others(self) -> dict[str, ChatTemplate]:
+        return {}
 
     @cached_property
     def _longest_token(self) -> int | None:

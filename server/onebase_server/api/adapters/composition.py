@@ -59,6 +59,11 @@ def _together(base: Target, targets: Sequence[Target], weights: Sequence[float])
         for target, weight in zip(targets, weights, strict=True)
         if target.template is None
     )
+    chats = {target.chat_template for target in targets} - {None}
+    if len(chats) > 1:
+        raise InvalidRequestError(
+            "These adapters bring different chat templates: no prompt suits them all.", field="adapters"
+        )
     alone = len(parts) == 1 and parts[0].weight == 1
     return Target(
         " + ".join(
@@ -69,6 +74,7 @@ def _together(base: Target, targets: Sequence[Target], weights: Sequence[float])
         sum(target.virtual_tokens for target in targets),
         _nested(texts) if texts else None,
         next((target.head for target in targets if target.head is not None), None),
+        next(iter(chats), None),
         composed=True,
         parts=() if alone else parts,
     )

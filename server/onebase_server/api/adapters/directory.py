@@ -42,6 +42,8 @@ class Target:
     template: TemplateInfo | None = None
     head: HeadInfo | None = None
     """What `/v1/classify` needs."""
+    chat_template: str | None = None
+    """Its own, in place of the base's."""
     composed: bool = False
     """Whether it is several adapters, or one with a weight."""
     parts: tuple[Part, ...] = ()
@@ -57,6 +59,7 @@ class Target:
             int(info.get("virtual_tokens", 0)),
             msgspec.convert(info.get("template"), TemplateInfo | None),
             msgspec.convert(info.get("head"), HeadInfo | None),
+            info.get("chat_template"),
         )
 
     @property

@@ -68,15 +68,15 @@ def render_chat(
     continue_final_message: bool | None = None,
     variables: Mapping[str, Any] | None,
 ) -> str:
-    """The prompt of a conversation, by the base's template; the target's own turns go in front.
-
-    Raises ChatTemplateError."""
-    known = services.codec.template_knows_tools
+    """The prompt of a conversation, by the target's chat template or else the base's; the target's own turns go in
+    front. Raises ChatTemplateError."""
+    chat = services.codec.chat(target.chat_template)
+    known = chat.knows_tools
     documents = [tool.document() for tool in tools]
     turns: list[Mapping[str, Any]] = [_turn(message) for message in messages]
     if not known:
-        turns = spell_out(turns, documents, system=services.codec.template_takes_system)
-    return services.codec.render_chat(
+        turns = spell_out(turns, documents, system=chat.takes_system)
+    return chat.render(
         templated_turns(target.template, turns),
         tools=documents if documents and known else None,
         add_generation_prompt=add_generation_prompt is not False and not continue_final_message,
