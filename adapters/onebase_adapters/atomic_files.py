@@ -20,6 +20,8 @@ def disk_errors(what: str) -> Iterator[None]:
             reason = "no space left on the disk"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             reason = "no permission to write"
+        elif error.errno == errno.ENOENT:
+            reason = "there is no such folder, and none can be made"
         elif error.errno in (errno.ENOTDIR, errno.EEXIST):
             reason = "part of the path is a file, not a folder"
         else:

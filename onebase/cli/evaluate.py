@@ -20,6 +20,7 @@ def evaluate(
     metric_examples: Annotated[int, typer.Option(min=0, help="Examples to generate for the metric.")] = 200,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one of them.")] = 128,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be used.")] = False,
     samples: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Write all of it as JSON to this file.")] = None,
 ) -> None:
@@ -31,7 +32,7 @@ def evaluate(
     from onebase_training.evaluation.evaluate_adapter import EvaluateConfig, evaluate_served
 
     base = BaseSpec(model, quantization, device=device)
-    config = EvaluateConfig(data, base, adapter, format, max_length, metric_examples, max_new_tokens)
+    config = EvaluateConfig(data, base, adapter, format, max_length, metric_examples, max_new_tokens, skip_bad)
     with watched() as progress:
         scored = evaluate_served(config, progress)
     if output is not None:

@@ -3,6 +3,7 @@
 import signal
 import sys
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -56,6 +57,9 @@ def run(app: typer.Typer, program: str | None = None) -> None:
     """Run a command line. An error of ours prints as one line and exits with 1, Ctrl-C or SIGTERM with 130."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no such character shows a question mark
     try:
         app(prog_name=program)
     except OneBaseError as error:

