@@ -31,7 +31,7 @@ $(TESTED): $(STAMP) tests/other_clients/package.json
 	test "$$(uname)" != Linux || $(BIN)/python -m pip install --progress-bar on -q -c constraints.txt --no-build-isolation deepspeed
 	test -x $(VENV)/clients/bin/python || $(PYTHON) -m venv $(VENV)/clients
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(VENV)/clients/lib/python3*/site-packages)/onebase.pth
-	$(VENV)/clients/bin/python -m pip install --progress-bar on -q -c constraints.txt litellm langchain-openai lm-eval tenacity
+	$(VENV)/clients/bin/python -m pip install --progress-bar on -q -c constraints.txt litellm langchain-openai lm-eval tenacity 'pydantic-ai-slim[openai]'
 	! command -v npm > /dev/null || npm install --silent --no-package-lock --prefix tests/other_clients
 	touch $@
 

@@ -15,13 +15,16 @@ PYTHON = Path(sys.prefix) / "clients" / "bin" / "python"
 
 
 @pytest.mark.skipif(not PYTHON.with_name("lm_eval").exists(), reason="not installed: make clients")
-@pytest.mark.parametrize("script", ["with_litellm.py", "with_langchain.py", "with_lm_eval.py"])
+@pytest.mark.parametrize(
+    "script", ["with_litellm.py", "with_langchain.py", "with_lm_eval.py", "with_pydantic_ai.py"]
+)
 def test_python_clients(script: str) -> None:
     assert run_beside([str(PYTHON), str(HERE / script)]) == 0
 
 
 @pytest.mark.skipif(
-    not (shutil.which("node") and (HERE / "node_modules" / "openai").is_dir()), reason="not installed: make clients"
+    not (shutil.which("node") and (HERE / "node_modules" / "ai").is_dir()), reason="not installed: make clients"
 )
-def test_the_node_client() -> None:
-    assert run_beside(["node", str(HERE / "with_node.mjs")]) == 0
+@pytest.mark.parametrize("script", ["with_node.mjs", "with_ai_sdk.mjs"])
+def test_node_clients(script: str) -> None:
+    assert run_beside(["node", str(HERE / script)]) == 0

@@ -16,7 +16,16 @@ assert "hi" in answer
 assert plain.usage.total_tokens == plain.usage.prompt_tokens + plain.usage.completion_tokens
 chunks = list(litellm.completion(model="openai/plain", messages=USER, stream=True, **OPTIONS))
 assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer
-litellm.completion(model="openai/tiny", messages=USER, tools=TOOLS, tool_choice="auto", **OPTIONS)
+told = litellm.completion(model="openai/tiny", messages=USER, tools=TOOLS, tool_choice="auto", **OPTIONS)
+# The server's own answer back as history, with what litellm adds to it, and a call with its result.
+call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+turns = [
+    *USER, told.choices[0].message.model_dump(), {"role": "user", "content": "call it"},
+    {"role": "assistant", "content": None, "tool_calls": [call]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "done"},
+]  # fmt: skip
+again = litellm.completion(model="openai/tiny", messages=turns, tools=TOOLS, **OPTIONS)
+assert again.choices[0].message.content
 text = litellm.text_completion(model="text-completion-openai/tiny", prompt="abc é", **OPTIONS)
 assert text.choices[0].text == "abc é"
 options = {key: value for key, value in OPTIONS.items() if key != "max_tokens"}
