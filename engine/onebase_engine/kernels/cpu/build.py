@@ -33,6 +33,8 @@ _SECONDS = 2.0
 """Between two lines about how far it is."""
 _FIRST = ("region", "quantize4bit")
 """The weights need them, which are loaded meanwhile."""
+_SLOW = ("screen._best_of_row", "attention.attend_item", "lowrank.update_tile")
+"""Begun before the others: one of two seconds that comes last is waited for alone."""
 _LATER = ("bottleneck", "elementwise._affine", "noise", "screen._score", "plain_product")
 """Some adapters and some requests need them."""
 
@@ -44,7 +46,9 @@ class Build:
         """`tell` gets a line now and then."""
         remove_unused()
         missing = [kernel.name for kernel in Compiled.known if not kernel.present] if TARGET != PLAIN else []
-        self._missing = sorted(missing, key=lambda name: (name.startswith(_LATER), not name.startswith(_FIRST)))
+        self._missing = sorted(
+            missing, key=lambda name: (name.startswith(_LATER), not name.startswith(_FIRST), name not in _SLOW)
+        )
         self._made: list[str] = []
         self._tell = tell
         self._thread = threading.Thread(target=self._run, name="kernel-build", daemon=True)
