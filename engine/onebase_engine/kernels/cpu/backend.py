@@ -3,34 +3,33 @@
 from typing import Any
 
 from onebase_engine.kernels.cpu.adapter_kernels import (
-    PAIRED_COLUMNS as PAIRED_COLUMNS,
+    PAIRED_COLUMNS,
+    TILE_ROWS,
+    TRANSPOSED_DOWN,
+    add_bottleneck,
+    add_low_rank,
+    affine_rows,
+    attend,
+    attention_items,
+    write_kv,
 )
-from onebase_engine.kernels.cpu.adapter_kernels import (
-    TILE_ROWS as TILE_ROWS,
-)
-from onebase_engine.kernels.cpu.adapter_kernels import (
-    TRANSPOSED_DOWN as TRANSPOSED_DOWN,
-)
-from onebase_engine.kernels.cpu.adapter_kernels import (
-    add_bottleneck as add_bottleneck,
-)
-from onebase_engine.kernels.cpu.adapter_kernels import (
-    add_low_rank as add_low_rank,
-)
-from onebase_engine.kernels.cpu.adapter_kernels import (
-    affine_rows as affine_rows,
-)
-from onebase_engine.kernels.cpu.adapter_kernels import (
-    attend as attend,
-)
-from onebase_engine.kernels.cpu.adapter_kernels import (
-    attention_items as attention_items,
-)
-from onebase_engine.kernels.cpu.adapter_kernels import (
-    write_kv as write_kv,
-)
-from onebase_engine.kernels.cpu.fused_decoder import fuse as fuse
+from onebase_engine.kernels.cpu.fused_decoder import fuse
 from onebase_engine.kernels.cpu.screen import Screen
+
+__all__ = [
+    "CAPTURED",
+    "PAIRED_COLUMNS",
+    "TILE_ROWS",
+    "TRANSPOSED_DOWN",
+    "add_bottleneck",
+    "add_low_rank",
+    "affine_rows",
+    "attend",
+    "attention_items",
+    "fuse",
+    "screen",
+    "write_kv",
+]
 
 CAPTURED = False
 

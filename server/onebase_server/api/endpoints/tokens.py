@@ -46,10 +46,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         special, field = bool(body.add_special_tokens), "messages"
     tokens = await encode(services, text, add_special_tokens=special, field=field)
     known = {"count": len(tokens), "max_model_len": services.longest, "tokens": tokens}
-    names = bool(body.return_token_strs)
-    return await _aside(
-        len(tokens), lambda: {**known, "token_strs": _texts(services.codec, tokens) if names else None}
-    )
+    named = tokens if body.return_token_strs else None
+    return await _aside(len(tokens), lambda: {**known, "token_strs": _texts(services.codec, named)})
 
 
 @router.post("/detokenize", summary="Tokens to text", **answers(doc.Prompt))

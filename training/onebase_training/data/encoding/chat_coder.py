@@ -1,6 +1,5 @@
 """A tokenizer as training needs it: prompts and chats as the server makes them, answers as a model writes them."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from onebase_adapters.errors import DataError
+from onebase_engine.text.chat_template import ChatTemplate
 from onebase_engine.text.tool_text import spell_out, tool_document
 from onebase_training.data.examples import Example, Turn
 
@@ -64,8 +64,8 @@ class Coder:
             {"role": turn.role, "content": turn.content, **turn.fields} for turn in turns
         ]
         tools = [tool_document(tool) for tool in example.tools]
-        if not self._shows_tools:
-            messages, tools = spell_out(messages, tools, system=self._takes_system), []
+        if not self._template.knows_tools:
+            messages, tools = spell_out(messages, tools, system=self._template.takes_system), []
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tools=tools or None, tokenize=False, add_generation_prompt=generate
@@ -81,18 +81,8 @@ class Coder:
         return ids
 
     @cached_property
-    def _shows_tools(self) -> bool:
-        return re.search(r"\btools\b", self.tokenizer.chat_template) is not None
-
-    @cached_property
-    def _takes_system(self) -> bool:
-        word = "onebase-system"
-        try:
-            return word in self.tokenizer.apply_chat_template(
-                [{"role": "system", "content": word}, {"role": "user", "content": "?"}], tokenize=False
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError):
-            return False
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer.chat_template, self.tokenizer.special_tokens_map)
 
     @cached_property
     def _special(self) -> frozenset[int]:
