@@ -555,7 +555,7 @@ def train(bench: Bench) -> None:
                     batch_tokens=count * length, dequantize="always" if "expanded" in side else "never",
                 )  # fmt: skip
                 with patch.object(base_for_training, "load_base", lambda *_, base=base, **__: base):
-                    base = base_for_training.load_for_training(config, "nf4", silent)
+                    base = base_for_training.load_for_training(config, "nf4", "bf16", silent)
                 speed, _ = our_loop(base, config, examples, steps, bench.scratch / side)()
         except (RuntimeError, MemoryError) as error:
             bench.out("train", side=side, error=str(error)[:300], peak_gib=peak_gib())

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ from rich.table import Table
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from examples.prepare import prepare
-from onebase_contract.events import silent
+from onebase_contract.events import Event, Step, silent
 from onebase_contract.settings import Arithmetic, TrainConfig
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.load_base import LoadedBase, load_base
 from onebase_engine.kernels.bitsandbytes_import import Linear4bit
 from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
-from onebase_training.data.encoding.packing import plan_batches
+from onebase_training.data.encoding.packing import plan_run
 from onebase_training.fitting.estimate import settle
 from onebase_training.fitting.training_loop import Loop
 from onebase_training.methods import lora
@@ -123,15 +124,19 @@ def our_loop(base: LoadedBase, config: TrainConfig, examples: Sequence[Encoded],
     """What `onebase train --method qlora` runs, on a base as `load_for_training` has it."""
     model = Trained(lora.attach(base, config, steps), base.device, arithmetic=config.arithmetic or "bf16")
     lengths = [len(one.input_ids) for one in examples]
-    plan = plan_batches(lengths, budget=config.batch_tokens or 1024, epochs=20, seed=0)[:steps]
-    settle(model, examples, plan, config)
-    loop = Loop(model, config, work=work, examples=examples, held_out=examples[:1], plan=plan, progress=silent)
+    batches = plan_run(lengths, replace(config, epochs=20), world=1)
+    settle(model, examples, batches.plan, config)
     clock = Clock()
-    loop.add_callback(clock)
+
+    def progress(event: Event) -> None:
+        if isinstance(event, Step):
+            clock.on_step_end()
 
     def run() -> tuple[float, float]:
-        loop.train()
-        return clock.speeds(sum(lengths[index] for batch in plan[1:] for index in batch))
+        clock.on_train_begin()
+        parts = {"examples": examples, "held_out": examples[:1], "batches": batches}
+        Loop(model, config, work=work, progress=progress, **parts).train()
+        return clock.speeds(sum(lengths[index] for batch in batches.plan[1:] for index in batch))
 
     return run
 
@@ -170,7 +175,7 @@ def main() -> None:
                     data=work, output=work, max_steps=steps, eval_every=10**6, learning_rate=1e-3,
                     batch_tokens=budget, arithmetic=kind, device="cpu",
                 )  # fmt: skip
-                base = load_for_training(config, "nf4", silent)
+                base = load_for_training(config, "nf4", kind, silent)
                 sides[f"onebase train, {kind}"] = our_loop(base, config, examples, steps, work / kind)
         speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for _ in range(options.rounds):

@@ -8,13 +8,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from onebase_contract.events import silent
+from onebase_adapters.errors import ConfigError
+from onebase_contract.events import Evaluated, Event, silent
 from onebase_contract.settings import TrainConfig
+from onebase_training import training_run
+from onebase_training.fitting import spread as spread_module
+from onebase_training.fitting.distributed import Ranks
 from onebase_training.training_run import train
 from support.processes import run_two
 
@@ -35,6 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str],
         rank=4,
         batch_tokens=96,
         epochs=2,
+        eval_every=2,
         metric_examples=2,
         learning_rate=0.01,
         device="cpu",
@@ -78,7 +84,18 @@ def test_torchrun_trains_the_adapter_that_one_process_trains(
         "train",
     ]
     command += ["--output", str(output), "--data", str(config.data), "--model", config.model, "--rank", "4"]
-    command += ["--batch-tokens", "96", "--epochs", "2", "--metric-examples", "2", "--device", "cpu"]
+    command += [
+        "--batch-tokens",
+        "96",
+        "--epochs",
+        "2",
+        "--eval-every",
+        "2",
+        "--metric-examples",
+        "2",
+        "--device",
+        "cpu",
+    ]
     command += ["--learning-rate", "0.01"]
     environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
@@ -88,19 +105,45 @@ def test_torchrun_trains_the_adapter_that_one_process_trains(
     check_same(output, alone)
 
 
-def train_by_deepspeed(config: TrainConfig) -> None:
-    """One of two processes."""
+def train_by_deepspeed(config: TrainConfig, killed_at: int | None = None) -> None:
+    """One of some processes; the first dies at `killed_at`, before that step's checkpoint."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    train(config, silent)
+
+    def progress(event: Event) -> None:
+        if isinstance(event, Evaluated) and event.step == killed_at:
+            os._exit(9)
+
+    train(config, progress)
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs onebase[deepspeed]")
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs onebase[deepspeed]")
+
+
+@needs_deepspeed
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_deepspeed_trains_the_adapter_that_one_process_trains(
     stage: str, config: TrainConfig, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    output = tmp_path / "out"
-    assert run_two(train_by_deepspeed, replace(config, output=output, deepspeed=stage)) == [0, 0]
+    spread = replace(config, output=tmp_path / "out", deepspeed=stage)
+    assert run_two(train_by_deepspeed, spread, 4, until_first=True)[0] == 9
+    assert not spread.output.exists()
+    assert run_two(train_by_deepspeed, replace(spread, resume=True)) == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    check_same(output, alone)
+    check_same(spread.output, alone)
+
+
+@pytest.mark.parametrize("spread", [{"fsdp": True}, {"deepspeed": "zero2"}])
+def test_processes_are_torchruns_to_start(spread: dict[str, Any], config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="torchrun"):
+        train(replace(config, **spread), silent)
+
+
+@pytest.mark.parametrize("spread", [{"fsdp": True}, {"deepspeed": "zero2"}])
+def test_what_prunes_between_steps_is_not_spread(
+    spread: dict[str, Any], config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_run, "this_process", lambda: Ranks(0, 2, launched=True))
+    monkeypatch.setattr(spread_module, "meet", lambda *_, **__: None)
+    with pytest.raises(ConfigError, match="without " + next(iter(spread))):
+        train(replace(config, method="adalora", output=tmp_path / "out", epochs=4, **spread), silent)

@@ -45,7 +45,7 @@ def test_a_packed_row_has_the_loss_that_peft_has_in_4_bits(tmp_path: Path) -> No
             total += float(peer(input_ids=ids, labels=labels).loss) * int((labels != -100).sum())
 
     config = TrainConfig(data=tmp_path, output=tmp_path, rank=8, device="cpu", arithmetic="float32")
-    ours = load_for_training(config, "nf4", silent)
+    ours = load_for_training(config, "nf4", "float32", silent)
     torch.manual_seed(0)
     model = Trained(lora.attach(ours, config, 1), ours.device, arithmetic="float32").train()
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_server_and_trainer_stay_close_to_float32_on_the_same_weights(tmp_path: 
     by_server = torch.cat([logprobs(found[:-1], part) for found, part in zip(rows, parts, strict=True)])
 
     config = TrainConfig(data=tmp_path, output=tmp_path, device="cpu", arithmetic="float32")
-    base = load_for_training(config, "nf4", silent)
+    base = load_for_training(config, "nf4", "float32", silent)
     trained = Trained(Attached(base.model, lambda _: None), base.device, arithmetic="float32").eval()
     found = []
     for part in parts:

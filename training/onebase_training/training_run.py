@@ -16,40 +16,31 @@ from onebase_adapters.errors import AdapterError, ConfigError, DataError
 from onebase_contract.events import Progress, Stage, silent
 from onebase_contract.run_folder import Workspace, open_workspace
 from onebase_contract.settings import TrainConfig
-from onebase_engine.base.base_spec import BaseSpec
-from onebase_engine.base.load_base import LoadedBase
 from onebase_engine.kernels.device import peak_memory
-from onebase_training.data import Dataset, Encoded
-from onebase_training.data.data_check import check, describe
-from onebase_training.data.encoding.encode import encode_whole
+from onebase_training.data import Encoded
 from onebase_training.data.encoding.encode_template import encode_with
-from onebase_training.data.encoding.packing import passes_of, plan_batches, plan_examples, tokens_of_pass
-from onebase_training.data.task_kind import classes_of
 from onebase_training.evaluation.answers import model_answers, served_answers
 from onebase_training.evaluation.evaluation_result import Evaluation, Sample, asked, mark
 from onebase_training.evaluation.held_out_loss import classify, measure
 from onebase_training.fitting import fsdp
-from onebase_training.fitting.checkpoints import best_checkpoint, history, last_checkpoint, restore, step_of
+from onebase_training.fitting.checkpoints import history, last_checkpoint
 from onebase_training.fitting.distributed import (
     Ranks,
     barrier,
     gathered,
-    leave_deepspeed,
     take_own_gpu,
     this_process,
 )
-from onebase_training.fitting.early_stopping import Stopped, early_stop
+from onebase_training.fitting.early_stopping import Stopped
 from onebase_training.fitting.estimate import settle
-from onebase_training.fitting.training_loop import Loop, count_steps
-from onebase_training.methods import classification_head as heads
-from onebase_training.methods.attach import Attach, find_method, start_from
+from onebase_training.fitting.training_loop import Loop
+from onebase_training.methods.attach import Attach, start_from
 from onebase_training.methods.classification_head import with_head
 from onebase_training.methods.hard_prompt import choose, write_template
 from onebase_training.model.attached import Attached
-from onebase_training.model.base_for_training import load_for_training
 from onebase_training.model.trained_model import Trained, trainable_state
 from onebase_training.result_folder import versions, write_adapter, write_marks
-from onebase_training.run_plan import _with_peaks, check_room, encode_part, read_data, with_arithmetic
+from onebase_training.run_plan import RunPlan, check_room, make_plan
 from onebase_training.run_result import TrainResult
 
 _BEFORE_FILE = "before.json"
@@ -61,9 +52,12 @@ def train(config: TrainConfig, progress: Progress = silent, *, before: Evaluatio
     Raises ConfigError, DataError, BaseModelError or StorageError; nothing half-written is left behind.
     """
     ranks = this_process()
-    if config.fsdp and ranks.world == 1:
+    if config.spread and not ranks.launched:
+        field = "fsdp" if config.fsdp else "deepspeed"
         raise ConfigError(
-            "fsdp spreads a run over processes: torchrun --nproc-per-node N starts them.", field="fsdp"
+            f"{field} spreads a run over processes: torchrun --nproc-per-node N starts them (1 for one GPU with "
+            "offload).",
+            field=field,
         )
     take_own_gpu()
     if not ranks.first:
@@ -84,51 +78,21 @@ def train(config: TrainConfig, progress: Progress = silent, *, before: Evaluatio
 def _train(
     config: TrainConfig, workspace: Workspace, progress: Progress, ranks: Ranks, before: Evaluation | None
 ) -> TrainResult:
-    method = find_method(config.method)
-    config = _with_peaks(
-        config.resolved(learning_rate=method.learning_rate, head_learning_rate=heads.LEARNING_RATE)
-    )
-    config = with_arithmetic(config, workspace, progress)
-    dataset, held_out = read_data(config)
-    base = load_for_training(config, method.quantization, progress, expanded=method.expanded)
-    limit = min(config.max_length, base.shape.context)
-    sequences = encode_whole(dataset.examples, base.tokenizer)
-    found = check(dataset, sequences, max_length=limit, held_out=held_out, samples=0)
-    for line in describe(found):
-        progress(Stage(line))
-    config = replace(config, head=config.head or method.head or base.shape.encoder)
-    if method.attach is None and config.head:
-        raise ConfigError(f"{config.method} has no parameters, and so no classifier.", field="method")
-    classes = classes_of(dataset) if config.head else ()
-    examples = encode_part(dataset, base, config, classes, sequences)
-    evaluation = encode_part(held_out, base, config, classes)
-    config = replace(config, batch_tokens=tokens_of_pass([len(one.input_ids) for one in examples], config))
-    digests = {"train": dataset.digest, "held_out": held_out.digest}
+    unfinished = workspace.notes()["settings"] if config.resume else None
+    plan = make_plan(config, progress, ranks, unfinished=unfinished)
     if ranks.first:
-        workspace.begin(config, data=digests, base=base.shape.fingerprint)
+        workspace.begin(plan.config, data=plan.digests, base=plan.base.shape.fingerprint)
     if before is None:
-        before = _before(workspace, base, dataset, evaluation, config, progress, ranks)
-
-    if method.attach is None:
-        fitted = _choose(base, dataset, held_out, config, progress)
+        before = _before(plan, workspace, progress, ranks)
+    if plan.method.attach is None:
+        fitted = _choose(plan, progress)
     else:
-        fitted = _fit(method.attach, base, dataset, examples, evaluation, config, workspace, progress, ranks)
+        fitted = _fit(plan, plan.method.attach, workspace, progress, ranks)
 
     progress(Stage("measuring the result"))
     model = fitted.model
-    loss = measure(model, fitted.held_out, config.batch_tokens, progress).loss
+    loss = measure(model, fitted.held_out, plan.config.batch_tokens, progress).loss
     fsdp.reshard(model)
-    sizes = {"format": dataset.format, "examples": len(dataset), "held_out_examples": len(held_out)}
-    sizes |= {"near_duplicates": sum(map(len, found.duplicates)), "leaks": len(found.leaks)}
-    base_notes = {"model": config.model, "fingerprint": base.shape.fingerprint, "quantization": method.quantization}
-    notes = {
-        "base": base_notes,
-        "method": config.method,
-        "data": {**digests, **sizes},
-        "settings": config.settings(),
-        "versions": versions(),
-        **model.attached.notes,
-    }
     result = TrainResult(
         output=workspace.output,
         before=before,
@@ -137,48 +101,47 @@ def _train(
         parameters=fitted.parameters,
         tokens_per_second=fitted.tokens_per_second,
         seconds=fitted.seconds,
-        peak_memory=peak_memory(base.device),
+        peak_memory=peak_memory(plan.base.device),
         stopped=fitted.stopped,
-        notes=notes,
+        notes={**plan.notes(), "versions": versions(), **model.attached.notes},
         history=history(workspace.folder),
-        lengths=[len(example.input_ids) for example in examples],
+        lengths=[len(example.input_ids) for example in plan.examples],
     )
-    answers = _model_answers(model, fitted.held_out, base, config, progress)
+    answers = _model_answers(plan, model, fitted.held_out, progress)
     with gathered(model), fsdp.whole(model):
         if ranks.first:
             with staged_directory(workspace.output) as folder:
-                write_adapter(folder, model.attached.save, notes)
+                write_adapter(folder, model.attached.save, result.notes)
                 if answers is None:
-                    answers = _answers_of(folder, fitted, base, config, ranks, progress)
+                    answers = _answers_of(plan, folder, fitted, ranks, progress)
                 result = replace(result, after=Evaluation(loss, mark(answers, fitted.held_out), answers))
-                write_marks(folder, result, base.shape.hub_id)
+                write_marks(folder, result, plan.base.shape.hub_id)
     barrier()
     return result
 
 
 def _model_answers(
-    model: Trained, examples: Sequence[Encoded], base: LoadedBase, config: TrainConfig, progress: Progress
+    plan: RunPlan, model: Trained, examples: Sequence[Encoded], progress: Progress
 ) -> list[Sample] | None:
     """What the trained model itself answers; None: that is for the code that serves it. All processes must call."""
+    config = plan.config
     if not config.metric_examples:
         return []
     if model.attached.head is not None:
-        return classify(model, examples, base.tokenizer, config.batch_tokens)
+        return classify(model, examples, plan.base.tokenizer, config.batch_tokens)
     if not model.paired:
         return None
     some = asked(examples, config.metric_examples)
-    return model_answers(model, some, base.tokenizer, max_new_tokens=config.max_new_tokens, progress=progress)
+    return model_answers(model, some, plan.base.tokenizer, max_new_tokens=config.max_new_tokens, progress=progress)
 
 
-def _answers_of(
-    folder: Path, fitted: "_Fitted", base: LoadedBase, config: TrainConfig, ranks: Ranks, progress: Progress
-) -> list[Sample]:
+def _answers_of(plan: RunPlan, folder: Path, fitted: "_Fitted", ranks: Ranks, progress: Progress) -> list[Sample]:
     """What users of the written folder will be answered."""
+    config = plan.config
     some, limit = asked(fitted.held_out, config.metric_examples), config.max_new_tokens
     whole = config.method == "full"
-    spec = BaseSpec(str(folder) if whole else config.model, device=config.device)
-    adapter = None if whole or find_method(config.method).attach is None else folder
-    leave_deepspeed()
+    spec = replace(plan.served, model=str(folder)) if whole else plan.served
+    adapter = None if whole or plan.method.attach is None else folder
     try:
         return served_answers(spec, adapter, some, max_new_tokens=limit, progress=progress)
     except AdapterError as error:
@@ -186,13 +149,8 @@ def _answers_of(
             progress(Stage(f"no metric, since this adapter is not served: {error}"))
             return []
         progress(Stage(f"answers by transformers, since this adapter is not served: {error}"))
-        return model_answers(fitted.model, some, base.tokenizer, max_new_tokens=limit, progress=progress)
-
-
-def _trained(attached: Attached, base: LoadedBase, config: TrainConfig) -> Trained:
-    return Trained(
-        attached, base.device, first_position=base.shape.first_position, arithmetic=config.arithmetic or "bf16"
-    )
+        tokenizer = plan.base.tokenizer
+        return model_answers(fitted.model, some, tokenizer, max_new_tokens=limit, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -208,46 +166,19 @@ class _Fitted:
     stopped: Stopped
 
 
-def _fit(
-    attach: Attach,
-    base: LoadedBase,
-    dataset: Dataset,
-    examples: Sequence[Encoded],
-    held_out: Sequence[Encoded],
-    config: TrainConfig,
-    workspace: Workspace,
-    progress: Progress,
-    ranks: Ranks,
-) -> _Fitted:
+def _fit(plan: RunPlan, attach: Attach, workspace: Workspace, progress: Progress, ranks: Ranks) -> _Fitted:
+    config, base, examples, batches = plan.config, plan.base, plan.examples, plan.batches
     set_seed(config.seed)
-    lengths = [len(example.input_ids) for example in examples]
-    budget = tokens_of_pass(lengths, config)
-    if config.batch_size is not None:
-        passes = passes_of(lengths, config.batch_size, budget=budget, world=ranks.world)
-        plan = plan_examples(
-            lengths, config.batch_size // (passes * ranks.world), epochs=config.epochs, seed=config.seed
-        )
-        config = replace(config, accumulate=passes, batch_size=None)
-    else:
-        plan = plan_batches(
-            lengths,
-            budget=budget,
-            epochs=config.epochs,
-            seed=config.seed,
-            padded=base.shape.encoder_decoder,
-        )
-    steps = count_steps(plan, config, ranks)
-    attached = attach(base, config, steps)
+    attached = attach(base, config, batches.steps)
     start_from(attached, base, config)
     if config.head:
-        attached = with_head(attached, base, dataset, config)
-    check_room(attached, base, max(lengths))
-    model = _trained(attached, base, config)
+        attached = with_head(attached, base, plan.dataset, config)
+    check_room(attached, base, max(len(example.input_ids) for example in examples))
+    model = plan.trained(attached)
     parameters = sum(value.numel() for value in trainable_state(model).values())
-    planned = plan[: steps * config.accumulate * ranks.world]
     progress(Stage("measuring what a step takes"))
-    estimate, recomputed = settle(model, examples, planned, config)
-    progress(Stage(f"{parameters:,} parameters to train, {steps} steps, {estimate}"))
+    estimate, recomputed = settle(model, examples, batches.plan, config)
+    progress(Stage(f"{parameters:,} parameters to train, {batches.steps} steps, {estimate}"))
     if recomputed:
         progress(Stage("activations are recomputed in the backward pass, to save memory"))
     set_seed(config.seed)
@@ -256,67 +187,51 @@ def _fit(
         config,
         work=workspace.folder,
         examples=examples,
-        held_out=held_out,
-        plan=plan,
+        held_out=plan.evaluation,
+        batches=batches,
         progress=progress,
         ranks=ranks,
     )
-    checkpoint = last_checkpoint(workspace.folder) if config.resume else None
-    done = step_of(checkpoint) if checkpoint else 0
-    over = early_stop(history(workspace.folder), len(held_out), config.patience) if checkpoint else None
-    if checkpoint and (over or done >= steps):  # killed after its last step
-        restore(model, best_checkpoint(checkpoint))
-        fsdp.hold(model)
-        return _Fitted(model, held_out, parameters, done, 0.0, 0.0, over or "done")
-    loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    loop.train(last_checkpoint(workspace.folder) if config.resume else None)
     fsdp.hold(model)
-    watch = loop.watch
-    return _Fitted(model, held_out, parameters, loop.state.global_step, watch.speed, watch.busy, watch.stopped)
+    pace = loop.pace
+    return _Fitted(model, plan.evaluation, parameters, loop.state.step, pace.speed, pace.seconds, loop.stopped)
 
 
-def _choose(
-    base: LoadedBase, dataset: Dataset, held_out: Dataset, config: TrainConfig, progress: Progress
-) -> _Fitted:
+def _choose(plan: RunPlan, progress: Progress) -> _Fitted:
+    base, config = plan.base, plan.config
     start = time.monotonic()
-    model = _trained(Attached(base.model, lambda _: None), base, config)
-    template = choose(model, base, dataset, config, progress)
+    model = plan.trained(Attached(base.model, lambda _: None))
+    template = choose(model, base, plan.dataset, config, progress)
     seconds = time.monotonic() - start
-    encoded = encode_with(template, held_out.examples, base.tokenizer, base.shape.context)
+    encoded = encode_with(template, plan.held_out.examples, base.tokenizer, base.shape.context)
     if encoded is None:
         raise DataError("The chosen prompt leaves no room for the longest held-out example.", field="max_length")
     saved = Attached(base.model, lambda folder: write_template(template, folder, base.shape.hub_id))
-    return _Fitted(_trained(saved, base, config), encoded, 0, 0, 0.0, seconds, "done")
+    return _Fitted(plan.trained(saved), encoded, 0, 0, 0.0, seconds, "done")
 
 
-def _before(
-    workspace: Workspace,
-    base: LoadedBase,
-    dataset: Dataset,
-    held_out: Sequence[Encoded],
-    config: TrainConfig,
-    progress: Progress,
-    ranks: Ranks,
-) -> Evaluation:
+def _before(plan: RunPlan, workspace: Workspace, progress: Progress, ranks: Ranks) -> Evaluation:
     """The base's own marks (with a head: an untrained one's), measured once, however often a run is resumed."""
+    config, held_out = plan.config, plan.evaluation
     stored = workspace.folder / _BEFORE_FILE
     if config.resume and stored.exists():
         saved = json.loads(stored.read_text())
         known = [Sample(*sample) for sample in saved["samples"]]
         return Evaluation(saved["loss"], mark(known, held_out), known)
     progress(Stage("measuring the base"))
-    attached = Attached(base.model, lambda _: None)
+    attached = Attached(plan.base.model, lambda _: None)
     if config.head:
         set_seed(config.seed)
-        attached = with_head(attached, base, dataset, config)
-    plain = _trained(attached, base, config)
+        attached = with_head(attached, plan.base, plan.dataset, config)
+    plain = plan.trained(attached)
     loss = measure(plain, held_out, config.batch_tokens, progress).loss
-    answers = _model_answers(plain, held_out, base, config, progress)
+    answers = _model_answers(plan, plain, held_out, progress)
     if not ranks.first:
         return Evaluation(loss, None, [])
     if answers is None:
-        some = asked(held_out, config.metric_examples)
-        spec = BaseSpec(config.model, device=config.device)
-        answers = served_answers(spec, None, some, max_new_tokens=config.max_new_tokens, progress=progress)
+        some, limit = asked(held_out, config.metric_examples), config.max_new_tokens
+        answers = served_answers(plan.served, None, some, max_new_tokens=limit, progress=progress)
     before = Evaluation(loss, mark(answers, held_out), answers)
     samples = [(sample.prompt, sample.expected, sample.generated) for sample in before.samples]
     partial = stored.with_suffix(".partial")

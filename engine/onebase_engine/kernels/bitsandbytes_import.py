@@ -12,11 +12,13 @@ with without_compiler():
         has_avx512bf16,
     )
     from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.optim import PagedAdamW32bit
 
 unpack_for_cpu = _convert_weight_packed_for_cpu_inverse
 
 __all__ = [
     "Linear4bit",
+    "PagedAdamW32bit",
     "Params4bit",
     "QuantState",
     "dequantize_4bit",

@@ -1,26 +1,41 @@
-"""Checkpoints: folders that are whole or not there, with the trained parameters alone."""
+"""Checkpoints: folders that are whole or not there, with trained parameters and all that the next step needs."""
 
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from onebase_adapters.atomic_files import disk_errors
+from onebase_adapters.errors import ConfigError
 from onebase_training.fitting import fsdp
 from onebase_training.fitting.distributed import Ranks, barrier, gathered
 from onebase_training.model.trained_model import Trained, trainable_state
 
-STATE_FILE = "trainer_state.json"
+_STATE_FILE = "state.json"
 _TRAINED_FILE = "trained.safetensors"
+
+
+@dataclass
+class RunState:
+    """How far a run has come."""
+
+    step: int = 0
+    """Steps done."""
+    best_step: int = 0
+    """After which the best evaluation was; 0: there was none."""
+    log: list[dict[str, float]] = field(default_factory=list)
+    """See `early_stopping.Log`."""
 
 
 @contextmanager
 def staged_checkpoint(target: Path, ranks: Ranks) -> Iterator[Path]:
-    """A folder that all processes write into, which the first one then puts in `target`'s place."""
+    """A folder that all processes write into, which the first one then puts in `target`'s place: it is there for
+    all when this ends."""
     scratch = target.with_name(f".{target.name}.partial")
     with disk_errors(str(target)):
         if ranks.first:
@@ -33,6 +48,7 @@ def staged_checkpoint(target: Path, ranks: Ranks) -> Iterator[Path]:
             if ranks.first:
                 shutil.rmtree(target, ignore_errors=True)
                 scratch.replace(target)
+            barrier()
         finally:
             if ranks.first:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -70,20 +86,30 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def best_checkpoint(checkpoint: Path) -> Path:
-    """The best one so far, as `checkpoint` knows it."""
-    state = json.loads((checkpoint / STATE_FILE).read_text())
-    # Stored with its whole path, and the folder may have moved since.
-    return checkpoint.parent / Path(state["best_model_checkpoint"]).name
+def checkpoint_of(work: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps is."""
+    return work / f"checkpoint-{step}"
+
+
+def write_state(state: RunState, checkpoint: Path) -> None:
+    """Into the checkpoint's folder."""
+    (checkpoint / _STATE_FILE).write_text(json.dumps(asdict(state)))
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """As the run was at this checkpoint. Raises ConfigError if another version has written it."""
+    try:
+        return RunState(**json.loads((checkpoint / _STATE_FILE).read_text()))
+    except (FileNotFoundError, TypeError) as error:
+        raise ConfigError(
+            f"{checkpoint} is of another version of OneBase. Start again with --overwrite.", field="resume"
+        ) from error
 
 
 def history(work: Path) -> list[dict[str, float]]:
     """The log of the newest checkpoint."""
     newest = last_checkpoint(work)
-    if newest is None:
-        return []
-    entries: list[dict[str, float]] = json.loads((newest / STATE_FILE).read_text())["log_history"]
-    return entries
+    return read_state(newest).log if newest else []
 
 
 def _state(model: Trained) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from onebase_adapters.errors import ConfigError
+from onebase_contract.settings import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    launched: bool = False
+    """Whether torchrun, or its like, has started it."""
 
     @property
     def first(self) -> bool:
@@ -34,7 +37,8 @@ ALONE = Ranks()
 
 def this_process() -> Ranks:
     """From what torchrun tells each process; one process without it."""
-    return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    launched = "LOCAL_RANK" in os.environ
+    return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), launched)
 
 
 def take_own_gpu() -> None:
@@ -43,17 +47,25 @@ def take_own_gpu() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
+def meet(ranks: Ranks, device: torch.device) -> None:
+    """Join the run's other processes."""
+    if ranks.launched and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
-def leave_deepspeed() -> None:
-    """Let transformers load a model as without ZeRO-3, once the run's own is trained."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
+def total(value: float, device: torch.device) -> float:
+    """The sum over all processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    summed = torch.tensor(value, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(summed)
+    return float(summed)
 
 
 @contextmanager
@@ -70,8 +82,8 @@ def gathered(model: nn.Module, *, written: bool = False) -> Iterator[None]:
         yield
 
 
-def deepspeed_settings(stage: str, *, offload: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for `zero2` or `zero3`. Raises ConfigError where it is not installed."""
+def deepspeed_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
+    """DeepSpeed's hold on `model`, by its stage 2 or 3. Raises ConfigError where it is not installed."""
     from importlib.util import find_spec
 
     if find_spec("deepspeed") is None:
@@ -80,19 +92,24 @@ def deepspeed_settings(stage: str, *, offload: bool) -> dict[str, Any]:
         )
     # DeepSpeed calls torch's collectives by names that torch has given up, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    zero: dict[str, Any] = {"stage": int(stage[-1])}
-    if offload:
+    import deepspeed
+
+    zero: dict[str, Any] = {"stage": int(config.deepspeed[-1])}
+    if config.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
-        if stage == "zero3":
+        if config.deepspeed == "zero3":
             zero["offload_param"] = {"device": "cpu"}
-    return {
+    settings = {
         "zero_optimization": zero,
         # Trained parameters are float32 and frozen ones bfloat16: as they are, and as in a run without DeepSpeed.
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
+        "gradient_clipping": config.clip,
+        # The loop says itself which batch is a step's last.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
     }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine

@@ -1,13 +1,11 @@
 """Fully sharded data parallelism (ZeRO, Rajbhandari et al. 2020) by torch's `fully_shard`: each process keeps its
 part of every parameter, and a layer's are whole only while it computes.
 
-Between steps every parameter is in parts. accelerate, by which the Trainer would do this, leaves processes without
-GPUs unsharded and says nothing; so the model is sharded here, and the Trainer told that its parameters are placed.
+Between steps every parameter is in parts.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from onebase_adapters.errors import ConfigError
 from onebase_training.model.trained_model import Trained
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -29,12 +26,7 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def shard(model: Trained, *, world: int, offload: bool) -> None:
     """Spread the parameters of `model` over `world` processes: each layer's as one group, the rest as another.
-    `offload`: parts lie on the host. Raises ConfigError for methods that change parameters between steps."""
-    attached = model.attached
-    if attached.penalty or attached.after_step or attached.state:
-        raise ConfigError(
-            "This method looks at whole parameters between steps: train it without fsdp.", field="fsdp"
-        )
+    `offload`: parts lie on the host."""
     mesh = init_device_mesh(model.device.type, (world,))
     policy = CPUOffloadPolicy() if offload and model.device.type != "cpu" else OffloadPolicy()
     layers: Any = model.model._no_split_modules or ()
@@ -88,13 +80,16 @@ def put(value: torch.Tensor, stored: torch.Tensor) -> None:
     value.copy_(stored)
 
 
-def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, *, first: bool) -> None:
-    """Write the optimiser's whole state; the first process does. All processes must call."""
-    state = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
-    if first:
-        torch.save(state, path)
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's whole state, whether `module` is in parts or not. All processes must call."""
+    if not isinstance(module, FSDPModule):
+        return optimizer.state_dict()
+    return get_optimizer_state_dict(module, optimizer, options=_WHOLE)
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Take back what `save_optimizer` wrote."""
-    set_optimizer_state_dict(model, optimizer, torch.load(path, weights_only=True), options=_WHOLE)
+def put_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take back what `optimizer_state` gave."""
+    if not isinstance(module, FSDPModule):
+        optimizer.load_state_dict(state)
+    else:
+        set_optimizer_state_dict(module, optimizer, state, options=_WHOLE)

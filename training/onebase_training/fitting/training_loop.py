@@ -1,47 +1,65 @@
-"""The loop: transformers' Trainer over packed rows, with checkpoints that are whole or not there.
+"""The loop: a plan's batches through the model, an optimiser's steps, evaluations and checkpoints.
 
-What the Trainer keeps: optimiser, schedule, accumulation, clipping, best checkpoint, resuming, and accelerate's
-devices and processes. What is ours: batches from a plan, a loss that is summed and divided by the step's number of
-labels, checkpoints of the trained parameters alone.
+The invariant: a checkpoint is whole or not there, and holds all that the next step depends on, so a run that is
+killed and resumed ends with the very numbers of one that is not. A step's loss is summed over its batches, and
+divided by its number of labels.
 """
 
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from torch import nn
 
 from onebase_adapters.errors import ConfigError
 from onebase_contract.events import Evaluated, Progress, Step
 from onebase_contract.settings import TrainConfig
 from onebase_training.data import Encoded
+from onebase_training.data.encoding.packing import Batches
 from onebase_training.data.task_kind import default_metric
 from onebase_training.evaluation.held_out_loss import measure
 from onebase_training.fitting import fsdp
-from onebase_training.fitting.checkpoints import STATE_FILE, keep_only, restore, save_trained, staged_checkpoint
-from onebase_training.fitting.distributed import ALONE, Ranks, deepspeed_settings
+from onebase_training.fitting.checkpoints import (
+    RunState,
+    checkpoint_of,
+    keep_only,
+    read_state,
+    restore,
+    save_trained,
+    staged_checkpoint,
+    write_state,
+)
+from onebase_training.fitting.distributed import ALONE, Ranks, total
 from onebase_training.fitting.early_stopping import Stopped, best_evaluation, early_stop
-from onebase_training.methods.attach import find_method
+from onebase_training.fitting.optimizer import make_schedule
+from onebase_training.fitting.spread import spread
 from onebase_training.model.trained_model import Trained
 
-Plan = list[list[int]]
+_SCHEDULE_FILE = "scheduler.pt"
+_EVALUATIONS = 8
+"""Of a run, where nothing else is said."""
 
 
-class Loop(Trainer):  # type: ignore[misc]
-    """One run over `plan`, whose batches are indices of `examples`."""
+@dataclass
+class Pace:
+    """What was done since the loop began or went on; evaluations are left out."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Loop:
+    """One run over `batches`, whose rows are indices of `examples`; its checkpoints lie in `work`."""
 
     def __init__(
         self,
@@ -51,247 +69,139 @@ class Loop(Trainer):  # type: ignore[misc]
         work: Path,
         examples: Sequence[Encoded],
         held_out: Sequence[Encoded],
-        plan: Plan,
+        batches: Batches,
         progress: Progress,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._ranks = ranks
-        self._plan = plan
-        self._progress = progress
-        self._pass_tokens = config.batch_tokens
-        self._head_rate = config.head_learning_rate
-        self._classifies = default_metric([one.example for one in held_out]) == "accuracy"
-        steps = count_steps(plan, config, ranks)
-        tokens = [sum(model.length(examples[index]) for index in batch) for batch in plan]
-        self.watch = Watch(config, ranks, progress, tokens, len(held_out))
-        super().__init__(
-            model=model,
-            args=training_arguments(config, work, steps, model.device),
-            data_collator=model.collate,
-            train_dataset=examples,
-            eval_dataset=held_out,
-            callbacks=[self.watch, _AfterStep(model)],
-        )
-        self.loss_is_scaled_for_ga = True
-        self._sharded = config.fsdp
-        if config.fsdp:
-            fsdp.shard(model, world=ranks.world, offload=config.offload)
-            self.is_distributed_loading_by_transformers = True  # so that it is not wrapped once more
-        for needless in (PrinterCallback, ProgressCallback):
-            self.remove_callback(needless)
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Of n processes, each takes every nth batch; a last round that is short begins the plan again."""
-        world = self._ranks.world
-        whole = self._plan + self._plan[: -len(self._plan) % world]
-        return DataLoader(
-            self.train_dataset, batch_sampler=whole[self._ranks.rank :: world], collate_fn=self.data_collator
-        )
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """A classifier has a learning rate of its own."""
-        fresh = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        head = {id(value) for value in self.model.head.parameters()} if self.model.head and fresh else set()
-        for group in list(optimizer.param_groups):
-            own = [value for value in group["params"] if id(value) in head]
-            if own:
-                group["params"] = [value for value in group["params"] if id(value) not in head]
-                optimizer.add_param_group({**group, "params": own, "lr": self._head_rate})
-        return optimizer
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        own = torch.tensor(sum(batch["labels"].numel() for batch in batch_samples), device=device)
-        return self.accelerator.reduce(own, "sum") if self._ranks.world > 1 else own
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        # Gradients are averaged over the processes: what each adds to their sum is made so many times larger.
-        loss = model(**inputs) * self._ranks.world / num_items_in_batch
-        penalty = self.model.attached.penalty
-        return loss if penalty is None else loss + penalty() / self.args.gradient_accumulation_steps
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Called by the Trainer at its evaluation steps."""
-        measured = measure(self.model, self.eval_dataset, self._pass_tokens, self._progress)
-        fsdp.reshard(self.model)
-        metrics = {"eval_loss": measured.loss}
-        if self._classifies:
-            metrics["eval_accuracy"] = 1 - measured.wrong / len(self.eval_dataset)
-        self.log(metrics)
-        log = self.state.log_history
-        best = best_evaluation(log, len(self.eval_dataset)) == sum("eval_loss" in row for row in log) - 1
-        if best:
-            self.state.best_global_step = self.state.global_step
-        self._progress(Evaluated(self.state.global_step, measured.loss, metrics.get("eval_accuracy"), best))
-        self.control: TrainerControl = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
-    # Checkpoints
-
-    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
-        return bool(self.state.best_global_step == self.state.global_step)  # as `evaluate` has found
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A folder that appears whole; then the older ones that are not the best go."""
-        work = Path(str(self.args.output_dir))
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(work / f"checkpoint-{self.state.best_global_step}")
-        name = f"checkpoint-{self.state.global_step}"
-        with staged_checkpoint(work / name, self._ranks) as scratch:
-            save_trained(self.model, scratch, self._ranks)
-            self._save_optimizer_and_scheduler(str(scratch))
-            self._save_rng_state(str(scratch))
-            if self._ranks.first:
-                self.state.save_to_json(str(scratch / STATE_FILE))
-        if self._ranks.first:
-            keep_only(work, {name, Path(self.state.best_model_checkpoint or name).name})
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        fsdp.save_optimizer(self.model, self.optimizer, Path(output_dir) / OPTIMIZER_NAME, first=self._ranks.first)
-        if self._ranks.first:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self._sharded or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        fsdp.load_optimizer(self.model, self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore(self.model, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint:
-            restore(self.model, Path(self.state.best_model_checkpoint))
-
-
-def count_steps(plan: Plan, config: TrainConfig, ranks: Ranks) -> int:
-    """Optimiser steps of a whole run."""
-    steps = -(-len(plan) // (config.accumulate * ranks.world))
-    return min(steps, config.max_steps or steps)
-
-
-def evaluation_interval(steps: int, config: TrainConfig) -> int:
-    """Steps between evaluations."""
-    return config.eval_every or max(1, -(-steps // 8))
-
-
-def training_arguments(config: TrainConfig, work: Path, steps: int, device: torch.device) -> TrainingArguments:
-    """Ours, in transformers' words."""
-    interval = evaluation_interval(steps, config)
-    return TrainingArguments(
-        output_dir=str(work),
-        max_steps=steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.learning_rate or 0.0,
-        lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[
-            config.schedule
-        ],
-        warmup_steps=round(config.warmup * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.clip,
-        optim=_optimizer(config, device),
-        logging_nan_inf_filter=False,
-        seed=config.seed,
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=interval,
-        save_strategy="steps",
-        save_steps=interval,
-        load_best_model_at_end=True,
-        use_cpu=device.type == "cpu",
-        disable_tqdm=True,
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        deepspeed=(
-            None if config.deepspeed == "none" else deepspeed_settings(config.deepspeed, offload=config.offload)
-        ),
-        ddp_find_unused_parameters=False,
-    )
-
-
-def _optimizer(config: TrainConfig, device: torch.device) -> str:
-    """On GPUs with a 4-bit base, one whose moments may move to the host (QLoRA, section 3: paged optimisers)."""
-    paged = device.type == "cuda" and find_method(config.method).quantization != "none"
-    return "paged_adamw_32bit" if paged and not config.spread else "adamw_torch_fused"
-
-
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Tells of progress, and ends a run early or at its time limit."""
-
-    def __init__(
-        self, config: TrainConfig, ranks: Ranks, progress: Progress, batch_tokens: Sequence[int], held_out: int
-    ) -> None:
-        self._config = config
-        self._held_out = held_out
-        """Examples."""
-        self._batches = config.accumulate * ranks.world
-        """Of a step."""
-        self._progress = progress
-        self._batch_tokens = batch_tokens
-        self._tokens = 0
-        self._since = 0.0
-        self.busy = 0.0
-        """Seconds spent in steps, evaluations left out."""
+        self.model = model
+        self.state = RunState()
+        self.pace = Pace()
         self.stopped: Stopped = "done"
+        self._config = config
+        self._work = work
+        self._examples = examples
+        self._held_out = held_out
+        self._batches = batches
+        self._progress = progress
+        self._ranks = ranks
+        self._tokens = [sum(model.length(examples[index]) for index in batch) for batch in batches.plan]
+        self._evaluate_every = config.eval_every or max(1, -(-batches.steps // _EVALUATIONS))
+        self._classifies = default_metric([one.example for one in held_out]) == "accuracy"
+        self._spread = spread(model, config, ranks)
+        self._schedule = make_schedule(self._spread.optimizer, config, batches.steps)
 
-    @property
-    def speed(self) -> float:
-        """Tokens a second since training began or was resumed."""
-        return self._tokens / self.busy if self.busy else 0.0
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Train, from `checkpoint` on if one is given, and leave the model as it was at its best evaluation.
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._since = time.monotonic()
+        Raises ConfigError if the loss is no number any more, StorageError if a checkpoint cannot be written.
+        """
+        if checkpoint is not None:
+            self._go_on_from(checkpoint)
+        while self.state.step < self._batches.steps and self.stopped == "done":
+            self._step()
+            if self._is_due():
+                self._evaluate()
+                self._save()
+        restore(self.model, checkpoint_of(self._work, self.state.best_step))
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.busy += time.monotonic() - self._since
-        first = (state.global_step - 1) * self._batches
-        self._tokens += sum(self._batch_tokens[first : first + self._batches])
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
-        elif self._config.time_limit is not None and self.busy >= self._config.time_limit:
+    def _step(self) -> None:
+        start = time.monotonic()
+        model, step, attached = self.model, self.state.step, self.model.attached
+        batches = [self._collated(batch) for batch in self._batches.of_step(step, self._ranks.rank)]
+        labels = total(sum(batch["labels"].numel() for batch in batches), model.device)
+        summed = torch.zeros((), device=model.device)
+
+        def loss_of(batch: dict[str, torch.Tensor], module: nn.Module) -> torch.Tensor:
+            # Gradients are averaged over the processes: what each adds to their sum is made so many times larger.
+            loss: torch.Tensor = module(**batch) * self._ranks.world / labels
+            return loss if attached.penalty is None else loss + attached.penalty() / len(batches)
+
+        model.train()
+        for number, batch in enumerate(batches, 1):
+            summed += self._spread.backward(partial(loss_of, batch), last=number == len(batches))
+        norm = self._spread.step()
+        if attached.after_step is not None:
+            attached.after_step(step + 1)
+        rate = float(self._schedule.get_last_lr()[0])
+        self._schedule.step()
+        self._spread.optimizer.zero_grad()
+        self.state.step += 1
+        loss = total(float(summed), model.device) / self._ranks.world
+        self.pace.seconds += time.monotonic() - start
+        self.pace.tokens += sum(self._tokens[place] for place in self._batches.places_of_step(step))
+        self._note(loss=loss, grad_norm=norm, learning_rate=rate)
+        left = sum(self._tokens[self._batches.places_of_step(self.state.step).start :]) / self.pace.speed
+        self._progress(Step(self.state.step, self._batches.steps, loss, rate, self.pace.speed, left))
+
+    def _collated(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+        made = self.model.collate([self._examples[index] for index in batch])
+        return {name: value.to(self.model.device) for name, value in made.items()}
+
+    def _is_due(self) -> bool:
+        """Whether the model is to be measured and kept now; a run whose time is over ends with that."""
+        limit = self._config.time_limit
+        over = limit is not None and self.pace.seconds >= limit
+        if limit is not None and total(over, self.model.device):  # all end where the first one does
             self.stopped = "time limit"
-            control.should_evaluate = control.should_save = control.should_training_stop = True
+        last = self.state.step == self._batches.steps
+        return last or self.stopped != "done" or self.state.step % self._evaluate_every == 0
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **values: Any) -> None:
-        logs = values.get("logs") or {}
-        if not all(math.isfinite(logs.get(name, 0.0)) for name in ("loss", "eval_loss", "grad_norm")):
+    def _evaluate(self) -> None:
+        measured = measure(self.model, self._held_out, self._config.batch_tokens, self._progress)
+        fsdp.reshard(self.model)
+        accuracy = 1 - measured.wrong / len(self._held_out) if self._classifies else None
+        self._note(eval_loss=measured.loss, **({} if accuracy is None else {"eval_accuracy": accuracy}))
+        log = self.state.log
+        best = best_evaluation(log, len(self._held_out)) == sum("eval_loss" in row for row in log) - 1
+        if best:
+            self.state.best_step = self.state.step
+        self._progress(Evaluated(self.state.step, measured.loss, accuracy, best))
+        self._look_for_a_stop()
+
+    def _look_for_a_stop(self) -> None:
+        reason = early_stop(self.state.log, len(self._held_out), self._config.patience)
+        if reason is not None and self.state.step < self._batches.steps:
+            self.stopped = reason
+
+    def _note(self, **values: float) -> None:
+        """Add a row to the log."""
+        if not all(math.isfinite(value) for value in values.values()):
             raise ConfigError(
-                f"Training diverged: the loss is no number at step {state.global_step}. Use a lower "
+                f"Training diverged: the loss is no number at step {self.state.step}. Use a lower "
                 f"--learning-rate (now {self._config.learning_rate:g}).",
                 field="learning_rate",
             )
-        if "loss" not in logs:
-            return
-        done, whole = state.global_step * self._batches, state.max_steps * self._batches
-        left = sum(self._batch_tokens[done:whole]) / self.speed
-        self._progress(
-            Step(state.global_step, state.max_steps, logs["loss"], logs["learning_rate"], self.speed, left)
-        )
+        self.state.log.append({"step": self.state.step, **values})
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        reason = early_stop(state.log_history, self._held_out, self._config.patience)
-        if reason is not None and state.global_step < state.max_steps:
-            self.stopped = reason
-            control.should_save = control.should_training_stop = True
+    def _save(self) -> None:
+        """A checkpoint; then the older ones that are not the best go."""
+        target = checkpoint_of(self._work, self.state.step)
+        with staged_checkpoint(target, self._ranks) as scratch:
+            save_trained(self.model, scratch, self._ranks)
+            self._spread.save(scratch)
+            torch.save(_random_state(self.model.device), scratch / f"random-{self._ranks.rank}.pt")
+            if self._ranks.first:
+                torch.save(self._schedule.state_dict(), scratch / _SCHEDULE_FILE)
+                write_state(self.state, scratch)
+        if self._ranks.first:
+            keep_only(self._work, {target.name, checkpoint_of(self._work, self.state.best_step).name})
+
+    def _go_on_from(self, checkpoint: Path) -> None:
+        self.state = read_state(checkpoint)
+        self._look_for_a_stop()
+        restore(self.model, checkpoint)
+        self._spread.load(checkpoint)
+        self._schedule.load_state_dict(torch.load(checkpoint / _SCHEDULE_FILE, weights_only=True))
+        random = torch.load(checkpoint / f"random-{self._ranks.rank}.pt", weights_only=True)
+        _put_random_state(random, self.model.device)
 
 
-class _AfterStep(TrainerCallback):  # type: ignore[misc]
-    """What a method does between steps."""
+def _random_state(device: torch.device) -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
-    def __init__(self, model: Trained) -> None:
-        self._after_step = model.attached.after_step
 
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._after_step is not None:
-            self._after_step(state.global_step + 1)
+def _put_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -4,7 +4,7 @@ import torch
 
 from onebase_adapters.errors import ConfigError
 from onebase_contract.events import Progress, Stage
-from onebase_contract.settings import TrainConfig
+from onebase_contract.settings import Arithmetic, TrainConfig
 from onebase_engine.base.base_spec import BaseSpec, Quantization
 from onebase_engine.base.load_base import LoadedBase, load_base
 from onebase_engine.kernels.device import free_memory
@@ -15,9 +15,16 @@ from onebase_training.model.packed_attention import PACKED_ATTENTION
 
 
 def load_for_training(
-    config: TrainConfig, quantization: Quantization, progress: Progress, *, expanded: bool = False
+    config: TrainConfig,
+    quantization: Quantization,
+    arithmetic: Arithmetic,
+    progress: Progress,
+    *,
+    expanded: bool = False,
 ) -> LoadedBase:
-    """The base in the method's format, with the attention that fits the device."""
+    """The base in the method's format, with the attention that fits the device.
+
+    `expanded`: the method needs weights as plain matrices. Raises BaseModelError or ConfigError."""
     spec = BaseSpec(config.model, quantization=quantization, device=config.device)
     threads = torch.get_num_threads()
     base = load_base(spec, progress=lambda text: progress(Stage(text)))
@@ -30,7 +37,7 @@ def load_for_training(
         )
     if base.device.type == "cpu" and not base.shape.encoder_decoder:
         base.model.set_attn_implementation(PACKED_ATTENTION)
-    dtype = DTYPES[config.arithmetic or "bf16"]
+    dtype = DTYPES[arithmetic]
     extra = held_bytes(base.model, dtype)
     expanded = expanded or config.spread_weights or bool(config.modules_to_save)
     if expanded and extra and config.dequantize == "never":
@@ -41,8 +48,8 @@ def load_for_training(
     roomy = config.dequantize == "auto" and dtype == torch.bfloat16 and extra * 4 <= free_memory(base.device)
     if extra and (expanded or config.dequantize == "always" or roomy):
         hold(base.model, dtype)
-        progress(Stage(f"frozen weights held as {config.arithmetic}: the same values, {extra >> 20} MiB more"))
+        progress(Stage(f"frozen weights held as {arithmetic}: the same values, {extra >> 20} MiB more"))
     elif extra:
         expand_in_passes(base.model, dtype)
-        progress(Stage(f"frozen weights are expanded to {config.arithmetic} for each product"))
+        progress(Stage(f"frozen weights are expanded to {arithmetic} for each product"))
     return base

@@ -6,6 +6,7 @@ resumed run finds its place by counting.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -23,6 +24,44 @@ def tokens_of_pass(lengths: Sequence[int], config: TrainConfig) -> int:
     if config.batch_size is not None:
         return _MOST_TOKENS
     return min(_MOST_TOKENS, max(_FEWEST_TOKENS, _EXAMPLES * sum(lengths) // len(lengths)))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A run's batches, and which of them make a step."""
+
+    plan: Sequence[Sequence[int]]
+    """Indices of the examples of each batch, in the order of training."""
+    passes: int
+    """Batches of a step that each process takes."""
+    world: int
+    """Processes."""
+    steps: int
+
+    def places_of_step(self, step: int) -> range:
+        """Where the step's batches are in the plan; the last step may have fewer. Past it: none."""
+        whole = self.passes * self.world
+        return range(min(step * whole, len(self.plan)), min((step + 1) * whole, len(self.plan)))
+
+    def of_step(self, step: int, rank: int) -> list[Sequence[int]]:
+        """The batches of one process, as many as every other's: a short last round begins the plan again."""
+        batches = [self.plan[place] for place in self.places_of_step(step)]
+        batches += self.plan[: -len(batches) % self.world]
+        return batches[rank :: self.world]
+
+
+def plan_run(lengths: Sequence[int], config: TrainConfig, *, world: int, padded: bool = False) -> Batches:
+    """The batches of a run over examples of these lengths. Raises ConfigError."""
+    budget, passes = tokens_of_pass(lengths, config), config.accumulate
+    if config.batch_size is not None:
+        passes = passes_of(lengths, config.batch_size, budget=budget, world=world)
+        size = config.batch_size // (passes * world)
+        plan = plan_examples(lengths, size, epochs=config.epochs, seed=config.seed)
+    else:
+        plan = plan_batches(lengths, budget=budget, epochs=config.epochs, seed=config.seed, padded=padded)
+    steps = -(-len(plan) // (passes * world))
+    steps = min(steps, config.max_steps or steps)
+    return Batches(plan[: steps * passes * world], passes, world, steps)
 
 
 def plan_batches(
