@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TextIO
@@ -55,17 +55,38 @@ Event = Stage | Part | Step | Evaluated
 Progress = Callable[[Event], None]
 
 
+@dataclass(frozen=True)
+class Failed:
+    """The last word of a run without a result: what is wrong, and the way out."""
+
+    text: str
+
+
 def silent(_: Event) -> None:
     """Tells nobody."""
 
 
+_KINDS: Mapping[str, type[Event | Failed]] = {
+    kind.__name__.lower(): kind for kind in (Stage, Part, Step, Evaluated, Failed)
+}
+
+
+def read_event(line: bytes) -> Event | Failed | None:
+    """What `json_lines` wrote; None: something else that was printed."""
+    try:
+        values = json.loads(line)
+        return _KINDS[values.pop("event")](**values)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
 @contextmanager
-def json_lines(stream: TextIO) -> Iterator[Progress]:
+def json_lines(stream: TextIO) -> Iterator[Callable[[Event | Failed], None]]:
     """A function that writes each event as one line of JSON, with its kind, for another program to read. How far a
     stage has come is told once a second at most."""
     told = 0.0
 
-    def progress(event: Event) -> None:
+    def progress(event: Event | Failed) -> None:
         nonlocal told
         if isinstance(event, Part):
             if time.monotonic() - told < 1:

@@ -19,6 +19,7 @@ from onebase.cli.serve import serve
 from onebase.cli.train import train
 from onebase.cli.tune import tune
 from onebase_adapters.errors import OneBaseError
+from onebase_contract.job_order import Ending
 
 app = typer.Typer(
     name="onebase",
@@ -64,9 +65,9 @@ def run(app: typer.Typer, program: str | None = None) -> None:
         app(prog_name=program)
     except OneBaseError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(error.message)}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(Ending.FAILED)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(Ending.STOPPED)
 
 
 if __name__ == "__main__":

@@ -10,27 +10,18 @@ from dataclasses import MISSING, fields
 from functools import wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from onebase.cli.config_file import ConfigFile
-from onebase_adapters.errors import ConfigError
 from onebase_contract.settings import TrainConfig
+from onebase_contract.written_settings import FORMS, HINTS, read_settings
 
 Command = Callable[..., None]
 Model = Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")]
 """Of the commands that train nothing."""
-
-_FORMS: dict[Any, str] = {
-    tuple[str, ...]: "NAME,...",
-    tuple[int, ...]: "INTEGER,...",
-    Mapping[str, int]: "NAME=INTEGER,...",
-    Mapping[str, float]: "NAME=NUMBER,...",
-    Mapping[str, str]: "NAME=TEXT,...",
-}
-"""How values of these types are written."""
 
 
 def _docs(config: type) -> dict[str, str]:
@@ -42,7 +33,7 @@ def _docs(config: type) -> dict[str, str]:
     return docs
 
 
-_HINTS, _DOCS = get_type_hints(TrainConfig), _docs(TrainConfig)
+_DOCS = _docs(TrainConfig)
 _CONFIG = inspect.Parameter("config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigFile)
 
 PANELS: Mapping[str, tuple[str, ...]] = {
@@ -78,7 +69,7 @@ def takes_settings(*names: str, **defaults: Any) -> Callable[[Command], Command]
     """Make of `command(config, *, ...)` what typer calls: options for TrainConfig's fields `names` (none: for all)
     stand in the place of `config`, with `defaults` where the command's are not the trainer's."""
     defaults = {field.name: field.default for field in fields(TrainConfig)} | defaults
-    chosen = names or tuple(_HINTS)
+    chosen = names or tuple(HINTS)
 
     def decorate(command: Command) -> Command:
         _, *own = inspect.signature(command).parameters.values()
@@ -87,8 +78,7 @@ def takes_settings(*names: str, **defaults: Any) -> Callable[[Command], Command]
         @wraps(command)
         def run(config_file: Path | None = None, **values: Any) -> None:
             given = {name: values.pop(name) for name in chosen}
-            read = {name: _read(name, value) for name, value in given.items() if value is not None}
-            command(TrainConfig(**read), **values)
+            command(read_settings({name: value for name, value in given.items() if value is not None}), **values)
 
         parameters = [*options, _CONFIG, *own]
         run.__annotations__ = {option.name: option.annotation for option in parameters}
@@ -100,8 +90,8 @@ def takes_settings(*names: str, **defaults: Any) -> Callable[[Command], Command]
 
 def _option(name: str, default: Any) -> inspect.Parameter:
     """What typer reads. Without a value, the field keeps TrainConfig's own default."""
-    hint = _HINTS[name]
-    form = _FORMS.get(hint)
+    hint = HINTS[name]
+    form = FORMS.get(hint)
     if form is not None:
         hint, default = str | None, None
     elif default is MISSING:
@@ -115,27 +105,3 @@ def _option(name: str, default: Any) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
     )
-
-
-def _read(name: str, value: Any) -> Any:
-    """The field's value, of the option's. Raises ConfigError."""
-    if isinstance(value, list):
-        return tuple(value)
-    hint = _HINTS[name]
-    if hint not in _FORMS:
-        return value
-    types = get_args(hint)
-    parts = [part.strip() for part in value.split(",") if part.strip()]
-    try:
-        if get_origin(hint) is tuple:
-            return tuple(types[0](part) for part in parts)
-        return {key: types[1](text) for key, text in map(_pair, parts)}
-    except ValueError as error:
-        raise ConfigError(f"{name} must read {_FORMS[hint]}, found {value!r}.", field=name) from error
-
-
-def _pair(part: str) -> tuple[str, str]:
-    key, _, text = part.partition("=")
-    if not key or not text:
-        raise ValueError(part)
-    return key, text

@@ -16,12 +16,14 @@ import openai
 import pytest
 
 from onebase_adapters.store.adapter_store import AdapterStore
+from onebase_contract.events import Failed
 from onebase_contract.settings import JOB_METHODS
+from onebase_contract.written_settings import read_settings
 from onebase_server.api.schemas.fine_tuning import Hyperparameters
 from onebase_server.api.services import ApiSettings, Services
 from onebase_server.jobs.job_store import JobBook, JobsElsewhereError
 from onebase_server.jobs.records import JobSpec
-from onebase_server.jobs.runner import JobRunner, JobSettings, _reason
+from onebase_server.jobs.runner import JobRunner, JobSettings, _Life, _reason
 
 JOBS, FILES = "/v1/fine_tuning/jobs", "/v1/files"
 
@@ -86,13 +88,14 @@ def test_the_stock_client_trains_and_calls_the_result(
     assert engine.requests[-1].adapter == record.digest
     assert record.metrics == {"after": {"loss": 0.5}}
     given = json.loads((record.folder / "adapter_config.json").read_text())
-    assert given["limits"] == {"nice": 1, "threads": None, "memory": None}
-    options = given["given"]
+    order = given["given"]
+    assert order["limits"] == {"nice": 1, "threads": None, "memory": None}
+    options = order["settings"]
     assert options.pop("data").endswith(f"{file.id}.jsonl")
-    assert options.pop("eval-data").endswith(f"{held_out.id}.csv")
+    assert options.pop("eval_data").endswith(f"{held_out.id}.csv")
     assert Path(options.pop("output")).name == job.id
     assert options == {
-        "model": "tiny", "device": "auto", "method": "qlora", "seed": "7", "epochs": "2.0", "json": ""
+        "model": "tiny", "device": "auto", "method": "qlora", "seed": 7, "epochs": 2.0, "resume": False
     }  # fmt: skip
 
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=3))
@@ -302,6 +305,10 @@ async def test_a_result_waits_for_an_engine_that_is_away(
         ),
         ({"hyperparameters": {}, "method": {"type": "lora"}}, "hyperparameters", "once"),
         ({"epochs": 3}, "epochs", "Unknown field"),
+        ({"hyperparameters": {"places": "1,x"}}, "places", "INTEGER"),
+        ({"hyperparameters": {"places": "-2"}}, "places", "-1 or more"),
+        ({"hyperparameters": {"prompt_init": "text"}}, "prompt_text", "needs"),
+        ({"hyperparameters": {"rank_pattern": "q_proj"}}, "rank_pattern", "NAME=INTEGER"),
     ],
 )
 async def test_bad_jobs(http: httpx.AsyncClient, fields: dict[str, Any], param: str, message: str) -> None:
@@ -325,10 +332,9 @@ async def test_methods_and_their_settings(http: httpx.AsyncClient, services: Ser
         assert job["hyperparameters"]["rank"] == 4
         spec = services.book.job(job["id"]).spec
         assert spec.options == {"rank": 4, "prompt_text": "--output=/etc", "head": True}
-        arguments = services.runner._arguments(services.book.job(job["id"]), Path("/x/out"))
-        assert "--prompt-text=--output=/etc" in arguments
-        assert "--head" in arguments
-        assert f"--method={spec.method}" in arguments
+        config = read_settings(services.runner._written(spec, Path("/x/out")))
+        assert (config.prompt_text, config.head, config.rank) == ("--output=/etc", True, 4)
+        assert (config.method, config.output) == (body.get("method", {"type": "qlora"})["type"], Path("/x/out"))
 
 
 async def test_the_real_trainer(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
@@ -470,10 +476,10 @@ async def test_a_server_without_jobs_says_so(
     ],
 )
 def test_what_a_job_is_told_that_needed_too_much_memory(last: str) -> None:
-    assert "more than the 1.5 GiB" in _reason(1, ["Traceback", last, "after it"], 1.5)
-    assert "smaller batch_tokens" in _reason(-6, [last], 1.5)
-    assert "GiB" not in _reason(1, [last], None)
-    assert _reason(1, ["error: It broke."], 1.5) == "It broke."
+    assert "more than the 1.5 GiB" in _reason(_Life(1, None, ["Traceback", last, "after it"]), 1.5)
+    assert "smaller batch_tokens" in _reason(_Life(-6, None, [last]), 1.5)
+    assert "GiB" not in _reason(_Life(1, None, [last]), None)
+    assert _reason(_Life(1, Failed("It broke.")), 1.5) == "It broke."
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")

@@ -1,4 +1,4 @@
-"""Stands in for the training process: takes `onebase train`'s arguments, and does what its data file says.
+"""Stands in for the training process: takes a JobOrder, and does what its data file says.
 
 The first line of the data: {"steps": 3, "delay": 0.01, "error": "...", "kill_at": 2, "exit": 3}.
 """
@@ -17,13 +17,13 @@ def tell(event: str, **fields: object) -> None:
 
 
 def main() -> None:
-    limits = json.loads(sys.argv[1])
-    options = dict(argument.removeprefix("--").partition("=")[::2] for argument in sys.argv[2:])
+    order = json.loads(sys.argv[1])
+    options = order["settings"]
     plan = json.loads(Path(options["data"]).read_text().splitlines()[0])
     output = Path(options["output"])
     work = output.parent / f".{output.name}.training"
     first = 1
-    if "resume" in options:
+    if options["resume"]:
         first = int((work / "step").read_text()) + 1
     work.mkdir(parents=True, exist_ok=True)
     print("a library's print", flush=True)
@@ -39,18 +39,18 @@ def main() -> None:
         (work / "step").write_text(str(step))
         if step % 2 == 0:
             tell("evaluated", step=step, loss=loss / 2, accuracy=0.5 if step == 4 else None, best=True)
-        if plan.get("kill_at") == step and "resume" not in options:
+        if plan.get("kill_at") == step and not options["resume"]:
             os.kill(os.getpid(), signal.SIGKILL)
     if "error" in plan:
         shutil.rmtree(work)
-        print(f"error: {plan['error']}", file=sys.stderr)
+        tell("failed", text=plan["error"])
         sys.exit(1)
     if "exit" in plan:
         print("last words", file=sys.stderr)
         sys.exit(plan["exit"])
     scratch = work / "result"
     scratch.mkdir()
-    config = {"peft_type": "LORA", "given": options, "limits": limits, **plan.get("config", {})}
+    config = {"peft_type": "LORA", "given": order, **plan.get("config", {})}
     (scratch / "adapter_config.json").write_text(json.dumps(config))
     (scratch / "adapter_model.safetensors").write_bytes(Path(options["data"]).read_bytes())
     (scratch / "onebase.json").write_text('{"metrics": {"after": {"loss": 0.5}}}')

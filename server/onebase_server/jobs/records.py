@@ -34,7 +34,7 @@ class JobSpec:
     method: str
     validation_file: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of `onebase train`, by the names of its command line with `_` for `-`."""
+    """The trainer's settings, as `written_settings` reads them."""
     request: Mapping[str, Any] = field(default_factory=dict)
     """What the client is shown of its own words."""
     base: str = ""

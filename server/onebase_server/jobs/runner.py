@@ -5,19 +5,21 @@ server opens the book next: training writes checkpoints and goes on from the las
 """
 
 import asyncio
-import json
 import logging
 import shutil
-import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onebase_adapters.errors import OneBaseError
+from onebase_contract.events import Evaluated, Failed, Stage, Step, read_event
+from onebase_contract.job_order import TRAINING_PROCESS, Ending, JobOrder, Limits
+from onebase_contract.run_folder import Workspace
+from onebase_contract.written_settings import read_settings
 from onebase_server.engine_process.engine_client import EngineUnavailableError
 from onebase_server.jobs.history_csv import write_history
 from onebase_server.jobs.job_store import JobBook, JobsElsewhereError
@@ -28,7 +30,6 @@ log = logging.getLogger(__name__)
 Register = Callable[[str, Path], Awaitable[str]]
 """Registers an adapter's folder under a name; returns how requests are to call it. Raises OneBaseError."""
 
-_CHILD = (sys.executable, "-m", "onebase_server.jobs.job_process")
 _KEPT_LINES = 40
 _OUT_OF_MEMORY = ("MemoryError", "allocate memory", "bad_alloc", "ut of memory", "Thread creation failed")
 """What Python, torch and the C library, C++, LLVM and OpenMP say."""
@@ -45,14 +46,20 @@ class JobSettings:
     """The base, as `onebase train --model` has it."""
     device: str = "auto"
     at_once: int = 1
-    nice: int = 19
+    nice: int = Limits.nice
     """Of 19: they get what serving leaves."""
     threads: int | None = None
     """CPU threads of one; None: all cores."""
     memory_gib: float | None = None
     """Most memory of one, in GiB, that the kernel lets it have (Linux); None: what there is."""
-    command: Sequence[str] = _CHILD
-    """What is run, with the limits and `onebase train`'s arguments behind it."""
+    command: Sequence[str] = TRAINING_PROCESS
+    """What is run, with a JobOrder behind it."""
+
+    @property
+    def limits(self) -> Limits:
+        """Of one job."""
+        memory = None if self.memory_gib is None else int(self.memory_gib * 2**30)
+        return Limits(self.nice, self.threads, memory)
 
 
 class JobRunner:
@@ -91,8 +98,9 @@ class JobRunner:
         self._workers = []
 
     async def submit(self, spec: JobSpec) -> Job:
-        """Queue a job. Raises JobsElsewhereError."""
+        """Queue a job. Raises JobsElsewhereError, or ConfigError for settings that no run can have."""
         self._check_owned()
+        read_settings(await asyncio.to_thread(self._written, spec, Path("result")))
         job = await asyncio.to_thread(self.book.add_job, replace(spec, base=self._settings.model))
         await self._tell(job.id, "The job is queued.")
         self._waiting.put_nowait(job.id)
@@ -172,32 +180,28 @@ class JobRunner:
         """Run the process until the output is there; false if the job has ended otherwise."""
         while True:
             before = await self._last_step(job.id)
-            status, lines = await self._run(job, output)
+            life = await self._run(job, output)
+            status = life.status
             if job.id in self._cancelled:
                 return False
-            if status == 0 and output.is_dir():
+            if status == Ending.DONE and output.is_dir():
                 return True
             # Killed from outside: go on, as long as each life brings it further.
             if status < 0 and await self._last_step(job.id) > before:
                 await self._tell(job.id, f"The process was killed by signal {-status}; it goes on.", level="warn")
                 continue
-            why = _reason(status, lines, self._settings.memory_gib)
+            why = _reason(life, self._settings.memory_gib)
             await self._end(job.id, why, status="failed", level="error", error=why)
             return False
 
-    async def _run(self, job: Job, output: Path) -> tuple[int, Sequence[str]]:
-        """One life of the process: its exit status, and the last lines of its standard error output."""
-        arguments = await asyncio.to_thread(self._arguments, job, output)
-        memory = self._settings.memory_gib
-        limits = {
-            "nice": self._settings.nice,
-            "threads": self._settings.threads,
-            "memory": None if memory is None else int(memory * 2**30),
-        }
+    async def _run(self, job: Job, output: Path) -> "_Life":
+        """One life of the process."""
+        settings = await asyncio.to_thread(self._written, job.spec, output)
+        settings["resume"] = Workspace(output).folder.is_dir()
+        order = JobOrder(settings, self._settings.limits)
         child = await asyncio.create_subprocess_exec(
             *self._settings.command,
-            json.dumps(limits),
-            *arguments,
+            order.to_json(),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -207,68 +211,53 @@ class JobRunner:
         lines: deque[str] = deque(maxlen=_KEPT_LINES)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._read_events(job.id, child.stdout))
+                failure = group.create_task(self._read_events(job.id, child.stdout))
                 group.create_task(_keep_lines(child.stderr, lines))
                 status = await child.wait()
-            return status, lines
+            return _Life(status, failure.result(), lines)
         finally:
             del self._children[job.id]
             if child.returncode is None:
                 child.kill()
                 await asyncio.shield(child.wait())
 
-    def _arguments(self, job: Job, output: Path) -> list[str]:
-        spec = job.spec
-        options: dict[str, Any] = {
-            "data": self.book.file(spec.training_file).path,
+    def _written(self, spec: JobSpec, output: Path) -> dict[str, Any]:
+        """The settings of a job's run, as they are written down."""
+        files = {"data": spec.training_file, "eval_data": spec.validation_file}
+        return {
+            **{name: str(self.book.file(file).path) for name, file in files.items() if file is not None},
             "model": self._settings.model,
             "device": self._settings.device,
             "method": spec.method,
-            "output": output,
-            "json": True,
+            "output": str(output),
             **spec.options,
         }
-        if spec.validation_file is not None:
-            options["eval_data"] = self.book.file(spec.validation_file).path
-        # Where `onebase train` keeps an unfinished run.
-        if (output.parent / f".{output.name}.training").is_dir():
-            options["resume"] = True
-        arguments = []
-        for name, value in options.items():
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                arguments += [flag] if value else []
-            else:
-                arguments.append(f"{flag}={value}")
-        return arguments
 
-    async def _read_events(self, job_id: str, stream: asyncio.StreamReader | None) -> None:
+    async def _read_events(self, job_id: str, stream: asyncio.StreamReader | None) -> Failed | None:
+        """Note what the process tells; gives its last word, if it failed and said why."""
+        failure: Failed | None = None
         async for line in _lines(stream):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # a library's print
-            if isinstance(event, dict) and "event" in event:
-                await self._note(job_id, event)
+            match read_event(line):
+                case Failed() as last:
+                    failure = last
+                case Stage(text):
+                    await self._tell(job_id, text)
+                case Step() as step:
+                    await self._note_step(job_id, step)
+                case Evaluated() as found:
+                    data = {"step": found.step, "valid_loss": found.loss, "best": found.best}
+                    message = f"Step {found.step}: validation loss={found.loss:.4f}"
+                    if found.accuracy is not None:
+                        message += f", accuracy={found.accuracy:.3f}"
+                    await self._tell(job_id, message, kind="metrics", data=data)
+        return failure
 
-    async def _note(self, job_id: str, event: Mapping[str, Any]) -> None:
-        match event["event"]:
-            case "stage":
-                await self._tell(job_id, event["text"])
-            case "step":
-                data = {"step": event["step"], "total_steps": event["steps"], "train_loss": event["loss"]}
-                data |= {key: event[key] for key in ("learning_rate", "tokens_per_second")}
-                message = f"Step {event['step']}/{event['steps']}: training loss={event['loss']:.4f}"
-                await asyncio.to_thread(
-                    self.book.change, job_id, seconds_left=event["seconds_left"], told=time.time()
-                )
-                await self._tell(job_id, message, kind="metrics", data=data)
-            case "evaluated":
-                data = {"step": event["step"], "valid_loss": event["loss"], "best": event["best"]}
-                message = f"Step {event['step']}: validation loss={event['loss']:.4f}"
-                if (accuracy := event.get("accuracy")) is not None:
-                    message += f", accuracy={accuracy:.3f}"
-                await self._tell(job_id, message, kind="metrics", data=data)
+    async def _note_step(self, job_id: str, step: Step) -> None:
+        data = {"step": step.step, "total_steps": step.steps, "train_loss": step.loss}
+        data |= {"learning_rate": step.learning_rate, "tokens_per_second": step.tokens_per_second}
+        message = f"Step {step.step}/{step.steps}: training loss={step.loss:.4f}"
+        await asyncio.to_thread(self.book.change, job_id, seconds_left=step.seconds_left, told=time.time())
+        await self._tell(job_id, message, kind="metrics", data=data)
 
     async def _last_step(self, job_id: str) -> int:
         events = await asyncio.to_thread(self.book.events, job_id)
@@ -296,7 +285,7 @@ class JobRunner:
         if job.status in ENDED:
             return job
         output = self.book.root / "results" / job_id
-        for left in (output, output.parent / f".{output.name}.training"):
+        for left in (output, Workspace(output).folder):
             await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
         await asyncio.to_thread(self.book.tell, job_id, message, level=level)
         job = await asyncio.to_thread(self.book.change, job_id, finished=time.time(), seconds_left=None, **values)
@@ -321,16 +310,26 @@ async def _keep_lines(stream: asyncio.StreamReader | None, lines: deque[str]) ->
         lines.append(line.decode(errors="replace").rstrip())
 
 
-def _reason(status: int, lines: Sequence[str], memory_gib: float | None) -> str:
-    """What to tell of a process that failed: its own error, or else how it ended."""
-    if memory_gib is not None and any(word in line for line in lines for word in _OUT_OF_MEMORY):
+@dataclass(frozen=True)
+class _Life:
+    """How a process has ended."""
+
+    status: int
+    failure: Failed | None = None
+    """What it told itself."""
+    lines: Sequence[str] = ()
+    """The last ones of its standard error output."""
+
+
+def _reason(life: _Life, memory_gib: float | None) -> str:
+    """What to tell of a process that failed: its own word, or else how it ended."""
+    if memory_gib is not None and any(word in line for line in life.lines for word in _OUT_OF_MEMORY):
         return (
             f"Training needed more than the {memory_gib:g} GiB of memory that a job may have here. Set a smaller "
             "batch_tokens (or batch_size) or max_length; or have the server started with a larger --job-memory."
         )
-    for line in reversed(lines):
-        if line.startswith("error: "):
-            return line.removeprefix("error: ")
-    ending = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-    last = next((line for line in reversed(lines) if line.strip()), "")
+    if life.failure is not None:
+        return life.failure.text
+    ending = f"was killed by signal {-life.status}" if life.status < 0 else f"ended with status {life.status}"
+    last = next((line for line in reversed(life.lines) if line.strip()), "")
     return f"The training process {ending}. {last}".strip()
