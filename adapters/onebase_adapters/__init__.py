@@ -1,1 +1,1 @@
-"""What an adapter is: primitives, their lowering from every method, files on disk, store. No kernels, no model."""
+"""Adapters as data: primitives, their lowering from every method, files on disk, store. No kernels, no model."""

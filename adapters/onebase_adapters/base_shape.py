@@ -19,9 +19,9 @@ class BaseShape:
     """The base as adapters see it. Two bases with the same fingerprint have the same weights."""
 
     name: str
-    """What the user called it: catalog name, folder or hub id."""
+    """The name that the user gave: catalog name, folder or hub id."""
     hub_id: str
-    """What others call it: a hub id where there is one, else the name."""
+    """The name that others know it by: a hub id where there is one, else `name`."""
     fingerprint: str
     """Hex digest over weights' samples and configuration; see `fingerprint_folder`."""
     model_type: str

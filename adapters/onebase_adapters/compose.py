@@ -31,7 +31,7 @@ _WHOLE = {
     Head: "a classification head",
     Template: "a template",
 }
-"""What an adapter has once, and only as it was trained."""
+"""Primitives that an adapter has once, and only as they were trained."""
 _SMALLEST = 1e-6
 """A factor of a site's output below this cannot be divided out of an update that it is not for."""
 

@@ -4,6 +4,15 @@ The tree is the documentation: catch `OneBaseError` for all of them, or a branch
 message names what was wrong and the way out; `field` names the input that carried it, where there is one.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Words, in brackets, for the known name that may have been meant; nothing if none is near."""
+    near = get_close_matches(name, list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
 
 class OneBaseError(Exception):
     """Root of the tree. `field` is the offending input's name (a request field, a config key), or None."""

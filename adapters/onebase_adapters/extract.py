@@ -42,7 +42,7 @@ class FullModel:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What came of it."""
+    """The outcome of an extraction."""
 
     sites: int
     rank: int

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: plain values, for a terminal, a log or a server to show."""
+"""Events of a run while it goes on: plain values, for a terminal, a log or a server to show."""
 
 import json
 import time
@@ -22,7 +22,7 @@ class Part:
     done: int
     of: int
     unit: str
-    """What is counted, in the plural."""
+    """The things that are counted, in the plural."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Step:
     """Mean over the step's learned tokens, in nats."""
     learning_rate: float
     tokens_per_second: float
-    """Of all tokens, since training began; evaluations left out."""
+    """Speed over all tokens since training began; evaluations left out."""
     seconds_left: float
 
 
@@ -72,7 +72,7 @@ _KINDS: Mapping[str, type[Event | Failed]] = {
 
 
 def read_event(line: bytes) -> Event | Failed | None:
-    """What `json_lines` wrote; None: something else that was printed."""
+    """Read a line that `json_lines` wrote; None if something else was printed."""
     try:
         values = json.loads(line)
         return _KINDS[values.pop("event")](**values)

@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Any
 
 TRAINING_PROCESS = (sys.executable, "-m", "onebase_training.job_process")
-"""What is run, with an order behind it."""
+"""The command of a training process; an order follows it as the last argument."""
 
 
 class Ending(IntEnum):
@@ -26,10 +26,10 @@ class Ending(IntEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a training process may take."""
+    """The resources that a training process may take."""
 
     nice: int = 19
-    """Of 19: it gets what serving leaves."""
+    """Niceness, 19 at most: it gets the processor time that serving leaves."""
     threads: int | None = None
     """CPU threads; None: all cores."""
     memory: int | None = None
@@ -38,7 +38,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class JobOrder:
-    """What to train, and with how much."""
+    """The settings to train with, and the resources to do it in."""
 
     settings: Mapping[str, Any]
     """As `written_settings` reads them."""
@@ -50,6 +50,6 @@ class JobOrder:
 
     @classmethod
     def from_json(cls, text: str) -> "JobOrder":
-        """What `to_json` wrote."""
+        """Read an order that `to_json` wrote."""
         values = json.loads(text)
         return cls(values["settings"], Limits(**values["limits"]))

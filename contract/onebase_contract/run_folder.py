@@ -55,7 +55,7 @@ class Workspace:
         self._handles.append(handle)
 
     def notes(self) -> dict[str, Any]:
-        """What `begin` wrote."""
+        """Read the settings and notes that `begin` wrote."""
         notes: dict[str, Any] = json.loads((self.folder / _RUN_FILE).read_text())
         return notes
 

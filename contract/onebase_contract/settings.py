@@ -1,4 +1,4 @@
-"""What a training run is: one plain value, documented per field, that a file or a command line can write down."""
+"""The settings of a training run: one plain value, documented per field, that a file or a command line can hold."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +22,7 @@ JOB_METHODS = (
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number must keep to, by the names that JSON schemas and pydantic have."""
+    """The range that a number must keep to, by the names that JSON schemas and pydantic have."""
 
     gt: float | None = None
     ge: float | None = None
@@ -74,7 +74,7 @@ BOUNDS: Mapping[str, Bounds] = {
     "metric_examples": Bounds(ge=0),
     "max_new_tokens": _COUNT,
 }
-"""What settings that are numbers must keep to, wherever they are set."""
+"""The ranges that numeric settings must keep to, wherever they are set."""
 
 JOB_SETTINGS = (
     *("learning_rate", "head_learning_rate", "format", "max_length", "too_long", "skip_bad", "eval_fraction"),
@@ -84,7 +84,7 @@ JOB_SETTINGS = (
     *("max_steps", "time_limit", "batch_tokens", "accumulate", "schedule", "warmup", "weight_decay", "clip"),
     *("eval_every", "patience", "metric_examples", "max_new_tokens"),
 )
-"""What a job may set beside what OpenAI has as well (epochs, batch size, multiplier of the learning rate, seed)."""
+"""Settings of a job beyond those that OpenAI has as well (epochs, batch size, learning rate multiplier, seed)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class TrainConfig:
     skip_bad: bool = False
     """Leave out records that cannot be used, and say how many there were, instead of refusing the file."""
     too_long: Literal["error", "skip", "cut"] = "error"
-    """What to do with an example of more than max_length tokens."""
+    """How to treat an example of more than max_length tokens: refuse the data, leave it out, or cut its end off."""
 
     rank: int | None = None
     """Rank of low-rank updates. Default: the method's."""
@@ -144,7 +144,7 @@ class TrainConfig:
     """Where P-tuning's tokens stand, one number each: k before the prompt's k-th token, -1 after its last one.
     Default: all `prompt_length` in front."""
     encoder: Literal["lstm", "mlp", "none"] | None = None
-    """What makes virtual tokens or a prefix from learned vectors while training; folded away when written."""
+    """Network that makes virtual tokens or a prefix of learned vectors while training; folded away when written."""
     encoder_size: int | None = None
     """Hidden width of the encoder. Default: the base's."""
 
@@ -164,14 +164,14 @@ class TrainConfig:
     head: bool = False
     """Train a classifier on labels or tags in place of the language model's head. On encoders always."""
     pooling: Literal["first", "last", "mean"] | None = None
-    """What a text's classifier reads of an encoder. Default: the mean. Of a decoder it is the last token."""
+    """Token of an encoder by which a text is classified. Default: the mean of all. Of a decoder it is the last."""
     candidates: Path | None = None
     """Wordings for `hard-prompt`, JSON lines of {"before", "after"} or {"messages"}, with {"stop": [texts]} if the
     usual line break is not to end an answer. Default: some usual ones."""
 
     label_words: Mapping[str, str] = field(default_factory=dict)
-    """What labels or tags are called to the model, e.g. 0=negative,1=positive: words that it knows teach it
-    faster than numbers or codes. Served answers are these words, too."""
+    """Words that stand for labels or tags, e.g. 0=negative,1=positive: the model learns faster from words that it
+    knows than from numbers or codes. Served answers are these words, too."""
 
     epochs: float = 3.0
     """Passes over the training part."""
@@ -216,8 +216,8 @@ class TrainConfig:
     """Most tokens generated for one of the metric_examples."""
 
     arithmetic: Arithmetic | None = None
-    """What products are computed in; trained parameters are float32 in both. Default: bfloat16 where the processor
-    multiplies it, float32 where it would emulate it, which a measured product decides."""
+    """Number format of matrix products; trained parameters are float32 in both. Default: bfloat16 where the
+    processor multiplies it, float32 where it would emulate it, which a measured product decides."""
     dequantize: Choice = "auto"
     """Hold the frozen weights as plain matrices of the arithmetic, instead of making those anew for every product.
     The same numbers, faster; `auto` does so for bfloat16 where a quarter of the free memory is enough."""

@@ -4,17 +4,16 @@ shows what a command line, the environment and such a file come to.
 A command line goes before the environment (`ONEBASE_SERVE_PORT`), that before the file, and that before defaults.
 """
 
-import difflib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from onebase_adapters.errors import ConfigError
+from onebase_adapters.errors import ConfigError, did_you_mean
 
 _SECRET = ("admin_key", "api_key")
 
@@ -34,8 +33,8 @@ def _read(context: typer.Context, file: Path | None) -> Path | None:
     for name, table in tables.items():
         if name not in commands or not isinstance(table, dict):
             raise ConfigError(
-                f"{file}: {name!r} is no command's table{_nearest(name, commands)}. Options stand below the name "
-                f"of their command, as in [{command}].",
+                f"{file}: {name!r} is no command's table{did_you_mean(name, commands)}. Options stand below the "
+                f"name of their command, as in [{command}].",
                 field="config",
             )
     options = get_type_hints(context.command.callback)
@@ -67,14 +66,8 @@ ConfigFile = Annotated[
 def _known(file: Path, command: str, key: str, options: Mapping[str, Any]) -> str:
     name = key.replace("-", "_")
     if name not in options:
-        nearest = _nearest(name, list(options))
-        raise ConfigError(f"{file}: {command} has no option {key!r}{nearest}.", field=key)
+        raise ConfigError(f"{file}: {command} has no option {key!r}{did_you_mean(name, options)}.", field=key)
     return name
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def _value(where: str, hint: Any, value: Any) -> Any:
@@ -104,7 +97,7 @@ def config(
     """
     group: Any = context.parent.command if context.parent is not None else None
     if command not in group.commands:
-        nearest = _nearest(command, list(group.commands))
+        nearest = did_you_mean(command, group.commands)
         raise ConfigError(f"There is no command {command!r}{nearest}.", field="command")
     chosen = group.commands[command]
     for option in chosen.params:

@@ -21,7 +21,7 @@ from onebase_contract.written_settings import FORMS, HINTS, read_settings
 
 Command = Callable[..., None]
 Model = Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")]
-"""Of the commands that train nothing."""
+"""The base model, as an option of the commands that train nothing."""
 
 
 def _docs(config: type) -> dict[str, str]:
@@ -89,7 +89,7 @@ def takes_settings(*names: str, **defaults: Any) -> Callable[[Command], Command]
 
 
 def _option(name: str, default: Any) -> inspect.Parameter:
-    """What typer reads. Without a value, the field keeps TrainConfig's own default."""
+    """Return the parameter that typer reads. Without a value, the field keeps TrainConfig's own default."""
     hint = HINTS[name]
     form = FORMS.get(hint)
     if form is not None:

@@ -59,7 +59,7 @@ def train(
 
 
 def _stopped(saved: Path | None, step: int, command: Sequence[str]) -> str:
-    """What is left of an interrupted run, and the command that goes on with it."""
+    """Say what is left of an interrupted run, and give the command that goes on with it."""
     if saved is None:
         return "Stopped before the first checkpoint: nothing is kept."
     again = [Path(command[0]).name, *(word for word in command[1:] if word not in ("--overwrite", "--resume"))]

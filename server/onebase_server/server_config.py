@@ -15,7 +15,7 @@ class ServerConfig:
     store: Path
     """The adapter store's folder."""
     base_name: str
-    """What requests call the base."""
+    """The name by which requests call the base."""
     jobs: JobSettings
     """How fine-tuning jobs run."""
     jobs_folder: Path

@@ -175,7 +175,7 @@ async def _drain(engine: ProcessEngine, services: "Services", grace: float) -> b
 
 
 async def _within(seconds: float, work: Coroutine[Any, Any, None]) -> None:
-    """What changes adapters writes to a store that is about to be closed: let it end, if it does in time."""
+    """Let work that changes adapters end, if it does in time: it writes to a store that is about to be closed."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await work

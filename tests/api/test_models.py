@@ -54,7 +54,7 @@ async def test_a_name_that_was_meant(
 ) -> None:
     await add(services, new_adapter(tmp_path / "a", b"a"), "invoices")
     error = (await http.post("/v1/completions", json={"model": "invoice", "prompt": "a"})).json()["error"]
-    assert "Did you mean 'invoices'? This server has: tiny, invoices." in error["message"]
+    assert "(did you mean 'invoices'?). This server has: tiny, invoices." in error["message"]
 
 
 async def test_an_adapter_is_deleted_as_a_model(

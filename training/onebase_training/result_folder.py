@@ -23,14 +23,14 @@ _SAMPLES = 8
 
 
 def write_adapter(folder: Path, save: Callable[[Path], None], notes: Mapping[str, Any]) -> None:
-    """What can be served: what `save` writes (the adapter's or the model's files), and `onebase.json`."""
+    """Write what can be served: the adapter's or the model's files, by `save`, and `onebase.json`."""
     save(folder)
     _write(folder / SIDECAR_FILE, notes)
 
 
 def write_marks(folder: Path, result: TrainResult, hub_id: str) -> None:
-    """What became known of it since: metrics in `onebase.json`, `metrics.json`, `report.html` and a model card that
-    names the base by `hub_id`."""
+    """Write what became known of it since: metrics in `onebase.json`, `metrics.json`, `report.html` and a model
+    card that names the base by `hub_id`."""
     both = {"before": result.before, "after": result.after}
     marks = {name: one.marks for name, one in both.items()}
     details = {

@@ -28,7 +28,7 @@ from onebase_training.model.trained_model import Trained
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run does."""
+    """Everything that a run needs, decided before it starts."""
 
     config: TrainConfig
     """With what it left open decided."""
@@ -43,7 +43,7 @@ class RunPlan:
     """The held-out part."""
     batches: Batches
     found: Check
-    """What there is to know of the data."""
+    """The findings about the data."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -62,7 +62,7 @@ class RunPlan:
         )
 
     def notes(self) -> dict[str, Any]:
-        """What `onebase.json` says of the run."""
+        """The notes on the run in `onebase.json`."""
         base = {"model": self.config.model, "fingerprint": self.base.shape.fingerprint}
         sizes = {"format": self.dataset.format, "examples": len(self.dataset)}
         sizes |= {"held_out_examples": len(self.held_out)}
@@ -138,7 +138,7 @@ def check_room(attached: Attached, base: LoadedBase, longest: int) -> None:
 
 
 def _arithmetic(config: TrainConfig, unfinished: Mapping[str, Any] | None, progress: Progress) -> Arithmetic:
-    """What the run to resume began with, or what suits the processor."""
+    """Return the arithmetic that the run to resume began with, or that suits the processor."""
     if unfinished is not None and config.arithmetic is None:
         begun: Arithmetic = unfinished.get("arithmetic", "bf16")
         return begun

@@ -1,4 +1,4 @@
-"""What came of a run."""
+"""The result of a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ class TrainResult:
 
     output: Path
     before: Evaluation
-    """Of the base without the adapter."""
+    """Evaluation of the base without the adapter."""
     after: Evaluation
-    """Of what was written: the checkpoint with the best held-out loss."""
+    """Evaluation of the result as written: the checkpoint with the best held-out loss."""
     steps: int
     parameters: int
     """Trained ones."""
     tokens_per_second: float
     seconds: float
-    """Of training, evaluations left out."""
+    """Seconds of training, evaluations left out."""
     peak_memory: int
     """Bytes: of the device, or of the process where that is the host."""
     stopped: Stopped

@@ -123,7 +123,7 @@ def _train(
 def _model_answers(
     plan: RunPlan, model: Trained, examples: Sequence[Encoded], progress: Progress
 ) -> list[Sample] | None:
-    """What the trained model itself answers; None: that is for the code that serves it. All processes must call."""
+    """Return the trained model's own answers; None: the serving code is to answer. All processes must call."""
     config = plan.config
     if not config.metric_examples:
         return []
@@ -136,7 +136,7 @@ def _model_answers(
 
 
 def _answers_of(plan: RunPlan, folder: Path, fitted: "_Fitted", ranks: Ranks, progress: Progress) -> list[Sample]:
-    """What users of the written folder will be answered."""
+    """Return the answers that users of the written folder will get."""
     config = plan.config
     some, limit = asked(fitted.held_out, config.metric_examples), config.max_new_tokens
     whole = config.method == "full"

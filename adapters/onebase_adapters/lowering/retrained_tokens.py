@@ -11,7 +11,7 @@ from onebase_adapters.primitives.instruction_set import LowRank
 
 _END = ".trainable_tokens_delta"
 _WRAPPER = ".token_adapter"
-"""What stands between module and tensor where tokens are retrained beside another method."""
+"""The name between module and tensor where tokens are retrained beside another method."""
 
 
 def lower(source: Source) -> Lowered:

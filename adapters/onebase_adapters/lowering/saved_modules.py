@@ -1,4 +1,4 @@
-"""What an adapter of any method may carry beside its own tensors: a head, replaced modules, trained biases,
+"""Parts that an adapter of any method may carry beside its own tensors: a head, replaced modules, trained biases,
 retrained tokens."""
 
 from typing import Any
@@ -11,7 +11,7 @@ from onebase_adapters.lowering.source import Source
 from onebase_adapters.primitives.instruction_set import Head, LowRank, Primitive, Shift
 
 _HEADS = ("score", "classifier")
-"""What transformers calls the classifier of its sequence and token classification models."""
+"""Names that transformers gives to the classifier of its sequence and token classification models."""
 
 
 def split_saved(source: Source) -> tuple[tuple[Primitive, ...], Source]:

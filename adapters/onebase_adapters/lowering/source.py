@@ -1,4 +1,4 @@
-"""What a method's lowering gets, and what it gives."""
+"""The input and the result of a method's lowering."""
 
 import re
 from collections.abc import Callable, Collection, Mapping

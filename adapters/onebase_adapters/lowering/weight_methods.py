@@ -53,7 +53,7 @@ def lower(source: Source) -> Lowered:
 
 @dataclass(frozen=True)
 class _Change:
-    """What merging an adapter adds to a site, float32."""
+    """The change that merging an adapter makes to a site, float32."""
 
     weight: torch.Tensor
     """[out, in]"""
@@ -112,7 +112,7 @@ def _unread(model: nn.Module, missing: set[str]) -> str | None:
 
 
 def _merged(source: Source, name: str, layer: Any) -> _Change:
-    """What `merge` adds to the site. Refuses a layer that does not compute what its merged form does."""
+    """Return the change that `merge` makes to the site. Refuses a layer that computes otherwise once merged."""
     x = torch.randn(4, source.site(name).in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), _peft_reads():
         before = copy.deepcopy(layer.get_base_layer())

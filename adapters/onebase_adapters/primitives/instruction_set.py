@@ -129,7 +129,7 @@ class Head:
 
     kind: Literal["sequence", "token"]
     pooling: Literal["first", "last", "mean"]
-    """What a sequence head reads."""
+    """The hidden state that a sequence head reads."""
     weight: torch.Tensor
     """[labels, hidden]"""
     bias: torch.Tensor

@@ -25,7 +25,7 @@ class LoweredAdapter:
     method: str
     primitives: tuple[Primitive, ...]
     notes: tuple[str, ...] = ()
-    """What its owner should know, e.g. the error of an approximation."""
+    """Remarks for its owner, e.g. the error of an approximation."""
     chat_template: str | None = None
     """Its own, in place of the base's."""
 

@@ -72,7 +72,7 @@ class AdapterRecord:
     created: float
     """Seconds since the epoch."""
     info: Mapping[str, Any]
-    """What lowering found (method, rank, sizes)."""
+    """The findings of lowering (method, rank, sizes)."""
     metrics: Mapping[str, Any] | None
     """The training run's, where our trainer made the adapter."""
     folder: Path

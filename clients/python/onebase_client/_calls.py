@@ -1,5 +1,5 @@
-"""What is sent for each of the clients' methods, and how its answer is read: plain values, so that the synchronous
-and the asynchronous client differ in nothing but the waiting."""
+"""The request that each of the clients' methods sends, and how its answer is read: plain values, so that the
+synchronous and the asynchronous client differ in nothing but the waiting."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

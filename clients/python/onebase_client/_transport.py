@@ -101,7 +101,7 @@ def result_of(call: Call[T], response: httpx.Response) -> T:
 
 
 def data_of(line: str) -> str | None:
-    """What a line of a stream says, if anything; DONE is the last."""
+    """Return the data of a stream's line, if it has any; DONE is the last."""
     return line.removeprefix("data:").strip() if line.startswith("data:") else None
 
 

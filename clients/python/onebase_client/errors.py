@@ -21,7 +21,7 @@ class ConnectionFailedError(OneBaseError):
 
 
 class ProtocolError(OneBaseError):
-    """What answered does not speak as a OneBase server does."""
+    """The answer does not follow the protocol of a OneBase server."""
 
 
 class ApiError(OneBaseError):

@@ -1,4 +1,4 @@
-"""What the server answers, typed. Fields that a newer server adds are ignored."""
+"""The server's answers, typed. Fields that a newer server adds are ignored."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
@@ -11,7 +11,7 @@ class _Answer(BaseModel):
 
 
 class AdapterInfo(_Answer):
-    """What an adapter turned out to be when the server lowered it."""
+    """The properties of an adapter that the server found when it lowered it."""
 
     method: str
     parameters: int
@@ -179,14 +179,14 @@ class Chat(_Answer):
 
 
 class FunctionCallDelta(_Answer):
-    """What a stream adds to a function's call."""
+    """A part that a stream adds to a function's call."""
 
     name: str | None = None
     arguments: str | None = None
 
 
 class ToolCallDelta(_Answer):
-    """What a stream adds to one of the tool calls."""
+    """A part that a stream adds to one of the tool calls."""
 
     index: int
     id: str | None = None
@@ -194,7 +194,7 @@ class ToolCallDelta(_Answer):
 
 
 class ChatDelta(_Answer):
-    """What a stream adds to a message."""
+    """A part that a stream adds to a message."""
 
     role: str | None = None
     content: str | None = None
@@ -222,7 +222,7 @@ class ChatChunk(_Answer):
 
     @property
     def text(self) -> str:
-        """What it adds to the first choice."""
+        """The text that it adds to the first choice."""
         return (self.choices[0].delta.content or "") if self.choices else ""
 
 
@@ -234,7 +234,7 @@ class Embedding(_Answer):
 
 
 class TokenLabel(_Answer):
-    """What a head that labels tokens made of one."""
+    """One token's label, from a head that labels tokens."""
 
     token: str
     start: int | None = None
@@ -289,7 +289,7 @@ class GenerationOptions(TypedDict, total=False):
 
 
 class CompletionOptions(GenerationOptions, total=False):
-    """What completions take beside the prompt."""
+    """The options of completions beside the prompt."""
 
     echo: bool
     logprobs: int
@@ -298,7 +298,7 @@ class CompletionOptions(GenerationOptions, total=False):
 
 
 class ChatOptions(GenerationOptions, total=False):
-    """What chats take beside the messages."""
+    """The options of chats beside the messages."""
 
     logprobs: bool
     top_logprobs: int

@@ -1,1 +1,1 @@
-"""What the commands show: tables, bars, lines."""
+"""The output of the commands: tables, bars, lines."""

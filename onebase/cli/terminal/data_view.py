@@ -186,7 +186,7 @@ def _runs(one: Encoded) -> Iterator[tuple[list[int], bool]]:
 
 
 def token_texts(ids: Sequence[int], tokenizer: Any) -> Iterator[str]:
-    """What each token writes; tokens of one character's bytes come together."""
+    """Yield the text of each token; tokens of one character's bytes come together."""
     before: list[int] = []
     pending: list[int] = []
     for token in ids:

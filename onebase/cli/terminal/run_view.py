@@ -35,7 +35,7 @@ def watched(console: Console | None = None) -> Iterator[Progress]:
 
 @contextmanager
 def _bar(console: Console) -> Iterator[Progress]:
-    """What was told stays above; below it turns a spinner, with how long and how far the stage has come."""
+    """Keep past messages above, and below them a spinner, with how long and how far the stage has come."""
     bar = Bar(
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import msgspec
@@ -17,6 +16,7 @@ from onebase_adapters.errors import (
     AdapterNotFoundError,
     OneBaseError,
     StorageError,
+    did_you_mean,
 )
 from onebase_engine.text.answer import GenerationError
 from onebase_server.engine_process.engine_client import EngineUnavailableError, QueueFullError
@@ -44,7 +44,7 @@ class ForbiddenError(OneBaseError):
 
 @dataclass(frozen=True)
 class ErrorReply:
-    """What a client is told."""
+    """The reply that tells a client of an error."""
 
     status: int
     message: str
@@ -165,10 +165,7 @@ def _reply_to_validation(errors: Sequence[Mapping[str, Any]]) -> ErrorReply:
 def _reply_to_unknown(where: str, unknown: Sequence[str], known: Sequence[str]) -> ErrorReply:
     """Name all of them, and what may have been meant."""
     within = f"{where}." if where else ""
-    named = []
-    for name in unknown:
-        meant = get_close_matches(name, known, 1)
-        named.append(f"{within + name!r}" + (f" (did you mean {meant[0]!r}?)" if meant else ""))
+    named = [f"{within + name!r}{did_you_mean(name, known)}" for name in unknown]
     return ErrorReply(
         400, f"Unknown field{'s' if len(named) > 1 else ''} {', '.join(named)}.", param=within + unknown[0]
     )

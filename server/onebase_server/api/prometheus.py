@@ -1,4 +1,4 @@
-"""What operators watch, for Prometheus: the engine's state as it is at a scrape, and each request's latencies.
+"""The metrics for Prometheus: the engine's state as it is at a scrape, and each request's latencies.
 
 What vLLM has too goes by vLLM's name, so that its dashboards and gateways work; `adapter` is a label of ours. Only
 so many adapters get a label of their own; the rest are counted together as `other`.

@@ -1,4 +1,4 @@
-"""What the endpoints work with: the settings, and one bundle of the engine, the tokenizer and the adapters."""
+"""The services behind the endpoints: the settings, and one bundle of the engine, the tokenizer and the adapters."""
 
 import time
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class ApiSettings:
     allowed_origins: tuple[str, ...] = ()
     """Whose web pages may call the API."""
     max_body_bytes: int = 8 << 20
-    """Of a JSON body, which is read in one go: while it is, nobody's stream goes on."""
+    """Largest JSON body, which is read in one go: while it is, nobody's stream goes on."""
     max_upload_bytes: int = 4 << 30
     metric_adapters: int = 100
     """Adapters with a label of their own in the metrics."""

@@ -24,7 +24,7 @@ _OPERATIONS = {
     "/v1/embeddings": "embeddings",
     "/v1/classify": "classify",
 }
-"""What is traced, and what each is called."""
+"""The paths that are traced, and the name of each one's operation."""
 _ATTRIBUTES = {
     "request_id": "onebase.request_id",
     "client_gone": "onebase.client_gone",

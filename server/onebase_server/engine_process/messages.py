@@ -1,4 +1,4 @@
-"""What crosses the socket between the API process and the engine process: commands one way, events the other.
+"""Messages between the API process and the engine process, over a socket: commands one way, events the other.
 
 Every command with an `id` gets exactly one answer with the same `id` (a request: a last Output). Encoded with
 msgspec's MessagePack; each message is a frame with a 4-byte length in front.

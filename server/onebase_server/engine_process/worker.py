@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class _Signal(enum.Enum):
-    """What reaches the inbox besides commands."""
+    """Signals that reach the inbox besides commands."""
 
     HANGUP = enum.auto()
     WAKE = enum.auto()

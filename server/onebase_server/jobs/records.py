@@ -1,4 +1,4 @@
-"""What is remembered of files and jobs: plain values."""
+"""The records of files and jobs: plain values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,18 +25,18 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What a job is to do."""
+    """The work that a job is to do."""
 
     training_file: str
     """Id of a file."""
     name: str
-    """What its result is registered as; empty: after the job's id."""
+    """The name that its result is registered under; empty: the job's id."""
     method: str
     validation_file: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """The trainer's settings, as `written_settings` reads them."""
     request: Mapping[str, Any] = field(default_factory=dict)
-    """What the client is shown of its own words."""
+    """The part of its request that the client is shown again."""
     base: str = ""
     """The model that is trained on, as `onebase serve` was told it; empty in jobs from before this was kept."""
 
@@ -55,7 +55,7 @@ class Job:
     error: str | None = None
     result_file: str | None = None
     seconds_left: float | None = None
-    """Of a running one, as it was told last."""
+    """Seconds that a running job still needs, as it was told last."""
     told: float = 0.0
     """When that was, in seconds since the epoch."""
 

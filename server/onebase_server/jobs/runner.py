@@ -32,7 +32,7 @@ Register = Callable[[str, Path], Awaitable[str]]
 
 _KEPT_LINES = 40
 _OUT_OF_MEMORY = ("MemoryError", "allocate memory", "bad_alloc", "ut of memory", "Thread creation failed")
-"""What Python, torch and the C library, C++, LLVM and OpenMP say."""
+"""The words of Python, torch and the C library, C++, LLVM and OpenMP for it."""
 _PATIENCE = 5.0
 """Seconds until another try to register, while the engine is away."""
 _TRIES = 60
@@ -40,24 +40,24 @@ _TRIES = 60
 
 @dataclass(frozen=True)
 class JobSettings:
-    """What jobs may take."""
+    """The base that jobs train on, and the resources that they may take."""
 
     model: str
     """The base, as `onebase train --model` has it."""
     device: str = "auto"
     at_once: int = 1
     nice: int = Limits.nice
-    """Of 19: they get what serving leaves."""
+    """Niceness, 19 at most: they get the processor time that serving leaves."""
     threads: int | None = None
     """CPU threads of one; None: all cores."""
     memory_gib: float | None = None
     """Most memory of one, in GiB, that the kernel lets it have (Linux); None: what there is."""
     command: Sequence[str] = TRAINING_PROCESS
-    """What is run, with a JobOrder behind it."""
+    """The command to run; a JobOrder follows it as the last argument."""
 
     @property
     def limits(self) -> Limits:
-        """Of one job."""
+        """The limits of one job."""
         memory = None if self.memory_gib is None else int(self.memory_gib * 2**30)
         return Limits(self.nice, self.threads, memory)
 
@@ -316,13 +316,13 @@ class _Life:
 
     status: int
     failure: Failed | None = None
-    """What it told itself."""
+    """The failure that it told of itself."""
     lines: Sequence[str] = ()
     """The last ones of its standard error output."""
 
 
 def _reason(life: _Life, memory_gib: float | None) -> str:
-    """What to tell of a process that failed: its own word, or else how it ended."""
+    """Say why a process failed: in its own words, or else how it ended."""
     if memory_gib is not None and any(word in line for line in life.lines for word in _OUT_OF_MEMORY):
         return (
             f"Training needed more than the {memory_gib:g} GiB of memory that a job may have here. Set a smaller "

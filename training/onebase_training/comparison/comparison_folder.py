@@ -1,4 +1,4 @@
-"""What a comparison knows of each finished method, as `compare.json` in its folder, rewritten whole after each."""
+"""A comparison's results for each finished method, as `compare.json` in its folder, rewritten whole after each."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ class Entry:
 
 
 def open_comparison(output: Path, described: Mapping[str, Any], config: TrainConfig) -> list[Entry]:
-    """What is finished in `output`, which is a comparison like `described` from then on.
+    """Return the entries that are finished in `output`, which is a comparison like `described` from then on.
 
     Raises ConfigError where it may not be written, or `config.resume` finds no comparison or another one.
     """

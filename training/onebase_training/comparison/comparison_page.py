@@ -60,7 +60,7 @@ def table_rows(entries: Sequence[Entry]) -> list[list[str]]:
 
 
 def remarks(entries: Sequence[Entry]) -> list[str]:
-    """What the marks are to be held against, and what became of those that are not served."""
+    """Say what the marks are to be held against, which methods ended early, and why some are not served."""
     lines = []
     score = entries[0].after.score
     if score is not None and score.metric == "accuracy":

@@ -35,7 +35,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the search found."""
+    """The result of the search."""
 
     tried: tuple[Tried, ...]
     """In order."""

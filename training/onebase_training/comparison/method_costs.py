@@ -1,4 +1,4 @@
-"""What each method costs on a base, measured: it is put on a base of one layer and on one of two, and written.
+"""The cost of each method on a base, measured: it is put on a base of one layer and on one of two, and written.
 
 Everything is linear in the number of layers, so the rest is arithmetic; the base's real weights are not needed.
 Parameters are moved at random first: methods begin with no change, or with less of it than they come to.
@@ -89,8 +89,12 @@ def _of(name: str, method: Method, folder: Path, depth: int) -> Overview:
 def _shallow(folder: Path, depth: int) -> LoadedBase:
     """A base of the folder's sizes with few layers and random weights."""
     model = copy.deepcopy(_bare(folder, depth))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return LoadedBase(model, tokenizer, describe_base(model, str(folder), "shallow"), torch.device("cpu"))
+    return LoadedBase(model, _tokenizer(folder), describe_base(model, str(folder), "shallow"), torch.device("cpu"))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @lru_cache(maxsize=2)

@@ -1,4 +1,4 @@
-"""What is to be known of a data set before anything trains on it, as one plain value."""
+"""Findings about a data set before anything trains on it, as one plain value."""
 
 import unicodedata
 from collections import Counter, defaultdict
@@ -33,7 +33,7 @@ class Check:
     tasks: Mapping[str, int]
     """Examples of each task."""
     metric: str
-    """What the held-out part would be measured by; that of the first task."""
+    """The metric that the held-out part would be measured by; that of the first task."""
     lengths: tuple[int, ...]
     """Tokens of each sequence to train on, in order."""
     learned: int
@@ -144,7 +144,7 @@ def _spread(sequences: Sequence[Encoded], count: int) -> tuple[Encoded, ...]:
 
 
 def describe(found: Check) -> list[str]:
-    """What should be known of the data before it trains, in a few lines."""
+    """Say in a few lines what should be known of the data before it trains."""
     lengths = sorted(found.lengths)
     tokens = sum(lengths)
     held_out = len(found.held_out) if found.held_out else 0

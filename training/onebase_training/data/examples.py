@@ -1,4 +1,4 @@
-"""What a data file holds once it is read: records of one shape, whatever its format was."""
+"""The content of a data file once it is read: records of one shape, whatever its format was."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ class Turn:
     learned: bool = True
     """False: an assistant's turn that is read and not learned."""
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What else chat templates read of a message: `tool_calls`, `tool_call_id`, `name`."""
+    """Other fields of a message that chat templates read: `tool_calls`, `tool_call_id`, `name`."""
 
     @property
     def answers(self) -> bool:
@@ -51,7 +51,7 @@ class Example:
 
     @property
     def asked(self) -> str:
-        """What the model is given: the text up to the first answer."""
+        """The text that the model is given, up to the first answer."""
         if self.turns:
             first = next((at for at, turn in enumerate(self.turns) if turn.answers), None)
             return "\n".join(turn.content for turn in self.turns[:first])
@@ -59,12 +59,12 @@ class Example:
 
     @property
     def identity(self) -> str:
-        """What makes it the example that it is, for finding duplicates: what is asked, if anything is."""
+        """The text to find duplicates by: what is asked, if anything is, else the answer."""
         return self.asked.strip() or self.answer
 
     @property
     def answer(self) -> str:
-        """What the model is to give: the last answer, the completion, the label, or the tags in order."""
+        """The text that the model is to give: the last answer, the completion, the label, or the tags in order."""
         if self.turns:
             return next((turn.content for turn in reversed(self.turns) if turn.answers), "")
         return " ".join(self.tags) if self.tags else self.label or self.completion or ""
@@ -84,7 +84,7 @@ class Dataset:
     unused: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Columns that nothing is made of, and in how many records they hold something."""
     skipped: tuple[str, ...] = ()
-    """What was wrong with the records that were left out."""
+    """The faults of the records that were left out."""
 
     def __len__(self) -> int:
         return len(self.examples)

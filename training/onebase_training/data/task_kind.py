@@ -1,4 +1,4 @@
-"""What kind of task examples are, by their answers."""
+"""The kind of task that examples are, by their answers."""
 
 import json
 from collections import Counter

@@ -72,7 +72,7 @@ def model_answers(
 
 
 def _generate(model: Trained, examples: Sequence[Encoded], limit: int, ends: frozenset[int]) -> list[list[int]]:
-    """What follows each prompt. A decoder's prompts are padded on the left, so that all end in one column."""
+    """Continue each prompt. A decoder's prompts are padded on the left, so that all end in one column."""
     arranged = [model.collate.arrange(example)[0] for example in examples]
     prompts = [
         torch.tensor(tokens[: len(tokens) - (len(example.input_ids) - example.prompt_length)])

@@ -25,7 +25,7 @@ from onebase_training.evaluation.evaluation_result import Evaluation, Sample, as
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is scored, and on what."""
+    """The settings of an evaluation: what is scored, and on which examples."""
 
     data: Path
     """Examples in any format that training reads."""

@@ -1,4 +1,4 @@
-"""What came of an evaluation: loss, score and answers, and how two compare."""
+"""The result of an evaluation: loss, score and answers, and how two compare."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def asked(examples: Sequence[Encoded], count: int) -> list[Encoded]:
 
 
 def sample(tokenizer: Any, example: Encoded, written: Sequence[int]) -> Sample:
-    """What was written after the example's prompt, beside what was wanted; both up to what ends an answer."""
+    """Put what was written after the example's prompt beside what was wanted; both up to what ends an answer."""
     texts = [example.input_ids[: example.prompt_length], answer(example), written]
     prompt, expected, generated = (tokenizer.decode(text, skip_special_tokens=True) for text in texts)
     return Sample(prompt, _cut(expected, example.stop), _cut(generated, example.stop))

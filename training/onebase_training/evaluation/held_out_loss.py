@@ -14,7 +14,7 @@ from onebase_training.evaluation.evaluation_result import Sample
 from onebase_training.model.trained_model import Trained
 
 _PASS_TOKENS = 1024
-"""Of a pass that measures a loss, where nothing else is said."""
+"""Tokens of a pass that measures a loss, unless the caller says otherwise."""
 
 
 @dataclass(frozen=True)

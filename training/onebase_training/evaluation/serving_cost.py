@@ -1,4 +1,4 @@
-"""What serving an adapter costs: the time of a token beside the base's, measured, and the context it takes.
+"""The cost of serving an adapter: the time of a token beside the base's, measured, and the context it takes.
 
 Two batches of the same prompts, one with the adapter and one without, are run in turns, each round writing the same
 token again. A round's two times are compared, and the median is taken: a machine that is busy with other work is so
@@ -35,7 +35,7 @@ _WARM_UP = 3
 
 @dataclass(frozen=True)
 class ServingCost:
-    """What serving one adapter costs."""
+    """The cost of serving one adapter."""
 
     times: float | None
     """Time of a token of a batch of requests, as a multiple of the base's. None: refused, or not measured."""
@@ -46,7 +46,7 @@ class ServingCost:
 
 
 def serving_cost(folder: Path, spec: BaseSpec, examples: Sequence[Example]) -> ServingCost:
-    """What the adapter in `folder` costs on the base as it is served, by the first of `examples`. Raises
+    """Measure the cost of the adapter in `folder` on the base as it is served, by the first of `examples`. Raises
     BaseModelError."""
     register_attention()
     base = load_base(spec, attention=ATTENTION_NAME)
@@ -71,7 +71,7 @@ def serving_cost(folder: Path, spec: BaseSpec, examples: Sequence[Example]) -> S
 def _prompts(
     lowered: LoweredAdapter, base: LoadedBase, examples: Sequence[Example]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """What is read for each example, virtual tokens included: with the adapter, and without it."""
+    """Return the tokens that are read for each example, virtual ones included: with the adapter, and without it."""
     tokenizer, limit, vocab = base.tokenizer, base.shape.context, base.shape.vocab
     head, template = lowered.one(Head), lowered.one(Template)
     if head is not None:

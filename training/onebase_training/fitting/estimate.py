@@ -1,4 +1,4 @@
-"""What a run will take, measured before it starts: a short row goes forth and back once, and is extrapolated."""
+"""The time and memory of a run, measured beforehand: a short row goes forth and back once, and is extrapolated."""
 
 import time
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ _PROBE_TOKENS = 256
 _HEADROOM = 1.5
 """Buffers of a moment, beside what is kept for the backward pass."""
 _LOGIT_BYTES = 14
-"""Of one logit: bfloat16, float32, and the gradients of both."""
+"""Bytes of one logit: bfloat16, float32, and the gradients of both."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is to be expected."""
+    """The time and memory that a run is expected to take."""
 
     seconds: float
-    """Of training; evaluations come on top."""
+    """Seconds of training; evaluations come on top."""
     memory: int
     """Bytes that are still to be taken. Evaluations, in passes of the same size, need less than training."""
     taken: int

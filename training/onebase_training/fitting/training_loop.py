@@ -42,12 +42,12 @@ from onebase_training.model.trained_model import Trained
 
 _SCHEDULE_FILE = "scheduler.pt"
 _EVALUATIONS = 8
-"""Of a run, where nothing else is said."""
+"""Evaluations in a run, unless the settings say otherwise."""
 
 
 @dataclass
 class Pace:
-    """What was done since the loop began or went on; evaluations are left out."""
+    """Tokens and seconds since the loop began or went on; evaluations are left out."""
 
     tokens: int = 0
     seconds: float = 0.0

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import peft
 
-from onebase_adapters.errors import ConfigError
+from onebase_adapters.errors import ConfigError, did_you_mean
 from onebase_adapters.formats.checks import check_folder
 from onebase_adapters.formats.read_adapter import check_base, read_adapter
 from onebase_contract.settings import TrainConfig
@@ -42,7 +41,7 @@ class Method:
     attach: Attach | None
     """Puts it on the base, given the run's number of steps. Raises ConfigError. None: it has no parameters."""
     quantization: Quantization = "nf4"
-    """Of the base while it trains."""
+    """Quantization of the base while it trains."""
     expanded: bool = False
     """Needs the base's weights as plain matrices, not in 4 bits."""
     head: bool = False
@@ -94,9 +93,8 @@ METHODS: dict[str, Method] = {
 def find_method(name: str) -> Method:
     """Raises ConfigError."""
     if name not in METHODS:
-        meant = get_close_matches(name, METHODS, 1)
-        asked = f" Did you mean {meant[0]!r}?" if meant else ""
-        raise ConfigError(f"No method {name!r}.{asked} There are {', '.join(METHODS)}.", field="method")
+        there = f"There are {', '.join(METHODS)}."
+        raise ConfigError(f"No method {name!r}{did_you_mean(name, METHODS)}. {there}", field="method")
     return METHODS[name]
 
 

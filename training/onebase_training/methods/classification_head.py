@@ -19,7 +19,7 @@ LEARNING_RATE = 3e-3
 """Measured, see docs/decisions/0055. Its inputs are hidden states, some of them large (SmolLM2's reach 48).
 So it takes far less than a prefix does."""
 _SPREAD = 1e-3
-"""Of its first weights. The usual 0.02 would let those numbers decide, at random."""
+"""Spread of its first weights. The usual 0.02 would let those large inputs decide, at random."""
 
 
 def with_head(attached: Attached, base: LoadedBase, dataset: Dataset, config: TrainConfig) -> Attached:

@@ -75,7 +75,7 @@ def _wordings(dataset: Dataset, config: TrainConfig) -> list[Template]:
 
 
 def _ends(dataset: Dataset) -> tuple[str, ...]:
-    """What ends an answer: the first of two texts that no answer has in it. A chat's answers end by themselves."""
+    """The end of an answer: the first of two texts that no answer has in it. A chat's answers end by themselves."""
     if dataset.examples[0].turns:
         return ()
     answers = [raw(example)[1] for example in dataset.examples]

@@ -17,7 +17,7 @@ LEARNING_RATE = 3e-2
 """Measured, see docs/decisions/0044. The paper has 3e-3, with Adafactor and 1000 steps."""
 
 _OF_INPUTS = ("down_proj", "fc2", "dense_4h_to_h", "wo")
-"""What architectures call the MLP's last linear module; there the input is scaled."""
+"""Names of the MLP's last linear module in various architectures; there the input is scaled."""
 
 
 def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:

@@ -1,4 +1,4 @@
-"""What all of PEFT's methods share: putting its modules on the base, and writing its two files."""
+"""The parts that all of PEFT's methods share: putting its modules on the base, and writing its two files."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -105,7 +105,7 @@ def is_transposed(base: LoadedBase) -> bool:
 
 
 def task_type(base: LoadedBase) -> str:
-    """What PEFT calls the base's kind."""
+    """Return PEFT's name for the base's kind."""
     if base.shape.encoder_decoder:
         return "SEQ_2_SEQ_LM"
     return "FEATURE_EXTRACTION" if base.shape.encoder else "CAUSAL_LM"

@@ -21,7 +21,7 @@ from onebase_training.model.attached import Attached
 LEARNING_RATE = 5e-4
 """Half of LoRA's: both matrices begin large, and move the update at once."""
 _ITERATIONS = 4
-"""Of the fast decomposition (Halko et al. 2011), as in the paper's experiments."""
+"""Iterations of the fast decomposition (Halko et al. 2011), as in the paper's experiments."""
 
 
 def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:

@@ -64,7 +64,7 @@ def _initialise(peft: Any, base: LoadedBase, config: TrainConfig) -> None:
 
 
 _SPREAD = 0.1
-"""Of random keys and values. PEFT's 1 disturbs the base so much that training must first undo it."""
+"""Spread of random keys and values. PEFT's 1 disturbs the base so much that training must first undo it."""
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from onebase_contract.settings import Arithmetic
 DTYPES: dict[Arithmetic, torch.dtype] = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 _ROWS, _IN, _OUT = 64, 576, 1536
-"""Of the product that is timed: a small model's, with the tokens of a short step."""
+"""Sizes of the product that is timed: a small model's, with the tokens of a short step."""
 _TIMES = 3
 _EMULATED = 1.2
 """Times float32's time: what takes longer is not multiplied, but emulated."""

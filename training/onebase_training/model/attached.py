@@ -18,7 +18,7 @@ class ClassHead:
     """[classes, hidden]; its bias starts at zero."""
     kind: Literal["sequence", "token"]
     pooling: Literal["first", "last", "mean"]
-    """What a sequence head reads of an example's hidden states."""
+    """The part of an example's hidden states that a sequence head reads."""
     classes: tuple[str, ...]
 
 
@@ -37,7 +37,7 @@ class Attached:
     virtual: Callable[[], torch.Tensor] | None = None
     """Makes the embeddings [n, hidden] that go among the prompt's."""
     places: tuple[int, ...] = ()
-    """Of those n; see `onebase_adapters.primitives.virtual_tokens.Layout`."""
+    """Places of those n; see `onebase_adapters.primitives.virtual_tokens.Layout`."""
     prefix: Callable[[int], Cache] | None = None
     """Makes the keys and values in front of everything, for a batch of so many rows."""
     prefix_length: int = 0
@@ -47,6 +47,6 @@ class Attached:
     after_step: Callable[[int], None] | None = None
     """Called with the number of steps done, while gradients are still there."""
     state: Callable[[], dict[str, torch.Tensor]] | None = None
-    """What a checkpoint must hold beside the parameters; tensors that loading copies into."""
+    """Gives what a checkpoint must hold beside the parameters; tensors that loading copies into."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """For `onebase.json`: what serving must know beside the two files."""

@@ -16,7 +16,7 @@ class Collator:
     vocab: int = 0
     """Virtual token i has the id `vocab + i`, as when it is served."""
     places: tuple[int, ...] = ()
-    """Of the virtual tokens that each example gets; see `Layout`."""
+    """Places of the virtual tokens that each example gets; see `Layout`."""
     ahead: bool = True
     """Labels are next tokens. Else they are classes, each at its own token."""
 

@@ -13,7 +13,7 @@ from onebase_training.data import NO_LOSS, Encoded
 from onebase_training.model.collate import Collator
 
 PAIRED_METHODS = ("lora", "qlora", "prompt-tuning")
-"""What an encoder-decoder is trained with."""
+"""The methods that train an encoder-decoder."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PairCollator(Collator):
     """Makes a padded batch of several examples. Of a chat only the last answer is learned: the rest is prompt."""
 
     decoder_start: int = 0
-    """What the decoder begins with."""
+    """The token that the decoder begins with."""
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """B examples with M labels, all int64: input_ids [B, P], the prompts; seen [B, P], 1 where there is no

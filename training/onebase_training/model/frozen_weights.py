@@ -50,7 +50,7 @@ class _Product(torch.autograd.Function):
 
 
 def held_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """What `hold` would add, in bytes."""
+    """Return the memory that `hold` would add, in bytes."""
     quantized = sum(dtype.itemsize * module.in_features * module.out_features for _, module in _quantized(model))
     return quantized + sum(
         value.numel() * (dtype.itemsize - value.itemsize)

@@ -21,7 +21,7 @@ from onebase_training.model.packed_attention import PACKED_ATTENTION, Bounds, Pa
 
 
 class Trained(nn.Module):
-    """What the trainer optimises. Parameters that take no gradient are the base's."""
+    """The module that the trainer optimises. Parameters that take no gradient are the base's."""
 
     def __init__(
         self,
@@ -38,9 +38,9 @@ class Trained(nn.Module):
         self.head = attached.head.linear if attached.head else None
         self.device = device
         self.first_position = first_position
-        """Of a sequence, in the model's table of positions."""
+        """The first position of a sequence in the model's table of positions."""
         self.arithmetic: Arithmetic = arithmetic
-        """Of matrix products; trained parameters are float32."""
+        """Number format of matrix products; trained parameters are float32."""
         self.paired: bool = attached.model.config.is_encoder_decoder
         """Whether the base is an encoder-decoder, with padded batches instead of packed rows."""
         self.collate = (
@@ -137,7 +137,7 @@ class Trained(nn.Module):
         return logits
 
     def _packed(self, examples: Bounds, device: torch.device) -> dict[str, Any]:
-        """What tells the model where examples begin and end."""
+        """Return the arguments that tell the model where examples begin and end."""
         prefix = self.attached.prefix_length
         first = prefix + self.first_position
         lengths = torch.tensor([end - start for start, end in examples], device=device)

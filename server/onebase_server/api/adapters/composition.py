@@ -12,7 +12,7 @@ from onebase_server.api.schemas.body import AdapterPart, Targeted
 
 
 def target_of(adapters: AdapterDirectory, body: Targeted) -> Target:
-    """What a body's `model` or `adapters` mean. Raises AdapterError or InvalidRequestError."""
+    """Return the target that a body's `model` or `adapters` name. Raises AdapterError or InvalidRequestError."""
     base = adapters.resolve(None)
     if body.adapters is None:
         return adapters.resolve(body.model)

@@ -5,11 +5,16 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import msgspec
 
-from onebase_adapters.errors import AdapterError, AdapterExistsError, AdapterNotFoundError, OneBaseError
+from onebase_adapters.errors import (
+    AdapterError,
+    AdapterExistsError,
+    AdapterNotFoundError,
+    OneBaseError,
+    did_you_mean,
+)
 from onebase_adapters.store.adapter_store import AdapterStore, StagedAdapter
 from onebase_adapters.store.registry import AdapterRecord, check_name
 from onebase_engine.engine_info import HeadInfo, TemplateInfo
@@ -32,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Target:
-    """What a request runs: what its `model` means, or its `adapters` together."""
+    """The adapter that a request runs, or the base: the one that `model` names, or its `adapters` together."""
 
     name: str
     adapter: str | None
@@ -41,13 +46,13 @@ class Target:
     """Tokens that each request gives up of its context."""
     template: TemplateInfo | None = None
     head: HeadInfo | None = None
-    """What `/v1/classify` needs."""
+    """The classification head, which `/v1/classify` needs."""
     chat_template: str | None = None
     """Its own, in place of the base's."""
     composed: bool = False
     """Whether it is several adapters, or one with a weight."""
     parts: tuple[Part, ...] = ()
-    """What the engine composes."""
+    """The parts that the engine composes."""
 
     @classmethod
     def of(cls, name: str, record: AdapterRecord) -> "Target":
@@ -95,7 +100,7 @@ class AdapterDirectory:
         self._entries: dict[str, list[Entry]] = {}
         """The versions of each name, oldest first."""
         self._targets: dict[str, Target] = {}
-        """What is served, as `name` and as `name@version`."""
+        """The adapters that are served, by `name` and by `name@version`."""
         self._problems: dict[str, str] = {}
         """Why the engine would not take some digests."""
         self._changing = asyncio.Lock()
@@ -104,7 +109,7 @@ class AdapterDirectory:
         """Digests that no name has any more, while the engine finishes with them."""
 
     def resolve(self, model: str | None) -> Target:
-        """What to run for a request's `model`. Raises AdapterNotFoundError or AdapterError."""
+        """Return the target for a request's `model`. Raises AdapterNotFoundError or AdapterError."""
         if model is None or model == self._base.name:
             return self._base
         target = self._targets.get(model) or self._targets.get(self._without_base(model))
@@ -116,7 +121,7 @@ class AdapterDirectory:
             if error.field == "version":
                 raise
             raise AdapterNotFoundError(
-                f"The model {model[:160]!r} does not exist. {self._what_exists(model)}", field="model"
+                f"The model {model[:160]!r} does not exist{self._what_exists(model)}", field="model"
             ) from None
         raise AdapterError(f"The adapter {model!r} is not served: {entry.problem}", field="model")
 
@@ -133,9 +138,7 @@ class AdapterDirectory:
         name, version = split_version(name)
         entries = self._entries.get(name)
         if not entries:
-            raise AdapterNotFoundError(
-                f"No adapter is named {name[:160]!r}. {self._what_exists(name)}", field="name"
-            )
+            raise AdapterNotFoundError(f"No adapter is named {name[:160]!r}{self._what_exists(name)}", field="name")
         for entry in entries:
             if entry.record.current if version is None else str(entry.record.version) == version:
                 return entry
@@ -299,10 +302,8 @@ class AdapterDirectory:
         """With the name that may have been meant, if it is not among those shown."""
         names = [self._base.name, *sorted(name for name in self._entries if name in self._targets)]
         more = len(names) - _NAMES_IN_MESSAGE
-        meant = get_close_matches(wanted, names, 1)
-        asked = f"Did you mean {meant[0]!r}? " if meant else ""
         shown = ", ".join(names[:_NAMES_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")
-        return f"{asked}This server has: {shown}."
+        return f"{did_you_mean(wanted, names)}. This server has: {shown}."
 
 
 def split_version(name: str) -> tuple[str, str | None]:

@@ -100,7 +100,7 @@ async def roll_back(name: str, request: Request) -> dict[str, Any]:
 
 @router.get("/{name:path}", summary="One adapter", **answers(doc.Adapter))
 async def get_adapter(name: str, request: Request) -> dict[str, Any]:
-    """What is known of a `name`'s current version, or of a `name@version`."""
+    """Describe a `name`'s current version, or a `name@version`."""
     adapters = services_of(request).adapters
     return _describe(adapters, adapters.get(name))
 
@@ -133,7 +133,7 @@ def _describe(adapters: AdapterDirectory, entry: Entry) -> dict[str, Any]:
 
 @asynccontextmanager
 async def _read(request: Request, form_kind: type[B], json_kind: type[B]) -> AsyncIterator[tuple[B, Stage]]:
-    """What either kind of body asks for, and where its adapter's files are. `json_kind` has a `path` more."""
+    """Read either kind of body: its fields, and where its adapter's files are. `json_kind` has a `path` more."""
     services = services_of(request)
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         async with request.form(max_files=16, max_fields=16) as form:

@@ -47,7 +47,7 @@ class Chat:
     services: Services
     body: ChatRequest
     envelope: dict[str, Any]
-    """What the response, or each chunk, has beside its choices; without `object`."""
+    """The fields of the response, or of each chunk, beside its choices; without `object`."""
     choices: Sequence[Choice]
 
     async def collect(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Answer:
 
 
 def _delta_of(calls: Sequence[tuple[int, ToolCall]]) -> bytes:
-    """What calls add to a chunk's delta."""
+    """Return the bytes that calls add to a chunk's delta."""
     if not calls:
         return b""
     return b',"tool_calls":' + msgspec.json.encode([{"index": n, **call.document()} for n, call in calls])

@@ -52,7 +52,7 @@ class _Completion:
     services: Services
     body: CompletionRequest
     envelope: dict[str, Any]
-    """What the response, or each chunk, has beside its choices."""
+    """The fields of the response, or of each chunk, beside its choices."""
     groups: Sequence[Sequence[Choice]]
     """The choices of each prompt."""
     echoed: Sequence[str]
@@ -133,7 +133,7 @@ class _Completion:
 
 
 class _Renderer:
-    """What is shown of one choice: its text and log-probabilities, after the prompt's where that is echoed."""
+    """Renders one choice: its text and log-probabilities, after the prompt's where that is echoed."""
 
     def __init__(self, services: Services, body: CompletionRequest, choice: Choice, echoed: str) -> None:
         self._choice = choice

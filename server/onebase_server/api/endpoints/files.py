@@ -78,7 +78,7 @@ async def list_files(
 
 @router.get("/{file_id}", summary="One file", **answers(doc.File))
 async def get_file(file_id: str, request: Request) -> dict[str, Any]:
-    """What is known of it."""
+    """Describe it: its name, size and purpose."""
     return describe_file(await asyncio.to_thread(services_of(request).book.file, file_id))
 
 

@@ -27,7 +27,7 @@ from onebase_server.api.sse import SseResponse, Write
 router = APIRouter(tags=["inference"])
 
 _FIELDS = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
-"""What a chat calls it, and what this endpoint does."""
+"""Names of fields in a chat, and their names here."""
 
 
 @router.post("/v1/responses", summary="Answer an input", **answers(doc.Response, streams=True))

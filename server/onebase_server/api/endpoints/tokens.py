@@ -25,7 +25,7 @@ router = APIRouter(tags=["tokens"], dependencies=[Depends(require_key)])
 
 @router.post("/tokenize", summary="Text or a conversation to tokens", **answers(doc.Tokens))
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-    """What a completion or a chat with the same input would send to the engine."""
+    """The tokens that a completion or a chat with the same input would send to the engine."""
     services = services_of(request)
     target = target_of(services.adapters, body)
     if body.prompt is not None:

@@ -80,7 +80,7 @@ def _check_references(schema: Any, field: str) -> None:
 
 
 def _found(schema: Any, reference: str) -> Any:
-    """What a JSON pointer (RFC 6901) means; None where there is nothing."""
+    """Return the part of a schema that a JSON pointer (RFC 6901) leads to; None where there is nothing."""
     for key in filter(None, reference[1:].split("/")):
         schema = schema.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(schema, dict) else None
     return schema

@@ -42,7 +42,7 @@ def tools_of(body: ChatRequest) -> Sequence[Tool]:
 
 @dataclass(frozen=True)
 class CallRules:
-    """What a body asks of calls beyond their form."""
+    """The demands that a body makes on calls beyond their form."""
 
     forced: bool
     """Whether there has to be one: then nothing else is shown, and a call that was made already ends the answer."""
@@ -137,7 +137,7 @@ class ToolParser:
         """How many there have been."""
 
     def push(self, text: str) -> list[str | ToolCall]:
-        """What can be told now."""
+        """Take more of the output, and return the text and the calls that can be told now."""
         self._held += text
         found: list[str | ToolCall] = []
         while self._advance(found):
@@ -145,8 +145,8 @@ class ToolParser:
         return self._ruled(found)
 
     def finish(self, *, cut_off: bool = False) -> list[str | ToolCall]:
-        """What was held back, once no more text comes; `cut_off`: because of a limit, so that a call that has begun
-        is none, and no text either."""
+        """Return what was held back, once no more text comes; `cut_off`: because of a limit, so that a call that
+        has begun is none, and no text either."""
         return self._ruled(self._rest(cut_off=cut_off))
 
     def _ruled(self, found: list[str | ToolCall]) -> list[str | ToolCall]:

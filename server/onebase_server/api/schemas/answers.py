@@ -1,4 +1,4 @@
-"""What the endpoints answer, for the OpenAPI document. Answers are made by hand, quickly, and not checked against
+"""The endpoints' answers, for the OpenAPI document. Answers are made by hand, quickly, and not checked against
 these as they go out; the tests and `make fuzz` do that."""
 
 from typing import Any, Literal
@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 
 def answers(model: type[BaseModel], status: int = 200, *, streams: bool = False) -> dict[str, Any]:
-    """What an endpoint's decorator takes for it."""
+    """Return the arguments of an endpoint's decorator that document its answer."""
     found: dict[str, Any] = {"model": model}
     if streams:
         found["content"] = {"text/event-stream": {}}
@@ -274,7 +274,7 @@ class Adapters(BaseModel):
 
 
 class Deleted(BaseModel):
-    """What is no more."""
+    """The reply to a DELETE."""
 
     id: str
     object: str

@@ -1,5 +1,5 @@
-"""What all bodies share. What could change an answer and is not supported is refused by name, and so is a field
-that nobody knows; what cannot is accepted, and the reply's `x-onebase-ignored` names it.
+"""The parts that all bodies share. A field that could change an answer and is not supported is refused by name, and
+so is one that nobody knows; one that cannot is accepted, and the reply's `x-onebase-ignored` names it.
 
 Names and meanings are OpenAI's, and vLLM's for what goes beyond.
 """
@@ -98,7 +98,7 @@ def _token_keys(value: Any) -> Any:
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 _WITHOUT_EFFECT = {"annotations", "cache_control", "logprobs", "id"}
-"""Of a part."""
+"""Fields of a part that cannot change an answer."""
 
 
 def _text_of_parts(value: Any) -> Any:
@@ -146,7 +146,7 @@ class AdapterPart(Body):
 
 
 class Targeted(Body):
-    """What runs: the base, an adapter, or several at once."""
+    """A body that says what runs: the base, an adapter, or several at once."""
 
     model: str | None = None
     """An adapter's name, or the base's; left out, it is the base."""
@@ -155,7 +155,7 @@ class Targeted(Body):
 
 
 class Error(BaseModel):
-    """What went wrong."""
+    """One error: its message, its kind, and the field that it is about."""
 
     message: str
     type: str

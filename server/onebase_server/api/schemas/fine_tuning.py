@@ -71,7 +71,7 @@ class Hyperparameters(_TrainerSettings):
 
 
 class Supervised(Body):
-    """What `method` says beside its type."""
+    """The settings in `method`, beside its type."""
 
     hyperparameters: Hyperparameters | None = None
 

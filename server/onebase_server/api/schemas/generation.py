@@ -1,4 +1,4 @@
-"""What completions and chats have in common, and completions."""
+"""Bodies of completions, and the fields that they share with chats."""
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -34,7 +34,7 @@ class StreamOptions(Body):
 
 
 class JsonSchema(Body):
-    """What `response_format` says of a JSON schema."""
+    """The JSON schema in `response_format`."""
 
     name: str = Field(min_length=1, max_length=64)
     description: str | None = None
@@ -45,12 +45,12 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """What the output is: any text, a JSON object, or JSON by a schema."""
+    """The form of the output: any text, a JSON object, or JSON by a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
-    """Of a `json_object`, as llama.cpp and Together have it."""
+    """The schema of a `json_object`, as llama.cpp and Together have it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -98,7 +98,7 @@ class StructuredOutputs(Body):
 
 
 class Generation(Targeted):
-    """What completions and chats have in common. Null means the default everywhere, as some clients send it."""
+    """The fields that completions and chats share. Null means the default everywhere, as some clients send it."""
 
     refused: ClassVar[Mapping[str, Refused]] = {
         "use_beam_search": Refused("tokens are drawn, or the likeliest is taken", False),

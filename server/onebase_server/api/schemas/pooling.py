@@ -10,7 +10,7 @@ from onebase_server.api.schemas.generation import WITHOUT_EFFECT
 
 
 class PooledRequest(Targeted):
-    """What embeddings and classifications have in common."""
+    """The fields that embeddings and classifications share."""
 
     ignored: ClassVar[AbstractSet[str]] = WITHOUT_EFFECT
 

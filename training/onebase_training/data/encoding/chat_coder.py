@@ -33,7 +33,7 @@ class Coder:
 
     @cached_property
     def end_of_text(self) -> int:
-        """What ends an answer. Raises DataError if there is no such token."""
+        """The token that ends an answer. Raises DataError if there is none."""
         if self.tokenizer.eos_token_id is None:
             raise DataError("The base's tokenizer has no end-of-text token: nothing could teach it to stop.")
         end: int = self.tokenizer.eos_token_id

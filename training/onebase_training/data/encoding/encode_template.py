@@ -42,7 +42,7 @@ def _shown(template: Template, example: Example) -> Example:
 
 
 def raw(example: Example) -> tuple[str, str]:
-    """What a client sends, and what is to follow: the template brings all words in between."""
+    """Return the text that a client sends, and the one to follow: the template brings all words in between."""
     if example.words:
         return " ".join(example.words), f" {' '.join(example.tags)}"
     if example.label is not None:

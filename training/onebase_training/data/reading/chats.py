@@ -23,7 +23,7 @@ _SPEAKERS = {
     "function_call": "assistant", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 _CARRIED = ("tool_calls", "tool_call_id", "name")
-"""What templates read of a message beside its text."""
+"""Fields of a message that templates read beside its text."""
 _MASKS = ("weight", "train", "loss")
 """By which of a message's fields people say that a turn is not to be learned."""
 _READ = {"role", "content", "from", "value", *_CARRIED, *_MASKS}

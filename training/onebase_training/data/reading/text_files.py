@@ -30,7 +30,7 @@ class Record:
     _passed: set[str] = field(default_factory=set, compare=False)
 
     def value(self, column: str) -> Any:
-        """What the column holds, or None; it counts as used."""
+        """Return the column's value, or None; the column counts as used."""
         self._read.add(column)
         return self.columns.get(column)
 
