@@ -152,7 +152,7 @@ class Engine:
         }
 
     def faults(self) -> list[str]:
-        """What contradicts itself in the bookkeeping, which is nothing as long as there is no bug."""
+        """Contradictions in the bookkeeping: none as long as there is no bug."""
         placed = [s.request.adapter for s in self._sequences.values() if s.state is not State.ASIDE]
         users = Counter(adapter for adapter in placed if adapter is not None)
         found = self.scheduler.faults()

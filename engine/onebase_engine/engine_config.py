@@ -36,7 +36,7 @@ class EngineConfig:
     """How greedy tokens are found: from all logits (`bf16`), the same tokens through a 4-bit screen that leaves
     few for the full product (`screened`), or from a 4-bit head alone (`nf4`: quickest, costs quality)."""
     log_level: LogLevel = "warning"
-    """Of this process and the API's; `info` has a line for each request."""
+    """The log level of this process and the API's; `info` has a line for each request."""
     log_format: LogFormat = "text"
     threads: int | None = None
     """CPU threads; None: all cores that the process may use."""

@@ -22,7 +22,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     cache_bytes: int
     eos_token_ids: tuple[int, ...]
     load_seconds: dict[str, float]
-    """What each part of loading took, in order."""
+    """How long each part of loading took, in order."""
     generates: bool = True
     """False for an encoder, which only classifies and embeds."""
     max_adapters: int = 0

@@ -119,7 +119,7 @@ class LLM:
 
     @property
     def info(self) -> EngineInfo:
-        """What was loaded."""
+        """Facts about the loaded base and its cache."""
         return self._engine.info
 
     @property

@@ -66,7 +66,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What a prompt got."""
+    """The answers to one prompt."""
 
     prompt: str | None
     """As the model has read it, with the adapter's template; None if it was given as tokens."""

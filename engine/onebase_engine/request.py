@@ -35,7 +35,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens (the first has none)."""
     grammar: str | None = None
-    """What the output has to follow, as llguidance writes it; the end is chosen where the grammar allows it."""
+    """A grammar for the output, as llguidance writes it; the end is chosen where the grammar allows it."""
 
     def of_choice(self, number: int) -> Self:
         """For one of several sequences of a prompt: of a seed each has its own, so that they differ and can be had
@@ -114,7 +114,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     waited: float = 0.0
     """Seconds until its prompt began to be computed (in the first output)."""
     probabilities: tuple[tuple[float, ...], ...] = ()
-    """Of a classification: each label's, once for a sequence, or for each of the prompt's tokens."""
+    """A classification's, one for each label: once for a sequence, or for each of the prompt's tokens."""
     embedding: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
     stop_token: int | None = None

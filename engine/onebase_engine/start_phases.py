@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 _SECONDS = 2.0
-"""Of silence, at most."""
+"""The longest silence while something loads."""
 
 
 class Phases:
@@ -13,7 +13,7 @@ class Phases:
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.seconds: dict[str, float] = {}
-        """What each part took that is over."""
+        """Seconds of each part that is over."""
         self._say = tell
         self._name: str | None = None
         self._began = self._told = time.monotonic()

@@ -85,7 +85,7 @@ def start_engine(
         model=shape.name,
         fingerprint=shape.fingerprint,
         model_type=shape.model_type,
-        quantization=config.base.quantization,
+        quantization=base.held,
         device=str(base.device),
         vocab=shape.vocab,
         context=context,

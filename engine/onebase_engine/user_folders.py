@@ -13,7 +13,7 @@ def cache_home() -> Path:
 
 
 def data_home() -> Path:
-    """What must survive (the adapter store): `$ONEBASE_HOME`, else the user's data directory."""
+    """The folder of all that must survive (the adapter store): `$ONEBASE_HOME`, else the user's data directory."""
     chosen = os.environ.get("ONEBASE_HOME")
     if chosen:
         return Path(chosen).expanduser()

@@ -1,4 +1,4 @@
-"""What `onebase serve` prints once it serves: what was loaded, what it takes, and a request to try."""
+"""Everything that `onebase serve` prints once it serves: what was loaded, what it takes, and a request to try."""
 
 import socket
 from importlib.metadata import version
@@ -14,9 +14,6 @@ _EVERYWHERE = ("0.0.0.0", "::")
 def greet(console: Console, config: ServerConfig, services: Services, listener: socket.socket) -> None:
     """Print it."""
     info = services.engine.info
-    base = config.engine.base
-    held = info.quantization.upper() if info.quantization != "none" else "bfloat16"
-    double = " with double quantisation" if info.quantization != "none" and base.double_quant else ""
     entries = services.adapters.entries()
     idle = [entry for entry in entries if entry.problem is not None]
     address, port = listener.getsockname()[:2]
@@ -24,7 +21,7 @@ def greet(console: Console, config: ServerConfig, services: Services, listener: 
     url = f"http://{host}:{port}"
     cache = f"KV cache {_size(info.cache_bytes)} for {info.cache_tokens:,} tokens"
     rows = [
-        ("base", f"{services.settings.base_name}: {held}{double}, on {info.device}"),
+        ("base", f"{services.settings.base_name}: {info.quantization}, on {info.device}"),
         ("memory", f"weights {_size(info.weight_bytes)}, {cache}"),
         ("context", f"{services.longest:,} tokens a request"),
         ("adapters", f"{len(entries) - len(idle)} served" + (f", {len(idle)} not" if idle else "")),

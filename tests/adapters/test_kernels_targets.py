@@ -72,7 +72,7 @@ def test_a_packed_tile_is_a_product_in_any_number_of_rows(target: Target, quant_
 
         @njit  # type: ignore[untyped-decorator]
         def run(y: int, x: int, weight: int, scales: int, codes: int) -> None:
-            tile(y, 32, x, 128, weight, scales, 32, 2, 32, codes, weight, 0)  # noqa: B023
+            tile(y, 32, x, 128, weight, scales, 0, 32, 0, 2, 32, codes, weight, 0)  # noqa: B023
 
         found[rows] = torch.empty(rows, 32, dtype=torch.bfloat16)
         run(found[rows].data_ptr(), x.data_ptr(), weight, scales, codes)

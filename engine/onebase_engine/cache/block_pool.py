@@ -106,7 +106,7 @@ class BlockPool:
                 self._cached[block] = digest
 
     def faults(self, held: Iterable[int]) -> list[str]:
-        """What contradicts itself, if `held` are all blocks that sequences hold, each as often as they do."""
+        """Contradictions, if `held` are all blocks that sequences hold, each as often as they do."""
         found = []
         if Counter(held) != self._references:
             found.append("the pages that sequences hold are not those that have references")

@@ -1,4 +1,4 @@
-"""What makes two prefixes the same: adapter, tenant and token ids, block by block."""
+"""When two prefixes are the same: by adapter, tenant and token ids, block by block."""
 
 import hashlib
 from array import array

@@ -83,8 +83,8 @@ class KeyValuePages(Protocol):
     """The paged cache as fused decoders read and write it."""
 
     k: list[torch.Tensor]
-    """Of each layer [blocks, kv_heads, dim, BLOCK]."""
+    """Keys, one tensor [blocks, kv_heads, dim, BLOCK] for each layer."""
     v: list[torch.Tensor]
-    """Of each layer [blocks, kv_heads, BLOCK, dim]."""
+    """Values, one tensor [blocks, kv_heads, BLOCK, dim] for each layer."""
     kv_heads: int
     dim: int

@@ -33,7 +33,7 @@ class Arena:
 
     @staticmethod
     def size(elements: int) -> int:
-        """What a matrix of so many elements takes."""
+        """The room that a matrix of so many elements takes."""
         return -(-(elements + _TAIL) // _ALIGN) * _ALIGN
 
     def hold(self, matrix: torch.Tensor) -> torch.Tensor:

@@ -78,9 +78,9 @@ class Batch:
     visible: np.ndarray
     """[T] int64: the last position that it attends to; its own in a decoder, its sequence's last in an encoder."""
     owners: Owners
-    """Of the T tokens."""
+    """The owners of the T tokens."""
     head_owners: Owners
-    """Of the `sample_rows`, which are all that the LM head sees."""
+    """The owners of the `sample_rows`, which are all that the LM head sees."""
     query_start: np.ndarray
     """[S + 1] int64: sequence s has the tokens query_start[s] .. query_start[s + 1]."""
     tables: np.ndarray

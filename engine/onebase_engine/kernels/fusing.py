@@ -104,16 +104,19 @@ class Angles:
         return self._cos.data_ptr(), self._sin.data_ptr()
 
 
-def may_be_fused(model: Any, cache: KeyValuePages, fits: Callable[[nn.Module], bool]) -> bool:
-    """Whether it is exact for this model; if not, the log says why. `fits`: whether the product takes a linear
-    module."""
+Fits = Callable[[Sequence[nn.Module]], bool]
+"""Whether a product takes linear modules that share an input, as one."""
+
+
+def may_be_fused(model: Any, cache: KeyValuePages, fits: Fits) -> bool:
+    """Whether it is exact for this model; if not, the log says why."""
     lacking = _lacking(model, cache, fits)
     if lacking is not None:
         log.info("%s keeps transformers' own layers: %s", type(model).__name__, lacking)
     return lacking is None
 
 
-def _lacking(model: Any, cache: KeyValuePages, fits: Callable[[nn.Module], bool]) -> str | None:
+def _lacking(model: Any, cache: KeyValuePages, fits: Fits) -> str | None:
     if type(model).__name__ not in families.MODELS:
         return f"fused ones are known for {', '.join(families.MODELS)}"
     if not Angles.fit(model.model.rotary_emb, cache.dim):
@@ -124,8 +127,8 @@ def _lacking(model: Any, cache: KeyValuePages, fits: Callable[[nn.Module], bool]
         return f"the fused ones have {wanted}, not {found}"
     if getattr(config, "attn_logit_softcapping", None) or getattr(config, "use_bidirectional_attention", None):
         return "the fused ones have no soft cap on scores, and look back only"
-    if not all(_fusable(layer, fits) for layer in model.model.layers):
-        return "the fused ones take bfloat16 with linear modules in 4 bits, in sizes that pack"
+    if not all(_fusable(layer, kind_of(model), fits) for layer in model.model.layers):
+        return "the fused ones take bfloat16 with linear modules in 4 bits, in sizes that pack, alike side by side"
     return None
 
 
@@ -135,6 +138,6 @@ def window_of(attention: Any) -> int | None:
     return getattr(owner, "sliding_window", None) or None
 
 
-def _fusable(layer: Any, fits: Callable[[nn.Module], bool]) -> bool:
-    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    return all(fits(linear) for linear in linears) and layer.input_layernorm.weight.dtype == torch.bfloat16
+def _fusable(layer: Any, kind: families.Kind, fits: Fits) -> bool:
+    together = [[layer.get_submodule(f"{owner}.{name}") for name in names] for owner, names in kind.projections]
+    return all(fits(modules) for modules in together) and layer.input_layernorm.weight.dtype == torch.bfloat16

@@ -17,7 +17,7 @@ LEAST_TEMPERATURE = 1e-5
 
 @dataclass(frozen=True)
 class Noise:
-    """What is drawn with, for each of n rows."""
+    """Seeds and temperatures to draw with, for each of n rows."""
 
     inverses: np.ndarray
     """[n] float32: 1 / temperature; 0 takes the best without noise."""

@@ -6,15 +6,13 @@ import torch
 
 from onebase_engine.kernels.bitsandbytes_import import Linear4bit, Params4bit
 from onebase_engine.kernels.cpu import quantize as quantize  # bitsandbytes' kernel from here on
-from onebase_engine.kernels.cpu.packed import packable
+from onebase_engine.kernels.cpu.packed import pack_at_first_use
 
 
 def choose_packing(model: torch.nn.Module) -> None:
-    """Let 4-bit weights be packed at their first use where the packed product can multiply them: bitsandbytes would
-    try with any size on a CPU that it has a product for, and on no other."""
+    """Let 4-bit weights be packed at their first use where the packed product can multiply them."""
     for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = packable(module)
+        pack_at_first_use(module)
 
 
 def nf4_copy(head: Any) -> Linear4bit:
@@ -28,5 +26,5 @@ def nf4_copy(head: Any) -> Linear4bit:
     )
     copy.bias = head.bias
     copy = copy.to(head.weight.device).eval()
-    copy.support_avx512bf16_for_cpu = packable(copy)  # as in `base.load`
+    pack_at_first_use(copy)  # as in `base.load`
     return copy

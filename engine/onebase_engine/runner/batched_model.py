@@ -128,7 +128,7 @@ class ServedModel(AdapterSlots):
         return LogitScores(*self._run(batch))
 
     def _replayed(self, chunks: Sequence[Chunk]) -> Scores | None:
-        """Of a step that is captured, or can be."""
+        """The step's scores, if it is captured or can be."""
         if self._replays is None or self._inputs.touches({chunk.slot for chunk in chunks}):
             return None
         if not self._replays.fit(chunks, self._traits, self.shape.vocab):

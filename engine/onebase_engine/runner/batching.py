@@ -33,14 +33,14 @@ class Chunk:
 
 
 class Context:
-    """What the model's hooked modules share: the batch that is running. One for each served model."""
+    """The running batch, as the model's hooked modules share it. One for each served model."""
 
     batch: Batch
     head_input: torch.Tensor
     """What the LM head was given: the last hidden states [n, hidden] of the sample rows."""
 
     def owners(self, rows: int, *, head: bool) -> Owners:
-        """Of the rows that a linear module is given; `head`: it is the LM head."""
+        """The owners of the rows that a linear module is given; `head`: it is the LM head."""
         return self.batch.head_owners if head else self.batch.owners
 
 
@@ -97,7 +97,7 @@ def make_batch(
 
 
 def make_owners(slots: np.ndarray, kernels: AdapterKernels, traits: Traits) -> Owners:
-    """Of rows with these `slots` [rows] int32."""
+    """Group rows by the adapters in their `slots` [rows] int32."""
     return Owners(
         slots,
         low_rank_tiles(slots, kernels.TILE_ROWS),

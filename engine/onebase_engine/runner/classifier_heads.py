@@ -36,7 +36,8 @@ def pool(hidden: torch.Tensor, pooling: str) -> torch.Tensor:
 
 
 def probabilities(head: Head, hidden: torch.Tensor) -> list[list[float]]:
-    """Of each label: one row for a sequence head, one for each of the hidden states [n, width] for a token head."""
+    """Each label's probability: one row for a sequence head, a row for each of the hidden states [n, width] for a
+    token head."""
     rows = hidden.float() if head.kind == "token" else pool(hidden, head.pooling)[None]
     found: list[list[float]] = torch.nn.functional.linear(rows, head.weight, head.bias).softmax(-1).tolist()
     return found

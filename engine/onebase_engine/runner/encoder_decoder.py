@@ -34,7 +34,7 @@ class _OneSlot(Context):
         self._made: dict[int, Owners] = {}
 
     def enter(self, slot: int) -> None:
-        """What comes next is of this slot."""
+        """Take the modules' next inputs as this slot's."""
         self._slot, self._made = slot, {}
 
     def owners(self, rows: int, *, head: bool) -> Owners:
@@ -45,7 +45,7 @@ class _OneSlot(Context):
 
 @dataclass(frozen=True)
 class _State:
-    """Of a running sequence."""
+    """The state of a running sequence."""
 
     read: BaseModelOutput
     """What the encoder made of the prompt, [1, prompt, hidden]."""

@@ -139,7 +139,7 @@ def _apply_penalties(scores: torch.Tensor, sequence: Sequence) -> None:
 
 
 def _noise(sequences: Rows[Sequence]) -> Noise | None:
-    """What their tokens are drawn with; None where all take the best."""
+    """The noise that their tokens are drawn with; None where all take the best."""
     temperatures = [sequence.request.sampling.temperature for sequence in sequences]
     if not any(temperatures):
         return None

@@ -1,1 +1,1 @@
-"""What runs in the next step. No torch."""
+"""Deciding which tokens run in the next step. No torch."""

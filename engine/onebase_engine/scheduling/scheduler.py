@@ -153,7 +153,7 @@ class Scheduler:
         return [*self.running, *self._waiting]
 
     def faults(self) -> list[str]:
-        """What contradicts itself between sequences, queues and the pool; nothing, if all is well."""
+        """Contradictions between sequences, queues and the pool; none, if all is well."""
         found = self.pool.faults(chain.from_iterable(sequence.blocks for sequence in self.running))
         queued = {sequence for share in self._shares.values() for sequence in share.waiting}
         for sequence in {*self.running, *self._waiting, *queued}:

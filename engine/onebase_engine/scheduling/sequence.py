@@ -57,7 +57,7 @@ class Sequence:
     """Those of the full blocks of `tokens`, as far as they have been needed."""
     salt: bytes = b""
     grammar: Grammar | None = None
-    """What its output has to follow."""
+    """The grammar that its output follows."""
     layout: Layout = NO_LAYOUT
     """The adapter's virtual tokens, which stand among `tokens`."""
     prompt_tokens: int = 0

@@ -49,7 +49,7 @@ class Answer:
         self.new_logprobs: Sequence[TokenLogprobs] = ()
         """Those of the tokens in the latest output."""
         self.new_tokens: Sequence[int] = ()
-        """Of the latest output, without what a stop string cut off."""
+        """The latest output's tokens, without those that a stop string cut off."""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         """The stop string or stop token that ended it (vLLM's field); None for the model's own end."""

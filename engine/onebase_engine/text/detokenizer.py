@@ -23,7 +23,7 @@ class Detokenizer(Protocol):
         ...
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for bytes whose character never got whole."""
+        """Give the rest at the end: U+FFFD for bytes whose character never got whole."""
         ...
 
 

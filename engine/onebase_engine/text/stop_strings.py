@@ -42,7 +42,7 @@ class OutputText:
         return "".join(shown)
 
     def finish(self) -> str:
-        """What was held back, once no more tokens come."""
+        """Give the text that was held back, once no more tokens come."""
         if self.stop is not None:
             return ""
         shown = self._cut(self._detokenizer.flush())

@@ -37,6 +37,8 @@ _SLOW = ("screen._best_of_row", "attention.attend_item", "lowrank.update_tile")
 """Begun before the others: one of two seconds that comes last is waited for alone."""
 _LATER = ("bottleneck", "elementwise._affine", "noise", "screen._score", "plain_product")
 """Some adapters and some requests need them."""
+_ON_DEMAND = ("matmul4bit.multiply_task_", "matmul4bit.sum_row.all")
+"""Compiled at their first use: few bases need them."""
 
 
 class Build:
@@ -45,7 +47,7 @@ class Build:
     def __init__(self, tell: Callable[[str], None]) -> None:
         """`tell` gets a line now and then."""
         remove_unused()
-        missing = [kernel.name for kernel in Compiled.known if not kernel.present] if TARGET != PLAIN else []
+        missing = [kernel.name for kernel in Compiled.known if _is_missing(kernel)] if TARGET != PLAIN else []
         self._missing = sorted(
             missing, key=lambda name: (name.startswith(_LATER), not name.startswith(_FIRST), name not in _SLOW)
         )
@@ -83,6 +85,10 @@ class Build:
                 self._made.append(line.rstrip())
         if len(self._made) < len(self._missing):
             log.warning("%d kernels could not be compiled beforehand", len(self._missing) - len(self._made))
+
+
+def _is_missing(kernel: Compiled) -> bool:
+    return not kernel.name.startswith(_ON_DEMAND) and not kernel.present
 
 
 def _compile(name: str) -> str:

@@ -68,7 +68,7 @@ def remove_unused() -> None:
 
 
 class KernelCache(NullCache):  # type: ignore[misc]
-    """What numba asks for a function's code."""
+    """The cache that numba asks for a function's code."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -5,11 +5,13 @@ against. Projections that share an input run as one product. Only where it is ex
 4-bit weights that the packed product takes. Every other model runs its own forward.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numba import get_num_threads
+from torch import nn
 
 from onebase_adapters.base_shape import BaseShape
 from onebase_engine.kernels.adapter_interface import KeyValuePages
@@ -17,7 +19,8 @@ from onebase_engine.kernels.batch import Batch, Owners
 from onebase_engine.kernels.cpu import adapter_kernels as cpu
 from onebase_engine.kernels.cpu.attention import NO_WINDOW
 from onebase_engine.kernels.cpu.elementwise import add_rms_norm, gate_mul, rope_attend
-from onebase_engine.kernels.cpu.packed import PackedLinear, packable
+from onebase_engine.kernels.cpu.matmul4bit import TASKS
+from onebase_engine.kernels.cpu.packed import PackedLinear, of_one_kind, packable
 from onebase_engine.kernels.cpu.run_layers import LAYER, run_layers
 from onebase_engine.kernels.fusing import (
     Angles,
@@ -64,7 +67,13 @@ class Projection:
     @property
     def description(self) -> dict[str, int]:
         """By the names of `run_layers.PROJECTION`."""
-        return self._matmul.description | self._tables.low_rank.description
+        product = TASKS[self._matmul.form].address
+        return {**self._matmul.description, "product": product, **self._tables.low_rank.description}
+
+    @property
+    def sums(self) -> int:
+        """float32 sums of blocks of inputs that the product takes for a row; 0 without offsets."""
+        return self._matmul.sums
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, owners: Owners) -> None:
         """x [rows, in] to y [rows, out], contiguous bfloat16."""
@@ -94,6 +103,8 @@ class FusedLayer:
         self._qkv, self._o, self._gate_up, self._down = [
             Projection(modules, tables) for modules, tables in parts.projections
         ]
+        self.sums = max(each.sums for each in (self._qkv, self._o, self._gate_up, self._down))
+        """float32 sums that a row of its widest product with offsets takes; 0 without any."""
         self._after_attention, self._after_mlp = parts.bottlenecks
         self._norms = tuple(_weight(layer, name) for name in kind.norms)
         behind_attention, behind_mlp = kind.behind
@@ -131,7 +142,7 @@ class FusedLayer:
         first, unless there was none (`first`)."""
         rows, hidden = x.shape
         owners, offset = batch.owners, self._unit_offset
-        normed, qkv, attended, change, gate_up, activated = buffers
+        normed, qkv, attended, change, gate_up, activated, _ = buffers
         at_x, at_change, at_normed = x.data_ptr(), change.data_ptr(), normed.data_ptr()
         add_rms_norm(
             at_x, 0 if first else at_change, self._behind[0], self._norms[0], offset, at_normed, rows, hidden,
@@ -212,14 +223,18 @@ def fuse(
     model: Any, shape: BaseShape, cache: KeyValuePages, slots: int
 ) -> tuple[Fused, list[SiteTables], list[BottleneckTable]] | None:
     """See `Kernels.fuse`."""
-    if not may_be_fused(model, cache, packable):
+    if not may_be_fused(model, cache, _fit):
         return None
     config = model.config
     hidden, heads = config.hidden_size, config.num_attention_heads * cache.dim
+    parts = layers_to_fuse(model, shape, cpu, slots, torch.device("cpu"))
+    layers = [FusedLayer(each, cache) for each in parts]
     scratch = Scratch(
         hidden, heads + 2 * cache.kv_heads * cache.dim, heads, hidden,
-        2 * config.intermediate_size, config.intermediate_size,
+        2 * config.intermediate_size, config.intermediate_size, 2 * max(layer.sums for layer in layers),
     )  # fmt: skip
-    parts = layers_to_fuse(model, shape, cpu, slots, torch.device("cpu"))
-    fused = FusedModel(model, [FusedLayer(each, cache) for each in parts], scratch)
-    return fused, sites_of(parts), sublayers_of(parts)
+    return FusedModel(model, layers, scratch), sites_of(parts), sublayers_of(parts)
+
+
+def _fit(modules: Sequence[nn.Module]) -> bool:
+    return all(packable(module) for module in modules) and of_one_kind(modules)

@@ -4,19 +4,19 @@ Work is dealt by groups of 32 output rows (see `tile4bit`), so that a weight is 
 time.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from numba import carray, njit, types
 
-from onebase_engine.kernels.cpu.task import WHOLE, Arguments, array
-from onebase_engine.kernels.cpu.tile4bit import FEATURES, packed_tile
-from onebase_engine.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, u16_pointer
+from onebase_engine.kernels.cpu.task import WHOLE, Arguments, Compiled, array
+from onebase_engine.kernels.cpu.tile4bit import FEATURES, Form, packed_tile
+from onebase_engine.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, f32_pointer, u16_pointer
 
 PANEL = 256
 """Rows of x that pass by all weights before the next: they stay in the second-level cache meanwhile."""
 
-_one, _two, _three, _four, _eight = (packed_tile(rows) for rows in (1, 2, 3, 4, 8))
-
-MULTIPLY = Arguments(*[WHOLE] * 10, array(types.int32, 2), array(types.int64), array(types.int64))
+MULTIPLY = Arguments(*[WHOLE] * 13, array(types.int32, 2), array(types.int64), array(types.int64))
 """As `multiply` has them."""
 _read = MULTIPLY.read
 
@@ -27,66 +27,124 @@ def multiply_tasks(rows: int, n: int) -> int:
     return n // FEATURES * ((rows + PANEL - 1) // PANEL)
 
 
-@MULTIPLY.work
-def multiply_task(task: int, at: int) -> None:
-    """One task of `multiply`: a group of features for a panel of rows."""
-    x, y, rows, codes, n, k, weight, absmax, block, bias, tiles, starts, sizes = _read(at)
-    groups = n // FEATURES
-    panels = (rows + PANEL - 1) // PANEL
-    turns = (min(rows, PANEL) + 7) // 8
-    pieces = groups * turns // max(1, tiles.shape[0]) if panels == 1 else 0
-    blocks, pairs = k // block, block // 2
-    panel, group = task // groups, task % groups
-    w = weight + group * k * FEATURES // 2
-    s = absmax + 2 * group * FEATURES
-    row = panel * PANEL
-    last = min(rows, row + PANEL)
-    while row < last:
-        left = last - row
-        wanted, size = weight, 0
-        if pieces > 0:
-            turn = group * turns + row // 8
-            if turn < pieces * tiles.shape[0]:
-                slot = tiles[turn // pieces, 0]
-                size = sizes[slot] // pieces
-                wanted = starts[slot] + turn % pieces * size
-        a, c = x + 2 * row * k, y + 2 * (row * n + group * FEATURES)
-        if left >= 8:
-            _eight(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
-            row += 8
-        elif left >= 4:
-            _four(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
-            row += 4
-        elif left == 3:
-            _three(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
-            row += 3
-        elif left == 2:
-            _two(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
-            row += 2
-        else:
-            _one(c, n, a, k, w, s, n, blocks, pairs, codes, wanted, size)
-            row += 1
-    if bias != 0:
-        terms = carray(u16_pointer(bias + 2 * group * FEATURES), FEATURES, np.uint16)
-        for row in range(panel * PANEL, last):
-            part = carray(u16_pointer(y + 2 * (row * n + group * FEATURES)), FEATURES, np.uint16)
-            for i in range(FEATURES):
-                part[i] = bf16_from_f32(f32_from_bf16(part[i]) + f32_from_bf16(terms[i]))
+def _multiply_task(form: Form) -> Compiled:
+    """One task of `multiply` for weights of this form: a group of features for a panel of rows."""
+    one, two, three, four, eight = (packed_tile(rows, form=form) for rows in (1, 2, 3, 4, 8))
+    size_of_scale = form.size
+
+    def multiply_task(task: int, at: int) -> None:
+        x, y, rows, codes, n, k, weight, absmax, offsets, stride, sums, block, bias, tiles, starts, sizes = _read(
+            at
+        )
+        groups = n // FEATURES
+        panels = (rows + PANEL - 1) // PANEL
+        turns = (min(rows, PANEL) + 7) // 8
+        pieces = groups * turns // max(1, tiles.shape[0]) if panels == 1 else 0
+        blocks, pairs = k // block, block // 2
+        panel, group = task // groups, task % groups
+        w = weight + group * k * FEATURES // 2
+        s = absmax + size_of_scale * group * FEATURES
+        o = offsets + size_of_scale * group * FEATURES
+        row = panel * PANEL
+        last = min(rows, row + PANEL)
+        while row < last:
+            left = last - row
+            wanted, size = weight, 0
+            if pieces > 0:
+                turn = group * turns + row // 8
+                if turn < pieces * tiles.shape[0]:
+                    slot = tiles[turn // pieces, 0]
+                    size = sizes[slot] // pieces
+                    wanted = starts[slot] + turn % pieces * size
+            a, c = x + 2 * row * k, y + 2 * (row * n + group * FEATURES)
+            d = sums + 4 * row * blocks
+            if left >= 8:
+                eight(c, n, a, k, w, s, o, stride, d, blocks, pairs, codes, wanted, size)
+                row += 8
+            elif left >= 4:
+                four(c, n, a, k, w, s, o, stride, d, blocks, pairs, codes, wanted, size)
+                row += 4
+            elif left == 3:
+                three(c, n, a, k, w, s, o, stride, d, blocks, pairs, codes, wanted, size)
+                row += 3
+            elif left == 2:
+                two(c, n, a, k, w, s, o, stride, d, blocks, pairs, codes, wanted, size)
+                row += 2
+            else:
+                one(c, n, a, k, w, s, o, stride, d, blocks, pairs, codes, wanted, size)
+                row += 1
+        if bias != 0:
+            terms = carray(u16_pointer(bias + 2 * group * FEATURES), FEATURES, np.uint16)
+            for row in range(panel * PANEL, last):
+                part = carray(u16_pointer(y + 2 * (row * n + group * FEATURES)), FEATURES, np.uint16)
+                for i in range(FEATURES):
+                    part[i] = bf16_from_f32(f32_from_bf16(part[i]) + f32_from_bf16(terms[i]))
+
+    if form != Form():
+        multiply_task.__name__ += f"_{form.scales}" + ("_offsets" if form.offsets else "")
+    return MULTIPLY.work(multiply_task)
 
 
-_multiply = MULTIPLY.kernel(multiply_task)
+TASKS = {
+    form: _multiply_task(form)
+    for form in (
+        Form(),
+        Form("float16"),
+        Form("float16", offsets=True),
+        Form("float32"),
+        Form("float32", offsets=True),
+    )
+}
+"""The work for each form of a weight."""
+_kernels = {form: MULTIPLY.kernel(task) for form, task in TASKS.items()}
+
+SUM = Arguments(*[WHOLE] * 4)
+"""As `sum_blocks` has them, but for its rows."""
+_read_sum = SUM.read
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})  # type: ignore[untyped-decorator]
+def _sum(values: np.ndarray) -> np.float32:
+    """Of bfloat16 bits; in one order for one length."""
+    summed = np.float32(0.0)
+    for i in range(values.shape[0]):
+        summed += f32_from_bf16(values[i])
+    return summed
+
+
+@SUM.work
+def sum_row(row: int, at: int) -> None:
+    """One task of `sum_blocks`."""
+    x, k, block, sums = _read_sum(at)
+    blocks = k // block
+    values = carray(u16_pointer(x + 2 * row * k), k, np.uint16)
+    found = carray(f32_pointer(sums + 4 * row * blocks), blocks, np.float32)
+    for b in range(blocks):
+        found[b] = _sum(values[b * block : (b + 1) * block])
+
+
+_sum_blocks = SUM.kernel(sum_row, serial=4)
+
+
+def sum_blocks(x: int, k: int, block: int, sums: int, rows: int) -> None:
+    """`sums` [rows, k / block] float32 = the sum of each block of x [rows, k] bfloat16; contiguous addresses."""
+    _sum_blocks(rows, x, k, block, sums)
 
 
 def multiply(
-    x: int, y: int, rows: int, codes: int, n: int, k: int, weight: int, absmax: int, block: int, bias: int,
-    tiles: np.ndarray, starts: np.ndarray, sizes: np.ndarray,
+    x: int, y: int, rows: int, weight: Mapping[str, int], form: Form, sums: int, tiles: np.ndarray,
+    starts: np.ndarray, sizes: np.ndarray,
 ) -> None:  # fmt: skip
-    """y = x W^T + bias: addresses of contiguous bfloat16 x [rows, k] and y [rows, n]; the rest to `bias` are
-    `PackedLinear.description`.
+    """y = x W^T + bias: addresses of contiguous bfloat16 x [rows, k] and y [rows, n]; `weight` is a
+    `PackedLinear.description`, `sums` what `sum_blocks` makes of x, if it has offsets.
 
     Meanwhile the adapters' weights for these sites, which are needed next and for which memory would be too slow,
     are fetched: of each tile's slot `tiles[:, 0]` the `sizes` bytes at `starts`, cut in pieces, in the order in
     which threads will read them.
     """
+    n, k = weight["out_features"], weight["in_features"]
     tasks = n // FEATURES * ((rows + PANEL - 1) // PANEL)
-    _multiply(tasks, x, y, rows, codes, n, k, weight, absmax, block, bias, tiles, starts, sizes)
+    _kernels[form](
+        tasks, x, y, rows, weight["codes"], n, k, weight["weight"], weight["absmax"], weight["offsets"],
+        weight["scale_stride"], sums, weight["block"], weight["bias"], tiles, starts, sizes,
+    )  # fmt: skip

@@ -5,18 +5,21 @@ concatenated: exact. bitsandbytes itself multiplies packed weights with AVX-512 
 registered with it.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from onebase_engine.kernels.bitsandbytes_import import Linear4bit, QuantState, has_avx512bf16
-from onebase_engine.kernels.cpu.matmul4bit import multiply
+from onebase_engine.kernels.coded_linear import CodedLinear, CodedWeight
+from onebase_engine.kernels.cpu.matmul4bit import multiply, sum_blocks
 from onebase_engine.kernels.cpu.quantize4bit import pack
 from onebase_engine.kernels.cpu.target import PLAIN, TARGET
-from onebase_engine.kernels.cpu.tile4bit import FEATURES, UNROLL
+from onebase_engine.kernels.cpu.tile4bit import FEATURES, UNROLL, Form
 from onebase_engine.kernels.lean_imports import without_compiler
 
 _NO_TILES = np.empty((0, 1), np.int32)
@@ -24,12 +27,33 @@ _NOTHING = np.empty(0, np.int64)
 
 
 def packable(module: nn.Module) -> bool:
-    """Whether this machine and this weight can use the packed product."""
-    return (
-        isinstance(module, Linear4bit)
-        and fits_packed(module.in_features, module.out_features, module.weight.quant_state.blocksize)
-        and module.weight.device.type == "cpu"
-    )
+    """Whether this machine and this weight can use the packed product, on inputs in their order."""
+    if isinstance(module, CodedLinear) and module.coded.order is not None:
+        return False
+    return _has_product(module)
+
+
+def pack_at_first_use(module: nn.Module) -> None:
+    """Let a weight be packed at its first use where it can be: bitsandbytes would try with any size on a CPU that
+    it has a product for, and on no other."""
+    if isinstance(module, Linear4bit):
+        module.support_avx512bf16_for_cpu = _has_product(module)
+    elif isinstance(module, CodedLinear) and _has_product(module):
+        module.pack = _pack_alone
+
+
+def _pack_alone(module: CodedLinear) -> None:
+    PackedLinear([module])
+
+
+def _has_product(module: nn.Module) -> bool:
+    if isinstance(module, CodedLinear):
+        block = module.coded.block
+    elif isinstance(module, Linear4bit):
+        block = module.weight.quant_state.blocksize
+    else:
+        return False
+    return module.weight.device.type == "cpu" and fits_packed(module.in_features, module.out_features, block)
 
 
 def fits_packed(in_features: int, out_features: int, blocksize: int = 64) -> bool:
@@ -43,6 +67,47 @@ def _table(code: torch.Tensor) -> torch.Tensor:
     return code.bfloat16().repeat(2)
 
 
+_NAMES: Mapping[torch.dtype, Literal["bfloat16", "float16", "float32"]] = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+}
+
+
+def _in_tiles(codes: torch.Tensor, rows: int, half: int) -> torch.Tensor:
+    packed = torch.empty(rows, half, dtype=torch.uint8)
+    pack(codes.reshape(-1).numpy(), packed.view(-1).numpy(), half)
+    return packed
+
+
+def _coded(module: Any) -> CodedWeight:
+    """The module's weight, in tiles."""
+    if isinstance(module, CodedLinear):
+        weight = module.coded
+        return (
+            weight
+            if weight.in_tiles
+            else replace(weight, codes=_in_tiles(weight.codes, *weight.codes.shape), in_tiles=True)
+        )
+    state = module.weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        module.weight.data = _packed(module.weight.data, state)
+    return CodedWeight(module.weight.data, state.code, state.absmax, in_tiles=True)
+
+
+def of_one_kind(modules: Sequence[nn.Module]) -> bool:
+    """Whether these modules, all packable, can be one product."""
+    return len({_kind(module) for module in modules}) == 1
+
+
+def _kind(module: Any) -> tuple[object, ...]:
+    if isinstance(module, CodedLinear):
+        weight = module.coded
+        return (weight.scales.dtype, weight.offsets is None, weight.block, *weight.values.tolist())
+    state = module.weight.quant_state
+    return (state.quant_type, state.blocksize)
+
+
 def _packed(weight: torch.Tensor, state: QuantState) -> torch.Tensor:
     """A 4-bit weight in bitsandbytes' packed layout, and `state` changed to say so: to the bit what bitsandbytes
     does itself, which takes seconds for a small model."""
@@ -51,8 +116,7 @@ def _packed(weight: torch.Tensor, state: QuantState) -> torch.Tensor:
         weight = weight.view(torch.uint8)
     state.original_dtype, state.original_nested, state.original_qshape = state.dtype, state.nested, weight.shape
     rows, columns = state.shape
-    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
-    pack(weight.reshape(-1).numpy(), packed.view(-1).numpy(), columns // 2)
+    packed = _in_tiles(weight, rows, columns // 2)
     absmax = state.absmax
     if state.nested:
         # As bitsandbytes does it, but without a thread for each block.
@@ -68,26 +132,40 @@ def _packed(weight: torch.Tensor, state: QuantState) -> torch.Tensor:
 
 
 class PackedLinear:
-    """One or more Linear4bit modules with the same input as a single packed weight. The modules keep views of
-    its rows, so that the memory is there once."""
+    """One or more modules with the same input as a single packed weight. The modules keep views of its rows, so
+    that the memory is there once."""
 
     def __init__(self, modules: Sequence[Any]) -> None:
-        for module in modules:
-            state = module.weight.quant_state
-            if not getattr(state, "packing_format_for_cpu", False):
-                module.weight.data = _packed(module.weight.data, state)
-        states = [module.weight.quant_state for module in modules]
-        self.weight = torch.cat([module.weight.data for module in modules])
-        self._absmax = torch.cat([state.absmax for state in states], dim=1).contiguous()
-        self._codes = _table(states[0].code)
+        weights = [_coded(module) for module in modules]
+        first = weights[0]
+        self.weight = torch.cat([weight.codes for weight in weights])
+        self._scales = torch.cat([weight.scales for weight in weights], dim=1).contiguous()
+        offsets = [weight.offsets for weight in weights if weight.offsets is not None]
+        self._offsets = torch.cat(offsets, dim=1).contiguous() if offsets else None
+        self._codes = _table(first.values)
+        self._block = first.block
+        self.form = Form(_NAMES[self._scales.dtype], self._offsets is not None)
         self.in_features = modules[0].in_features
         self.out_features = sum(module.out_features for module in modules)
-        self._blocksize = states[0].blocksize
         self._bias = self._join_biases(modules)
         row = 0
-        for module in modules:
-            module.weight.data = self.weight[row : row + module.out_features]
+        for module, weight in zip(modules, weights, strict=True):
+            part = self._rows(row, row + module.out_features)
+            if isinstance(module, CodedLinear):
+                held = replace(weight, codes=part.weight, scales=part._scales, offsets=part._offsets)
+                module.put(held, part.product)
+            else:
+                module.weight.data = part.weight
             row += module.out_features
+
+    def _rows(self, first: int, last: int) -> "PackedLinear":
+        """Some of its output features, in the same memory."""
+        part = copy.copy(self)
+        part.weight, part._scales = self.weight[first:last], self._scales[:, first:last]
+        part._offsets = None if self._offsets is None else self._offsets[:, first:last]
+        part._bias = None if self._bias is None else self._bias[first:last]
+        part.out_features = last - first
+        return part
 
     @staticmethod
     def _join_biases(modules: Sequence[Any]) -> torch.Tensor | None:
@@ -98,24 +176,40 @@ class PackedLinear:
 
     @property
     def description(self) -> dict[str, int]:
-        """As `multiply` has it: addresses of the codes' values, weight, scales and bias (0 for none), and sizes."""
+        """As `multiply` has it: addresses of the codes' values, weight, scales, offsets and bias (0 for none), and
+        sizes."""
         return {
             "codes": self._codes.data_ptr(),
             "out_features": self.out_features,
             "in_features": self.in_features,
             "weight": self.weight.data_ptr(),
-            "absmax": self._absmax.data_ptr(),
-            "block": self._blocksize,
+            "absmax": self._scales.data_ptr(),
+            "offsets": 0 if self._offsets is None else self._offsets.data_ptr(),
+            "scale_stride": self._scales.stride(0),
+            "block": self._block,
             "bias": 0 if self._bias is None else self._bias.data_ptr(),
         }
 
+    @property
+    def sums(self) -> int:
+        """Sums of blocks of inputs that the product takes for a row; 0 without offsets."""
+        return 0 if self._offsets is None else self.in_features // self._block
+
     def __call__(self, x: int, out: int, rows: int) -> None:
         """out = x W^T + bias; addresses of contiguous bfloat16 [rows, in_features] and [rows, out_features]."""
-        multiply(
-            x, out, rows, self._codes.data_ptr(), self.out_features, self.in_features, self.weight.data_ptr(),
-            self._absmax.data_ptr(), self._blocksize, 0 if self._bias is None else self._bias.data_ptr(), _NO_TILES,
-            _NOTHING, _NOTHING,
-        )  # fmt: skip
+        sums = 0
+        if self.sums:
+            held = torch.empty(rows * self.sums, dtype=torch.float32)
+            sums = held.data_ptr()
+            sum_blocks(x, self.in_features, self._block, sums, rows)
+        multiply(x, out, rows, self.description, self.form, sums, _NO_TILES, _NOTHING, _NOTHING)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] of any dtype W^T + bias, in that dtype."""
+        rows = x.to(torch.bfloat16).reshape(-1, self.in_features).contiguous()
+        made = torch.empty(len(rows), self.out_features, dtype=torch.bfloat16)
+        self(rows.data_ptr(), made.data_ptr(), len(rows))
+        return made.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 def multiply_packed(
@@ -131,10 +225,11 @@ def multiply_packed(
     n, k = shape
     y = torch.empty(len(rows), n, dtype=torch.bfloat16)
     codes = _table(code)
-    multiply(
-        rows.data_ptr(), y.data_ptr(), len(rows), codes.data_ptr(), n, k, packed.data_ptr(), absmax.data_ptr(),
-        block, 0, _NO_TILES, _NOTHING, _NOTHING,
-    )  # fmt: skip
+    weight = {
+        "codes": codes.data_ptr(), "out_features": n, "in_features": k, "weight": packed.data_ptr(),
+        "absmax": absmax.data_ptr(), "offsets": 0, "scale_stride": n, "block": block, "bias": 0,
+    }  # fmt: skip
+    multiply(rows.data_ptr(), y.data_ptr(), len(rows), weight, Form(), 0, _NO_TILES, _NOTHING, _NOTHING)
     return y.view(*x.shape[:-1], n).to(x.dtype)
 
 

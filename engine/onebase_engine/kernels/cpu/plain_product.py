@@ -14,7 +14,7 @@ from onebase_engine.kernels.cpu.task import WHOLE, Arguments, array
 from onebase_engine.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, u16_pointer
 
 _FEATURES = 32
-"""Of the output, that a task makes."""
+"""Output features that a task makes."""
 
 
 PRODUCT = Arguments(array(types.float32, 2), WHOLE, array(types.float32), WHOLE)

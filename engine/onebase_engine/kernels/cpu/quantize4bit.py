@@ -8,7 +8,7 @@ from onebase_engine.kernels.cpu.tile4bit import FEATURES
 from onebase_engine.kernels.cpu.vector import f32_from_bf16, f32_pointer, larger, u16_pointer
 
 _BLOCKS = 256
-"""Of one scale each, that are one task."""
+"""Blocks in one task; each has one scale."""
 
 QUANTIZE = Arguments(
     WHOLE, WHOLE, FLAG, WHOLE, array(types.float32), array(types.uint8), array(types.uint8), array(types.float32)
@@ -21,7 +21,7 @@ _read, _read_pack = QUANTIZE.read, PACK.read
 
 @njit(nogil=True, error_model="numpy", fastmath=True)  # type: ignore[untyped-decorator]
 def _largest(values: np.ndarray) -> np.float32:
-    """Of the absolute values; the same in any order."""
+    """The largest absolute value; the same in any order."""
     highest = np.float32(0.0)
     for i in range(values.shape[0]):
         highest = larger(highest, abs(values[i]))

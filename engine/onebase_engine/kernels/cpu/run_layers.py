@@ -11,7 +11,7 @@ from numba import carray, njit, types
 from onebase_engine.kernels.cpu.attention import ATTEND, attend_item
 from onebase_engine.kernels.cpu.elementwise import GATE, NORM, ROPE, gate_row, norm_row, rope_row
 from onebase_engine.kernels.cpu.lowrank import UPDATE, update_tile
-from onebase_engine.kernels.cpu.matmul4bit import MULTIPLY, multiply_task, multiply_tasks
+from onebase_engine.kernels.cpu.matmul4bit import MULTIPLY, SUM, multiply_tasks, sum_row
 from onebase_engine.kernels.cpu.sharing import STAGE, share
 from onebase_engine.kernels.cpu.task import FLAG, NUMBER, WHOLE, Arguments, array
 from onebase_engine.kernels.cpu.vector import f32_pointer, i64_pointer
@@ -20,7 +20,8 @@ PROJECTION = np.dtype(
     [
         (name, np.int64)
         for name in (
-            *("codes", "out_features", "in_features", "weight", "absmax", "block", "bias"),
+            *("codes", "out_features", "in_features", "weight", "absmax", "offsets", "scale_stride"),
+            *("block", "bias", "product"),
             *("sites", "slots", "columns", "a", "b", "ranks", "scales", "spans"),
         )
     ]
@@ -49,14 +50,15 @@ _BEHIND_LAST, _BEHIND_ATTENTION = _places(LAYER, "behind_last", "behind_attentio
 _KEYS, _VALUES, _WINDOW, _COS, _SIN = _places(LAYER, "keys", "values", "window", "cos", "sin")
 _QKV, _O, _GATE_UP, _DOWN = _places(LAYER, "qkv", "o", "gate_up", "down")
 _CODES, _OUT, _IN, _WEIGHT = _places(PROJECTION, "codes", "out_features", "in_features", "weight")
-_ABSMAX, _BLOCK, _BIAS, _SITES = _places(PROJECTION, "absmax", "block", "bias", "sites")
+_ABSMAX, _OFFSETS, _BLOCK, _BIAS = _places(PROJECTION, "absmax", "offsets", "block", "bias")
+_STRIDE, _PRODUCT, _SITES = _places(PROJECTION, "scale_stride", "product", "sites")
 _SLOTS, _COLUMNS, _A, _B = _places(PROJECTION, "slots", "columns", "a", "b")
 _RANKS, _SCALES, _SPANS = _places(PROJECTION, "ranks", "scales", "spans")
-_STAGES = 13
-"""A layer's stages: four projections with two each; two norms, rotation, attention and gate."""
+_STAGES = 17
+"""A layer's stages: four projections with three each; two norms, rotation, attention and gate."""
 
 _write_norm, _write_rope, _write_attention, _write_gate = NORM.write, ROPE.write, ATTEND.write, GATE.write
-_write_product, _write_update = MULTIPLY.write, UPDATE.write
+_write_sums, _write_product, _write_update = SUM.write, MULTIPLY.write, UPDATE.write
 
 LAYERS = Arguments(
     array(types.int64), WHOLE, array(types.int64), array(types.int64, 2), *[WHOLE] * 4, NUMBER, *[WHOLE] * 3,
@@ -69,18 +71,20 @@ _read = LAYERS.read
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _project(
-    stage: int, threads: int, multiply: int, update: int, x: int, y: int, rows: int, numbers: np.ndarray,
+    stage: int, threads: int, add_up: int, update: int, x: int, y: int, sums: int, rows: int, numbers: np.ndarray,
     tiles: np.ndarray,
 ) -> None:  # fmt: skip
-    """A projection of x [rows, in] to y [rows, out], with the updates of each row's slot: two stages."""
+    """A projection of x [rows, in] to y [rows, out], with the updates of each row's slot: three stages."""
     n, k, sites, slots = numbers[_OUT], numbers[_IN], numbers[_SITES], numbers[_SLOTS]
     a = carray(i64_pointer(numbers[_A]), (slots,), np.int64)
     spans = carray(i64_pointer(numbers[_SPANS]), (slots,), np.int64)
+    if numbers[_OFFSETS] != 0:
+        share(stage, threads, rows, add_up, _write_sums((x, k, numbers[_BLOCK], sums)))
     product = _write_product((
-        x, y, rows, numbers[_CODES], n, k, numbers[_WEIGHT], numbers[_ABSMAX], numbers[_BLOCK], numbers[_BIAS],
-        tiles, a, spans,
+        x, y, rows, numbers[_CODES], n, k, numbers[_WEIGHT], numbers[_ABSMAX], numbers[_OFFSETS], numbers[_STRIDE],
+        sums, numbers[_BLOCK], numbers[_BIAS], tiles, a, spans,
     ))  # fmt: skip
-    share(stage, threads, multiply_tasks(rows, n), multiply, product)
+    share(stage + STAGE, threads, multiply_tasks(rows, n), numbers[_PRODUCT], product)
     if tiles.shape[0] == 0:
         return
     columns = carray(i64_pointer(numbers[_COLUMNS]), (sites + 1,), np.int64)
@@ -88,7 +92,7 @@ def _project(
     ranks = carray(i64_pointer(numbers[_RANKS]), (sites, slots), np.int64)
     scales = carray(f32_pointer(numbers[_SCALES]), (sites, slots), np.float32)
     change = _write_update((x, k, y, n, k, columns, tiles, a, b, ranks, scales))
-    share(stage + STAGE, threads, tiles.shape[0], update, change)
+    share(stage + 2 * STAGE, threads, tiles.shape[0], update, change)
 
 
 @LAYERS.work
@@ -98,8 +102,8 @@ def _run(_: int, at: int) -> None:
         works, threads, counts, layers, x, rows, hidden, intermediate, eps, heads, kv_heads, dim, scale,
         unit_offset, gelu, buffers, tiles, slots, items, positions, visible, tables,
     ) = _read(at)  # fmt: skip
-    normalise, rotate, attend, gate, multiply, update = works
-    normed, qkv, attended, change, gate_up, activated = buffers
+    normalise, rotate, attend, gate, add_up, update = works
+    normed, qkv, attended, change, gate_up, activated, sums = buffers
     width = (heads + 2 * kv_heads) * dim
     stages = (counts.ctypes.data + STAGE - 1) // STAGE * STAGE
     for index in range(layers.shape[0]):
@@ -108,25 +112,25 @@ def _run(_: int, at: int) -> None:
         added, k_cache, v_cache = 0 if index == 0 else change, layer[_KEYS], layer[_VALUES]
         norm = _write_norm((x, added, layer[_BEHIND_LAST], layer[_FIRST_NORM], unit_offset, normed, hidden, eps))
         share(s, threads, rows, normalise, norm)
-        _project(s + STAGE, threads, multiply, update, normed, qkv, rows, layer[_QKV:], tiles)
+        _project(s + STAGE, threads, add_up, update, normed, qkv, sums, rows, layer[_QKV:], tiles)
         rope = _write_rope((
             qkv, layer[_Q_NORM], layer[_K_NORM], unit_offset, eps, layer[_COS], layer[_SIN], k_cache, v_cache,
             heads, kv_heads, dim, slots, positions,
         ))  # fmt: skip
-        share(s + 3 * STAGE, threads, rows, rotate, rope)
+        share(s + 4 * STAGE, threads, rows, rotate, rope)
         attention = _write_attention((
             qkv, width, attended, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim, scale,
             layer[_WINDOW], items, positions, visible, tables,
         ))  # fmt: skip
-        share(s + 4 * STAGE, threads, items.shape[0], attend, attention)
-        _project(s + 5 * STAGE, threads, multiply, update, attended, change, rows, layer[_O:], tiles)
+        share(s + 5 * STAGE, threads, items.shape[0], attend, attention)
+        _project(s + 6 * STAGE, threads, add_up, update, attended, change, sums, rows, layer[_O:], tiles)
         norm = _write_norm((
             x, change, layer[_BEHIND_ATTENTION], layer[_SECOND_NORM], unit_offset, normed, hidden, eps
         ))  # fmt: skip
-        share(s + 7 * STAGE, threads, rows, normalise, norm)
-        _project(s + 8 * STAGE, threads, multiply, update, normed, gate_up, rows, layer[_GATE_UP:], tiles)
-        share(s + 10 * STAGE, threads, rows, gate, _write_gate((gate_up, gelu, activated, intermediate)))
-        _project(s + 11 * STAGE, threads, multiply, update, activated, change, rows, layer[_DOWN:], tiles)
+        share(s + 9 * STAGE, threads, rows, normalise, norm)
+        _project(s + 10 * STAGE, threads, add_up, update, normed, gate_up, sums, rows, layer[_GATE_UP:], tiles)
+        share(s + 13 * STAGE, threads, rows, gate, _write_gate((gate_up, gelu, activated, intermediate)))
+        _project(s + 14 * STAGE, threads, add_up, update, activated, change, sums, rows, layer[_DOWN:], tiles)
 
 
 _run_all = LAYERS.kernel(_run)
@@ -140,10 +144,10 @@ def run_layers(
     """x [rows, hidden] through all layers by so many threads, but for the last one's MLP output, which is left in
     the buffer `change`. `unit_offset` as in `add_rms_norm`, `gelu` as in `gate_mul`.
 
-    `layers` [layers] of LAYER; `buffers` [6] int64, addresses of normed, qkv, attended,
-    change, gate_up and activated; the rest as in `rope_attend`.
+    `layers` [layers] of LAYER; `buffers` [7] int64, addresses of normed, qkv, attended,
+    change, gate_up and activated, and of the sums of `sum_blocks`; the rest as in `rope_attend`.
     """
-    works = [work.address for work in (norm_row, rope_row, attend_item, gate_row, multiply_task, update_tile)]
+    works = [work.address for work in (norm_row, rope_row, attend_item, gate_row, sum_row, update_tile)]
     counts = np.zeros(len(layers) * _STAGES * STAGE // 8 + 8, np.int64)
     rows_of_numbers = layers.view(np.int64).reshape(len(layers), -1)
     _run_all(

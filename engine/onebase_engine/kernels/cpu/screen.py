@@ -27,7 +27,7 @@ difference of two errors would have to be 8.5 of its own standard deviations."""
 
 
 _ROWS = 4096
-"""Of the head, that are held in float32 at a time while their errors are taken."""
+"""Rows of the head held in float32 at a time while their errors are taken."""
 
 
 class Screen:
@@ -76,7 +76,7 @@ FEW = 1024
 """Tokens that are scored one by one. Of a row whose model is less sure than that, all are: in order, that is
 quicker."""
 _PARTS = 64
-"""Of the vocabulary, that threads share then."""
+"""Parts of the vocabulary that threads share then."""
 UNSURE = -2
 """In place of such a row's token."""
 

@@ -58,7 +58,7 @@ class Compiled:
 
     @cached_property
     def address(self) -> int:
-        """Of its code."""
+        """The address of its code."""
         made = self.call.overloads[self._kinds]
         address: int = made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
         return address

@@ -1,5 +1,9 @@
 """A tile of a product with packed 4-bit weights, emitted as LLVM vectors.
 
+A weight is the value of its code, times its block's scale, plus its block's offset if there are any: NF4, FP4, AWQ,
+GPTQ and GGUF's kinds differ in the 16 values, the size of a block, and the `Form` of scales and offsets. Offsets
+cost next to nothing: a block's inputs are summed once for all features.
+
 bitsandbytes packs 32 output features together: for each pair of inputs there are 32 bytes, whose low halves are the
 codes of the first 16 features (both inputs of one, then of the next), whose high halves are those of the other 16.
 With AVX-512, a byte widened to 16 bits is an index into a table of 32 entries, since the permutation reads five
@@ -11,7 +15,7 @@ of any size. With AVX-512 BF16 it is the order of bitsandbytes' own product: the
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -21,6 +25,22 @@ from numba.extending import intrinsic
 from onebase_engine.kernels.cpu.pairs import SUMS, add_products, declare, factors, narrowed, parts, place, spread
 from onebase_engine.kernels.cpu.target import TARGET, Target
 from onebase_engine.kernels.cpu.vector import I8, I16, I32, I64
+
+
+class Form(NamedTuple):
+    """How a weight's scales, and offsets if it has any, lie in memory."""
+
+    scales: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of offsets too."""
+    offsets: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of a scale."""
+        return 4 if self.scales == "float32" else 2
+
+
+_PLAIN_FORM = Form()
 
 FEATURES = 32
 """Output features that are packed together, and a tile's columns."""
@@ -39,7 +59,7 @@ _INTERLEAVED = [
     for at in range(lane + part, lane + part + 8)
     for which in (0, 32)
 ]
-"""Of 32 lower and 32 upper bytes, within 16 and 16 as processors interleave them."""
+"""Places of 32 lower and 32 upper bytes, within 16 and 16 as processors interleave them."""
 _QUARTERS = [4 * quarter + at for quarter in (0, 2, 1, 3) for at in range(4)]
 
 
@@ -95,17 +115,31 @@ def _sorted(builder: Any, values: Any, target: Target) -> Any:
     return values if target.words else _picked(builder, values, _QUARTERS)
 
 
-def packed_tile(rows: int, target: Target = TARGET) -> Callable[..., None]:
-    """Make `tile(y, y_stride, x, x_stride, weight, scales, scale_stride, blocks, pairs, codes, wanted, size)`.
+def _wide(builder: Any, base: Any, offset: Any, form: Form) -> Any:
+    """[16] scales at an address, as float32."""
+    if form.scales == "float32":
+        return builder.load(place(builder, base, offset, SUMS), align=4)
+    if form.scales == "float16":
+        halves = ir.VectorType(ir.HalfType(), 16)
+        return builder.fpext(builder.load(place(builder, base, offset, halves), align=2), SUMS)
+    bits = builder.load(place(builder, base, offset, ir.VectorType(I16, 16)), align=2)
+    return builder.bitcast(builder.shl(builder.zext(bits, _LONGS), ir.Constant(_LONGS, [16] * 16)), SUMS)
+
+
+def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) -> Callable[..., None]:
+    """Make `tile(y, y_stride, x, x_stride, weight, scales, offsets, scale_stride, sums, blocks, pairs, codes,
+    wanted, size)`.
 
     y = x W^T; all int64. Addresses: x [rows, in] and y [rows, 32] bfloat16 with strides in elements; `weight` [in /
-    2, 32] bytes as above; `scales` [blocks, 32] bfloat16 with its stride, one for each feature and block of 2 *
-    `pairs` inputs (`pairs` a multiple of `UNROLL`); `codes` [32] bfloat16, the 16 values twice. On the way the
-    `size` bytes at `wanted` are brought into the cache, a line with each pair: multiplying leaves memory idle.
+    2, 32] bytes as above; `scales` and `offsets` [blocks, 32] with their stride, as `form` has them, one for each
+    feature and block of 2 * `pairs` inputs (`pairs` a multiple of `UNROLL`); `sums` [rows, blocks] float32, each
+    block's sum of inputs, for offsets; `codes` [32] bfloat16, the 16 values twice. On the way the `size` bytes at
+    `wanted` are brought into the cache, a line with each pair: multiplying leaves memory idle.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        y, y_stride, x, x_stride, weight, scales, scale_stride, blocks, pairs, codes, wanted, size = args
+        y, y_stride, x, x_stride, weight, scales, offsets, scale_stride, x_sums, blocks, pairs = args[:11]
+        codes, wanted, size = args[11:]
 
         def times(value: Any, factor: int) -> Any:
             return builder.mul(value, ir.Constant(I64, factor))
@@ -154,14 +188,20 @@ def packed_tile(rows: int, target: Target = TARGET) -> Callable[..., None]:
                         pair = builder.add(builder.add(first, step), ir.Constant(I64, k))
                         multiply(pair, new_line=k % 2 == 0)
                 for half in halves:
-                    offset = builder.add(times(builder.mul(block, scale_stride), 2), ir.Constant(I64, 32 * half))
-                    bits = builder.load(place(builder, scales, offset, ir.VectorType(I16, 16)), align=2)
-                    wide = builder.shl(builder.zext(bits, _LONGS), ir.Constant(_LONGS, [16] * 16))
-                    scale = _sorted(builder, builder.bitcast(wide, SUMS), target)
+                    first = builder.add(builder.mul(block, scale_stride), ir.Constant(I64, 16 * half))
+                    at = times(first, form.size)
+                    scale = _sorted(builder, _wide(builder, scales, at, form), target)
+                    if form.offsets:
+                        offset = _sorted(builder, _wide(builder, offsets, at, form), target)
                     for row in some_rows:
-                        total = totals[row, half]
-                        inputs = [builder.load(sums[row, half]), scale, builder.load(total)]
-                        builder.store(builder.call(fma, inputs), total)
+                        total = builder.load(totals[row, half])
+                        total = builder.call(fma, [builder.load(sums[row, half]), scale, total])
+                        if form.offsets:
+                            number = builder.add(builder.mul(blocks, ir.Constant(I64, row)), block)
+                            bits = builder.load(place(builder, x_sums, times(number, 4), I32), align=4)
+                            summed = builder.bitcast(spread(builder, bits), SUMS)
+                            total = builder.call(fma, [summed, offset, total])
+                        builder.store(total, totals[row, half])
 
             for row, half in cells:
                 result = narrowed(builder, _sorted(builder, builder.load(totals[row, half]), target), target)
@@ -176,10 +216,10 @@ def packed_tile(rows: int, target: Target = TARGET) -> Callable[..., None]:
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
-        typingctx: Any, y: Any, y_stride: Any, x: Any, x_stride: Any, weight: Any, scales: Any, scale_stride: Any,
-        blocks: Any, pairs: Any, codes: Any, wanted: Any, size: Any,
+        typingctx: Any, y: Any, y_stride: Any, x: Any, x_stride: Any, weight: Any, scales: Any, offsets: Any,
+        scale_stride: Any, sums: Any, blocks: Any, pairs: Any, codes: Any, wanted: Any, size: Any,
     ) -> Any:  # fmt: skip
-        return types.void(*([types.int64] * 12)), codegen
+        return types.void(*([types.int64] * 14)), codegen
 
     made: Callable[..., None] = tile
     return made

@@ -165,6 +165,9 @@ def fuse(
     return fused, sites_of(parts), sublayers_of(parts)
 
 
-def _fits(module: nn.Module) -> bool:
-    """Whether a linear module's product is known here; those of a model are all of one kind."""
-    return multiplies(module) or (type(module) is nn.Linear and module.weight.dtype == torch.bfloat16)
+def _fits(modules: Sequence[nn.Module]) -> bool:
+    """Whether linear modules' product is known here; those of a model are all of one kind."""
+    return all(
+        multiplies(module) or (type(module) is nn.Linear and module.weight.dtype == torch.bfloat16)
+        for module in modules
+    )

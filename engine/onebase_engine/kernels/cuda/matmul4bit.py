@@ -28,7 +28,7 @@ each feature in one step, and its warps."""
 _STEP = 4
 """Blocks of which splits are made: more than a step's."""
 _PROGRAMS = 768
-"""Of 64 features each, at least, where the input is long enough to be split: what a large GPU runs at a time."""
+"""Programs that a large GPU runs at a time, each of 64 features or more where the input is long enough."""
 _COLUMNS = 1024
 
 

@@ -1,4 +1,4 @@
-"""What the kernels' products take their operands as."""
+"""The form in which the kernels' products take their operands."""
 
 import triton
 import triton.language as tl

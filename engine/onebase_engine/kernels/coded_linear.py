@@ -1,0 +1,106 @@
+"""A linear layer whose weight is 4-bit codes as a checkpoint holds them, never rounded a second time.
+
+Invariant: a weight is `values[code] * scale + offset`, with a scale, and an offset where there are any, for each
+block of inputs: GPTQ, AWQ, compressed-tensors and GGUF's 4-bit kinds are all of this form. `PackedLinear`
+multiplies by it as it is; everything else asks for `expanded` values.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from onebase_engine.kernels.bitsandbytes_import import Linear4bit
+
+TILE = 32
+"""Output features that are packed together, as bitsandbytes packs them on CPUs (see `cpu.tile4bit`)."""
+
+
+@dataclass(frozen=True)
+class CodedWeight:
+    """A weight [out, in]."""
+
+    codes: torch.Tensor
+    """[out, in / 2] uint8, the first of two in the high half; or in tiles."""
+    values: torch.Tensor
+    """[16] float32, the value of each code; bfloat16 holds it."""
+    scales: torch.Tensor
+    """[in / block, out] float16 or float32."""
+    offsets: torch.Tensor | None = None
+    """[in / block, out], of the scales' dtype."""
+    order: torch.Tensor | None = None
+    """[in] int64: the input that each column of codes is for, where they are not in their order."""
+    in_tiles: bool = False
+    """Whether the codes are packed, `TILE` rows together."""
+
+    @property
+    def block(self) -> int:
+        """Inputs of one scale."""
+        return 2 * self.codes.shape[1] // self.scales.shape[0]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        parts = (self.codes, self.scales, self.offsets, self.order)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+    def to(self, device: torch.device) -> "CodedWeight":
+        """The same on a device."""
+        parts = {name: getattr(self, name) for name in ("codes", "values", "scales", "offsets", "order")}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
+
+    def expanded(self) -> torch.Tensor:
+        """[out, in] float32, exactly."""
+        codes = self._indices()
+        dense = self.values[codes].view(len(codes), -1, self.block) * self.scales.T.float()[..., None]
+        if self.offsets is not None:
+            dense += self.offsets.T.float()[..., None]
+        dense = dense.view(len(codes), -1)
+        if self.order is None:
+            return dense
+        ordered = torch.empty_like(dense)
+        ordered[:, self.order] = dense
+        return ordered
+
+    def _indices(self) -> torch.Tensor:
+        """[out, in] int32."""
+        out, half = self.codes.shape
+        if not self.in_tiles:
+            return torch.stack([self.codes >> 4, self.codes & 15], -1).view(out, -1).int()
+        tiles = self.codes.reshape(-1, half, TILE // 2, 2)
+        halves = torch.stack([tiles & 15, tiles >> 4], 1)  # [tiles, 2, half, 16, 2]
+        return halves.permute(0, 1, 3, 2, 4).reshape(out, -1).int()
+
+
+class CodedLinear(nn.Linear):
+    """x [..., in] -> x W^T + bias. Its parameter `weight` is the codes."""
+
+    def __init__(self, coded: CodedWeight, bias: torch.Tensor | None) -> None:
+        out_features, half = coded.codes.shape
+        super().__init__(2 * half, out_features, bias=False, device="meta")
+        self.weight = nn.Parameter(coded.codes, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self.coded = coded
+        self.pack: Callable[[CodedLinear], None] | None = None
+        """Packs it at its first use, where there is a product for it."""
+        self.product: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """Its product, once it is packed: x [..., in], in the order of its codes, to [..., out]."""
+
+    def put(self, coded: CodedWeight, product: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """The same weight, packed."""
+        self.coded, self.product = coded, product
+        self.weight.data = coded.codes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.product is None and self.pack is not None:
+            self.pack(self)
+        if self.product is None:
+            return nn.functional.linear(x, self.coded.expanded().to(x.dtype), self.bias)
+        return self.product(x if self.coded.order is None else x[..., self.coded.order])
+
+
+def is_coded(module: nn.Module) -> bool:
+    """Whether its weight is 4-bit codes, of any kind."""
+    return isinstance(module, Linear4bit | CodedLinear)
