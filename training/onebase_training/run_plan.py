@@ -68,7 +68,7 @@ class RunPlan:
         sizes |= {"held_out_examples": len(self.held_out)}
         sizes |= {"near_duplicates": sum(map(len, self.found.duplicates)), "leaks": len(self.found.leaks)}
         return {
-            "base": {**base, "quantization": self.method.quantization},
+            "base": {**base, "quantization": self.base.held if self.base.coded else self.method.quantization},
             "method": self.config.method,
             "data": {**self.digests, **sizes},
             "settings": self.config.settings(),

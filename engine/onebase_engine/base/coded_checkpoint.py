@@ -103,9 +103,8 @@ def load_coded(folder: Path, layout: Layout, make: Callable[[], Any], device: to
     model.tie_weights()
     lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if lacking:
-        raise BaseModelError(
-            f"{folder} has no weights for {', '.join(lacking[:3])}: {len(lacking)} lack.", field="model"
-        )
+        names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise BaseModelError(f"{folder} has no weights for {names} ({len(lacking)} in all).", field="model")
     return model.to(device)
 
 

@@ -32,10 +32,12 @@ with without_compiler():
         AutoModelForSeq2SeqLM,
         AutoTokenizer,
         BitsAndBytesConfig,
+        GenerationConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
     from transformers import masking_utils as masking_utils  # asks for the compiler
+    from transformers.utils import GENERATION_CONFIG_NAME
     from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class LoadedBase:
     device: torch.device
     held: str = "bfloat16"
     """How its linear weights are held, for people."""
+    coded: bool = False
+    """Whether the checkpoint itself was in 4 bits."""
 
 
 def load_base(
@@ -92,7 +96,10 @@ def load_base(
                 layout = layout_of(quantized)
                 del config.quantization_config
             if layout is not None:
+                progress(f"its weights are {layout.name} already: kept as they are")
                 model = load_coded(folder, layout, lambda: kind.from_config(config, **settings), device)
+                if (folder / GENERATION_CONFIG_NAME).is_file():
+                    model.generation_config = GenerationConfig.from_pretrained(folder)
             else:
                 model = kind.from_pretrained(folder, config=config, device_map={"": device}, **settings, **options)
         _check_sizes(model)
@@ -106,7 +113,8 @@ def load_base(
     if spec.quantization != "none":
         _let_go_of_files(model)
     shape = describe_base(model, spec.model, fingerprint_folder(folder))
-    return LoadedBase(model, tokenizer, shape, device, layout.name if layout else _held(spec, quantized))
+    held = layout.name if layout else _held(spec, quantized)
+    return LoadedBase(model, tokenizer, shape, device, held, coded=quantized is not None)
 
 
 def _quantized_by(config: Any) -> dict[str, Any] | None:

@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from onebase_engine.kernels.coded_linear import CodedLinear, is_coded
+
 
 class FrozenLinear(nn.Linear):
     """x [..., in] -> x W^T + bias in `dtype`, with W kept in 4 bits or bfloat16. Gradients flow to x and bias."""
@@ -19,10 +21,12 @@ class FrozenLinear(nn.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self._dtype = dtype
+        self._coded = linear.coded if isinstance(linear, CodedLinear) else None
 
     def expand(self) -> torch.Tensor:
         """W [out, in] in the arithmetic's dtype, made anew."""
-        return _values(self.weight).to(self._dtype)
+        values = _values(self.weight) if self._coded is None else self._coded.expanded()
+        return values.to(self._dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = _Product.apply(x, self.bias, self)  # type: ignore[no-untyped-call]
@@ -63,7 +67,7 @@ def hold(model: nn.Module, dtype: torch.dtype) -> None:
     """Make every weight a plain one of `dtype`."""
     for name, module in _quantized(model):
         plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(_values(module.weight).to(dtype), requires_grad=False)
+        plain.weight = nn.Parameter(FrozenLinear(module, dtype).expand(), requires_grad=False)
         plain.bias = module.bias
         model.set_submodule(name, plain)
     _convert(model, dtype)
@@ -74,7 +78,7 @@ def expand_in_passes(model: nn.Module, dtype: torch.dtype) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda _, __, made: made.to(dtype))
-        elif (type(module) is nn.Linear and _converted(module.weight, dtype)) or _is_quantized(module):
+        elif (type(module) is nn.Linear and _converted(module.weight, dtype)) or is_coded(module):
             model.set_submodule(name, FrozenLinear(cast(nn.Linear, module), dtype))
     _convert(model, dtype, but=(nn.Embedding, FrozenLinear))
 
@@ -99,13 +103,5 @@ def _values(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach() if state is None else dequantize_4bit(weight.data, state).to(torch.bfloat16)
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    from onebase_engine.kernels.bitsandbytes_import import Linear4bit
-
-    return isinstance(module, Linear4bit)
-
-
 def _quantized(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    return (
-        (name, cast(nn.Linear, module)) for name, module in list(model.named_modules()) if _is_quantized(module)
-    )
+    return ((name, cast(nn.Linear, module)) for name, module in list(model.named_modules()) if is_coded(module))
