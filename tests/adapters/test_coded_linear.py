@@ -14,18 +14,23 @@ from support.targets import runnable
 
 packs = pytest.mark.skipif(not fits_packed(128, 32), reason="needs AVX2 and FMA, or NEON")
 ABLE = [target for target in runnable() if target != PLAIN]
-FORMS = [Form(scales, offsets) for scales, offsets in product(("float16", "float32"), (False, True))]
+FORMS = [Form(scales, offsets) for scales, offsets in product(("float16", "float32"), ("", "steps", "added"))]
 OUT, IN = 64, 256
 
 
 def weight_of(form: Form, *, block: int = 32, out: int = OUT, ordered: bool = False, seed: int = 0) -> CodedWeight:
     random = torch.Generator().manual_seed(seed)
     scales = torch.rand(IN // block, out, generator=random).to(getattr(torch, form.scales)) / 16
+    offsets = None
+    if form.offsets == "steps":
+        offsets = torch.randint(-8, 9, (IN // block, out), generator=random).to(torch.int8)
+    elif form.offsets == "added":
+        offsets = torch.randn(IN // block, out, generator=random).to(scales.dtype) / 16
     return CodedWeight(
         codes=torch.randint(0, 256, (out, IN // 2), generator=random, dtype=torch.uint8),
         values=torch.arange(-8, 8, dtype=torch.float32),
         scales=scales,
-        offsets=torch.randn(IN // block, out, generator=random).to(scales.dtype) / 16 if form.offsets else None,
+        offsets=offsets,
         order=torch.randperm(IN, generator=random) if ordered else None,
     )
 
@@ -40,7 +45,8 @@ def defined(weight: CodedWeight) -> torch.Tensor:
         block = column // weight.block
         value = weight.values[code] * weight.scales[block].float()
         if weight.offsets is not None:
-            value += weight.offsets[block].float()
+            steps = weight.scales[block].float() if weight.offsets.dtype == torch.int8 else 1
+            value += weight.offsets[block].float() * steps
         dense[:, column if weight.order is None else int(weight.order[column])] = value
     return dense
 
@@ -105,7 +111,7 @@ def test_what_differs_is_not_joined() -> None:
     half, whole = Form("float16"), Form("float32")
     assert not of_one_kind(modules(weight_of(half), weight_of(whole)))
     assert not of_one_kind(modules(weight_of(half), weight_of(half, block=64)))
-    assert not of_one_kind(modules(weight_of(half), weight_of(Form("float16", offsets=True))))
+    assert not of_one_kind(modules(weight_of(half), weight_of(Form("float16", "added"))))
     assert not packable(modules(weight_of(half, ordered=True))[0])
 
 

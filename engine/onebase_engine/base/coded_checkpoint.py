@@ -229,7 +229,5 @@ def _coded(
         scales, zeros = scales[owner], zeros[owner]
     packed = (codes[:, 0::2] << 4 | codes[:, 1::2]).to(torch.uint8).contiguous()
     symmetric = bool((zeros == 8).all())
-    if scales.dtype != torch.float16 or not symmetric:
-        scales = scales.float()
-    offsets = None if symmetric else scales * (8 - zeros)
-    return CodedWeight(packed, _VALUES, scales.contiguous(), offsets, order)
+    held = (scales if scales.dtype == torch.float16 else scales.float()).contiguous()
+    return CodedWeight(packed, _VALUES, held, None if symmetric else (8 - zeros).to(torch.int8).contiguous(), order)

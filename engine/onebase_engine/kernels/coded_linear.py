@@ -28,7 +28,7 @@ class CodedWeight:
     scales: torch.Tensor
     """[in / block, out] float16 or float32."""
     offsets: torch.Tensor | None = None
-    """[in / block, out], of the scales' dtype."""
+    """[in / block, out], of the scales' dtype; or int8, in steps of the scales."""
     order: torch.Tensor | None = None
     """[in] int64: the input that each column of codes is for, where they are not in their order."""
     in_tiles: bool = False
@@ -55,7 +55,8 @@ class CodedWeight:
         codes = self._indices()
         dense = self.values[codes].view(len(codes), -1, self.block) * self.scales.T.float()[..., None]
         if self.offsets is not None:
-            dense += self.offsets.T.float()[..., None]
+            offsets = self.offsets.float() * (self.scales.float() if self.offsets.dtype == torch.int8 else 1)
+            dense += offsets.T[..., None]
         dense = dense.view(len(codes), -1)
         if self.order is None:
             return dense

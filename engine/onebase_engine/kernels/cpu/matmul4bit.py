@@ -30,7 +30,7 @@ def multiply_tasks(rows: int, n: int) -> int:
 def _multiply_task(form: Form) -> Compiled:
     """One task of `multiply` for weights of this form: a group of features for a panel of rows."""
     one, two, three, four, eight = (packed_tile(rows, form=form) for rows in (1, 2, 3, 4, 8))
-    size_of_scale = form.size
+    size_of_scale, size_of_offset = form.size, form.size_of_offset
 
     def multiply_task(task: int, at: int) -> None:
         x, y, rows, codes, n, k, weight, absmax, offsets, stride, sums, block, bias, tiles, starts, sizes = _read(
@@ -44,7 +44,7 @@ def _multiply_task(form: Form) -> Compiled:
         panel, group = task // groups, task % groups
         w = weight + group * k * FEATURES // 2
         s = absmax + size_of_scale * group * FEATURES
-        o = offsets + size_of_scale * group * FEATURES
+        o = offsets + size_of_offset * group * FEATURES
         row = panel * PANEL
         last = min(rows, row + PANEL)
         while row < last:
@@ -81,7 +81,7 @@ def _multiply_task(form: Form) -> Compiled:
                     part[i] = bf16_from_f32(f32_from_bf16(part[i]) + f32_from_bf16(terms[i]))
 
     if form != Form():
-        multiply_task.__name__ += f"_{form.scales}" + ("_offsets" if form.offsets else "")
+        multiply_task.__name__ += f"_{form.scales}_{form.offsets}"
     return MULTIPLY.work(multiply_task)
 
 
@@ -90,9 +90,11 @@ TASKS = {
     for form in (
         Form(),
         Form("float16"),
-        Form("float16", offsets=True),
+        Form("float16", "steps"),
+        Form("float16", "added"),
         Form("float32"),
-        Form("float32", offsets=True),
+        Form("float32", "steps"),
+        Form("float32", "added"),
     )
 }
 """The work for each form of a weight."""

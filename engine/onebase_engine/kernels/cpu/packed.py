@@ -95,6 +95,12 @@ def _coded(module: Any) -> CodedWeight:
     return CodedWeight(module.weight.data, state.code, state.absmax, in_tiles=True)
 
 
+def _form(weight: CodedWeight) -> Form:
+    if weight.offsets is None:
+        return Form(_NAMES[weight.scales.dtype])
+    return Form(_NAMES[weight.scales.dtype], "steps" if weight.offsets.dtype == torch.int8 else "added")
+
+
 def of_one_kind(modules: Sequence[nn.Module]) -> bool:
     """Whether these modules, all packable, can be one product."""
     return len({_kind(module) for module in modules}) == 1
@@ -103,7 +109,7 @@ def of_one_kind(modules: Sequence[nn.Module]) -> bool:
 def _kind(module: Any) -> tuple[object, ...]:
     if isinstance(module, CodedLinear):
         weight = module.coded
-        return (weight.scales.dtype, weight.offsets is None, weight.block, *weight.values.tolist())
+        return (_form(weight), weight.block, *weight.values.tolist())
     state = module.weight.quant_state
     return (state.quant_type, state.blocksize)
 
@@ -144,7 +150,7 @@ class PackedLinear:
         self._offsets = torch.cat(offsets, dim=1).contiguous() if offsets else None
         self._codes = _table(first.values)
         self._block = first.block
-        self.form = Form(_NAMES[self._scales.dtype], self._offsets is not None)
+        self.form = _form(first)
         self.in_features = modules[0].in_features
         self.out_features = sum(module.out_features for module in modules)
         self._bias = self._join_biases(modules)

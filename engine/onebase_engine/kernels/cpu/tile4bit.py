@@ -2,7 +2,7 @@
 
 A weight is the value of its code, times its block's scale, plus its block's offset if there are any: NF4, FP4, AWQ,
 GPTQ and GGUF's kinds differ in the 16 values, the size of a block, and the `Form` of scales and offsets. Offsets
-cost next to nothing: a block's inputs are summed once for all features.
+cost little: a block's inputs are summed once for all features, and what its products are added to begins with it.
 
 bitsandbytes packs 32 output features together: for each pair of inputs there are 32 bytes, whose low halves are the
 codes of the first 16 features (both inputs of one, then of the next), whose high halves are those of the other 16.
@@ -31,13 +31,18 @@ class Form(NamedTuple):
     """How a weight's scales, and offsets if it has any, lie in memory."""
 
     scales: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of offsets too."""
-    offsets: bool = False
+    offsets: Literal["", "steps", "added"] = ""
+    """None; int8, in steps of the scale, as zero points are; or to be added, of the scales' kind."""
 
     @property
     def size(self) -> int:
         """Bytes of a scale."""
         return 4 if self.scales == "float32" else 2
+
+    @property
+    def size_of_offset(self) -> int:
+        """Bytes of an offset."""
+        return 1 if self.offsets == "steps" else self.size
 
 
 _PLAIN_FORM = Form()
@@ -151,6 +156,16 @@ def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) ->
         zeros = ir.Constant(SUMS, [0.0] * 16)
         look_up = _table(builder, builder.load(place(builder, codes, none, _WORDS), align=2), target)
 
+        def first_of(block: Any, half: int) -> Any:
+            """The place of a half's first scale."""
+            return builder.add(builder.mul(block, scale_stride), ir.Constant(I64, 16 * half))
+
+        def summed(row: int, block: Any) -> Any:
+            """A block's sum of inputs, in all lanes."""
+            number = builder.add(builder.mul(blocks, ir.Constant(I64, row)), block)
+            bits = builder.load(place(builder, x_sums, times(number, 4), I32), align=4)
+            return builder.bitcast(spread(builder, bits), SUMS)
+
         def compute(some_rows: range, halves: range) -> None:
             """The cells of y in these rows and halves."""
             cells = [(row, half) for row in some_rows for half in halves]
@@ -158,6 +173,16 @@ def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) ->
             totals = {cell: cgutils.alloca_once(builder, SUMS) for cell in cells}
             for cell in cells:
                 builder.store(zeros, totals[cell])
+
+            def start(block: Any, half: int) -> None:
+                """Let the sums of a block begin with what its inputs' sum makes of the steps, or with nothing."""
+                if form.offsets == "steps":
+                    some = ir.VectorType(I8, 16)
+                    steps = builder.load(place(builder, offsets, first_of(block, half), some), align=1)
+                    steps = _sorted(builder, builder.sitofp(builder.sext(steps, _LONGS), SUMS), target)
+                for row in some_rows:
+                    begun = builder.fmul(summed(row, block), steps) if form.offsets == "steps" else zeros
+                    builder.store(begun, sums[row, half])
 
             def multiply(pair: Any, *, new_line: bool) -> None:
                 """Add the products of one pair of inputs to the sums."""
@@ -180,27 +205,23 @@ def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) ->
                         builder.store(add_products(builder, builder.load(slot), inputs, weights[half]), slot)
 
             with cgutils.for_range_slice(builder, none, blocks, ir.Constant(I64, 1), I64) as (block, _):
-                for cell in cells:
-                    builder.store(zeros, sums[cell])
+                for half in halves:
+                    start(block, half)
                 first = builder.mul(block, pairs)
                 with cgutils.for_range_slice(builder, none, pairs, ir.Constant(I64, UNROLL), I64) as (step, _):
                     for k in range(UNROLL):
                         pair = builder.add(builder.add(first, step), ir.Constant(I64, k))
                         multiply(pair, new_line=k % 2 == 0)
                 for half in halves:
-                    first = builder.add(builder.mul(block, scale_stride), ir.Constant(I64, 16 * half))
-                    at = times(first, form.size)
+                    at = times(first_of(block, half), form.size)
                     scale = _sorted(builder, _wide(builder, scales, at, form), target)
-                    if form.offsets:
+                    if form.offsets == "added":
                         offset = _sorted(builder, _wide(builder, offsets, at, form), target)
                     for row in some_rows:
                         total = builder.load(totals[row, half])
                         total = builder.call(fma, [builder.load(sums[row, half]), scale, total])
-                        if form.offsets:
-                            number = builder.add(builder.mul(blocks, ir.Constant(I64, row)), block)
-                            bits = builder.load(place(builder, x_sums, times(number, 4), I32), align=4)
-                            summed = builder.bitcast(spread(builder, bits), SUMS)
-                            total = builder.call(fma, [summed, offset, total])
+                        if form.offsets == "added":
+                            total = builder.call(fma, [summed(row, block), offset, total])
                         builder.store(total, totals[row, half])
 
             for row, half in cells:
