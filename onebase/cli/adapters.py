@@ -91,7 +91,8 @@ def extract_folders(finetuned: Path, base: str, output: Path, *, rank: int) -> "
     """`extract` between two models on disk. Raises BaseModelError, too."""
     from onebase_adapters.extract import FullModel, extract
     from onebase_engine.base.catalog import fetch_base
-    from onebase_engine.base.describe import describe_base, fingerprint_folder
+    from onebase_engine.base.describe import describe_base
+    from onebase_engine.base.fingerprint import fingerprint_folder
     from onebase_engine.base.load_base import load_full
     from onebase_engine.base.model_weights import ModelWeights
 

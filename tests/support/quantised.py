@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+from support.tokenizer import EOS, TEMPLATE
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False},
@@ -140,3 +143,81 @@ def _words(values: np.ndarray) -> np.ndarray:
     for column in range(values.shape[1]):
         words[:, column // 8] |= values[:, column].astype(np.uint32) << np.uint32(4 * (column % 8))
     return words.view(np.int32)
+
+
+def save_gguf(
+    source: Path,
+    target: Path,
+    kind: str,
+    *,
+    extra: str = "",
+    setting: tuple[str, str | int] | None = None,
+    leave_out: str = "",
+) -> dict[str, torch.Tensor]:
+    """Write the model in `source` as llama.cpp's converter does, its layers' matrices in `kind` (Q4_0, Q8_0, ...);
+    gives what each parameter stands for then, by transformers' names. With one tensor or setting more, or a tensor
+    less."""
+    config = json.loads((source / "config.json").read_text())
+    family = {"gemma3_text": "gemma3", "mistral": "llama"}.get(config["model_type"], config["model_type"])
+    writer = gguf.GGUFWriter(target, family)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(dim)
+    writer.add_value_length(dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_rope_dimension_count(dim)
+    _add_tokenizer(writer, source, config["vocab_size"])
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), config["num_hidden_layers"])
+    expected = {}
+    for name, value in load_file(source / "model.safetensors").items():
+        module, _, last = name.rpartition(".")
+        held = value.float().numpy()
+        if family == "gemma3" and name.endswith("norm.weight"):
+            held = held + 1  # as it is multiplied with
+        count = {"q_proj": heads, "k_proj": kv_heads}.get(module.rpartition(".")[2])
+        if family == "llama" and count is not None:  # rotations of neighbours, where transformers has halves
+            held = held.reshape(count, 2, len(held) // count // 2, -1).swapaxes(1, 2).reshape(held.shape)
+        form = gguf.GGMLQuantizationType[kind if value.dim() == 2 and ".layers." in name else "F32"]
+        data = gguf.quants.quantize(np.ascontiguousarray(held), form)
+        if f"{names.get_name(module)}.{last}" != leave_out:
+            writer.add_tensor(f"{names.get_name(module)}.{last}", data, raw_dtype=form)
+        back = gguf.quants.dequantize(data, form).reshape(held.shape)
+        if family == "llama" and count is not None:
+            back = back.reshape(count, len(held) // count // 2, 2, -1).swapaxes(1, 2).reshape(held.shape)
+        if family == "gemma3" and name.endswith("norm.weight"):
+            back = back - 1
+        expected[name] = torch.from_numpy(back.copy())
+    if extra:
+        writer.add_tensor(extra, np.ones(4, np.float32))
+    if setting is not None:
+        add = writer.add_string if isinstance(setting[1], str) else writer.add_uint32
+        add(f"{family}.{setting[0]}", setting[1])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def _add_tokenizer(writer: Any, source: Path, vocab: int) -> None:
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"] | {added["content"]: added["id"] for added in tokenizer["added_tokens"]}
+    tokens = sorted(ids, key=lambda token: ids[token])
+    tokens += [f"[unused{number}]" for number in range(vocab - len(tokens))]
+    special = {added["content"] for added in tokenizer["added_tokens"]}
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if token in special else normal for token in tokens])
+    merges = tokenizer["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_eos_token_id(EOS)
+    writer.add_chat_template(TEMPLATE)

@@ -13,6 +13,7 @@ from pathlib import Path
 from onebase_adapters.atomic_files import staged_directory
 from onebase_adapters.errors import BaseModelError, DownloadError, StorageError
 from onebase_engine.base.base_spec import DEFAULT_BASE
+from onebase_engine.base.fingerprint import fingerprint_file
 from onebase_engine.base.package_files import PackagedFile, Progress, fetch_file, fetch_folder
 from onebase_engine.user_folders import cache_home
 
@@ -63,7 +64,7 @@ HUB_IDS = {
 
 
 def fetch_base(model: str, *, progress: Progress = log.info) -> Path:
-    """The folder that holds `model` (catalog name, folder, or hub id), fetched first if need be.
+    """The folder that holds `model` (catalog name, folder, `.gguf` file, or hub id), made first if need be.
 
     Raises DownloadError (no network, wrong hash), StorageError (disk) or BaseModelError (no such model).
     """
@@ -76,17 +77,32 @@ def fetch_base(model: str, *, progress: Progress = log.info) -> Path:
                 raise StorageError(f"{error.message} Let ONEBASE_CACHE name a folder with room.") from error
         return target
     folder = Path(model).expanduser()
+    if folder.suffix == ".gguf":
+        return _fetch_gguf(folder, progress)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BaseModelError(f"{folder} holds no config.json: not a transformers model.", field="model")
         return folder.resolve()
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise BaseModelError(
-            f"No base model {model!r}: not a folder, not a hub id (owner/name), and not one of "
+            f"No base model {model!r}: neither a folder, a .gguf file, a hub id (owner/name) nor one of "
             f"{', '.join(sorted(CATALOG))}.",
             field="model",
         )
     return _fetch_from_hub(model)
+
+
+def _fetch_gguf(file: Path, progress: Progress) -> Path:
+    """The folder that the file has become, by its content."""
+    if not file.is_file():
+        raise BaseModelError(f"There is no file {file}.", field="model")
+    target = cache_home() / "models" / f"{file.stem}-{fingerprint_file(file)}"
+    if not (target / "config.json").is_file():
+        from onebase_engine.base.gguf_file import convert_gguf
+
+        with staged_directory(target) as staged:
+            convert_gguf(file.resolve(), staged, progress)
+    return target
 
 
 def _fetch_from_hub(model: str) -> Path:

@@ -42,6 +42,8 @@ class Layout:
 def layout_of(config: Mapping[str, Any]) -> Layout:
     """By a model's `quantization_config`. Raises BaseModelError for one that is not read here."""
     method = str(config.get("quant_method", "")).lower()
+    if method == "onebase":
+        return Layout(config["name"], "codes", _read_own)
     refused = _refused_setting(method, config)
     if refused is not None:
         raise BaseModelError(
@@ -170,6 +172,11 @@ class _Reader:
 
     def __exit__(self, *_: object) -> None:
         self._open.clear()
+
+
+def _read_own(tensors: Tensors) -> CodedWeight:
+    """A GGUF file's, see `gguf_file`."""
+    return CodedWeight(tensors["codes"], tensors["values"], tensors["scales"], tensors.get("offsets"))
 
 
 def _read_gptq(tensors: Tensors, *, size: int, first: int) -> CodedWeight:

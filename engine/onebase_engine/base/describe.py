@@ -1,10 +1,7 @@
 """What an adapter must know of its base, as a plain value: sites, sizes, fingerprint. No weights in it."""
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -123,23 +120,3 @@ def _first_position(model: nn.Module) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
     ]
     return padding[0] + 1 if padding and padding[0] is not None else 0
-
-
-def fingerprint_folder(folder: Path) -> str:
-    """Identity of a base: its configuration and its weights, as 16 hex digits. Not how they are quantised: an
-    adapter trained on the bfloat16 weights (LoRA) is served on their 4-bit form.
-
-    Weights are sampled (every file's header, then 64 KiB at 64 even offsets): a large model's full hash would
-    cost minutes at each start, and no fine-tune leaves all samples unchanged.
-    """
-    digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text())
-    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-    digest.update(json.dumps({k: v for k, v in config.items() if k not in volatile}, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            for sample in range(64):
-                file.seek(size * sample // 64)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:16]

@@ -16,7 +16,8 @@ from onebase_adapters.errors import BaseModelError
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.catalog import fetch_base
 from onebase_engine.base.coded_checkpoint import Layout, layout_of, load_coded
-from onebase_engine.base.describe import describe_base, fingerprint_folder, is_encoder
+from onebase_engine.base.describe import describe_base, is_encoder
+from onebase_engine.base.fingerprint import fingerprint_folder
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.bitsandbytes_import import Params4bit
 from onebase_engine.kernels.coded_linear import CodedLinear

@@ -1,0 +1,204 @@
+"""A GGUF file as a folder that is loaded like any other, made once and kept in the cache.
+
+Its 4-bit tensors become the codes, scales and offsets that they are: nothing is rounded. What a file holds in other
+formats (embeddings, norms, some tensors of the "K_M" mixtures) becomes bfloat16, and that is told.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import Q4_K, dequantize
+from safetensors.torch import save_file
+from torch import nn
+
+from onebase_adapters.errors import BaseModelError
+from onebase_engine.base.package_files import Progress
+from onebase_engine.kernels.coded_linear import CodedWeight
+
+_SIGNED = torch.arange(-8, 8, dtype=torch.float32)
+_UNSIGNED = torch.arange(16, dtype=torch.float32)
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma3": gguf.MODEL_ARCH.GEMMA3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+}
+"""Those whose tensors are known to be transformers' own, but for what `_as_transformers_has` undoes."""
+_SETTINGS = {
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
+    *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
+    *("attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base"),
+}
+"""The settings that end up in the configuration. Any other one would be lost without a word."""
+_HALF, _LOW = 4, 15
+
+
+def convert_gguf(file: Path, target: Path, progress: Progress) -> None:
+    """Write the folder. Raises BaseModelError for a file that is damaged, or whose architecture is not read."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tensors, settings = _read(file)
+    architecture = settings["architecture"]
+    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    config = AutoConfig.from_pretrained(**place)
+    config.tie_word_embeddings = "output.weight" not in tensors
+    if "attention.key_length" in settings:
+        config.head_dim = settings["attention.key_length"]
+    if hasattr(config, "sliding_window"):
+        config.sliding_window = settings.get("attention.sliding_window")
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        config.pad_token_id = None  # a default of the class
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    names = gguf.get_tensor_name_map(_ARCHITECTURES[architecture], config.num_hidden_layers)
+    written: dict[str, torch.Tensor] = {}
+    kinds: Counter[str] = Counter()
+    for name, _ in model.named_parameters():
+        module, _, last = name.rpartition(".")
+        if module == "lm_head" and config.tie_word_embeddings:
+            continue
+        tensor = tensors.pop(f"{names.get_name(module)}.{last}", None)
+        if tensor is None:
+            raise BaseModelError(f"{file} has no tensor for {name}.", field="model")
+        rows = _rows(name, config, architecture)
+        kind = tensor.tensor_type.name
+        if ".layers." in name and last == "weight" and isinstance(model.get_submodule(module), nn.Linear):
+            kinds[kind] += 1
+            if kind in _READERS:
+                parts = _parts(_READERS[kind](tensor.data), rows)
+                written |= {f"{module}.{part}": value for part, value in parts.items()}
+                continue
+        dense = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type) - _added(name, architecture))
+        written[name] = dense.view(*reversed(tensor.shape.tolist()))[rows].to(torch.bfloat16).contiguous()
+    if tensors:
+        raise BaseModelError(
+            f"{file} holds {min(tensors)}, which {type(model).__name__} has no place for: give the model's own "
+            "safetensors folder instead.",
+            field="model",
+        )
+    held = _described(kinds)
+    progress(f"{file.name}: {held}")
+    config.quantization_config = {"quant_method": "onebase", "name": held}
+    save_file(written, target / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(target)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(target)
+
+
+def _parts(coded: CodedWeight, rows: Any) -> dict[str, torch.Tensor]:
+    """A weight's tensors, its rows in another order."""
+    parts = {"codes": coded.codes[rows], "values": coded.values.clone(), "scales": coded.scales[:, rows]}
+    if coded.offsets is not None:
+        parts["offsets"] = coded.offsets[:, rows]
+    return {name: value.contiguous() for name, value in parts.items()}
+
+
+def _described(kinds: Counter[str]) -> str:
+    """How many linear weights are of which kind, for people."""
+    told = [(count, kind + ("" if kind in _READERS else " as bfloat16")) for kind, count in kinds.most_common()]
+    if len(told) == 1:
+        return f"GGUF {told[0][1]}"
+    return f"GGUF ({', '.join(f'{count} {kind}' for count, kind in told)})"
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors by name, and the architecture's settings, its name among them."""
+    try:
+        reader = gguf.GGUFReader(file)
+        architecture = str(reader.fields["general.architecture"].contents())
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise BaseModelError(f"{file} is no whole GGUF file: {error}.", field="model") from error
+    if architecture not in _ARCHITECTURES:
+        raise BaseModelError(
+            f"{file} is of the architecture {architecture!r}, whose tensors are not read here: "
+            f"{', '.join(_ARCHITECTURES)} are.",
+            field="model",
+        )
+    settings = {
+        name.removeprefix(f"{architecture}."): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(f"{architecture}.")
+    }
+    allowed = _SETTINGS | ({"attention.sliding_window"} if architecture != "llama" else set())
+    if settings.get("rope.scaling.type") == "none":
+        del settings["rope.scaling.type"]
+    if unknown := settings.keys() - allowed:
+        raise BaseModelError(
+            f"{file} has {architecture}.{min(unknown)} = {settings[min(unknown)]}, which is not read here: give "
+            "the model's own safetensors folder instead.",
+            field="model",
+        )
+    return {tensor.name: tensor for tensor in reader.tensors}, {"architecture": architecture, **settings}
+
+
+def _rows(name: str, config: Any, architecture: str) -> Any:
+    """The order of a tensor's rows: llama.cpp turns neighbours where transformers turns halves of a head."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    found = next((count for part, count in heads.items() if f".{part}." in name), None)
+    if architecture != "llama" or found is None:
+        return slice(None)
+    width = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * found
+    return torch.arange(width).view(found, -1, 2).transpose(1, 2).flatten()
+
+
+def _added(name: str, architecture: str) -> int:
+    """What llama.cpp adds to a norm's weights, which transformers adds itself."""
+    return int(architecture == "gemma3" and name.endswith("norm.weight"))
+
+
+def _coded(codes: np.ndarray, values: torch.Tensor, scales: np.ndarray, offsets: np.ndarray | None) -> CodedWeight:
+    """By codes [out, blocks, block], scales and offsets [out, blocks]."""
+    flat = codes.reshape(len(codes), -1)
+    packed = torch.from_numpy(flat[:, 0::2] << _HALF | flat[:, 1::2])
+    others = (None if each is None else torch.from_numpy(each).T for each in (scales, offsets))
+    held, added = others
+    if held is None:
+        raise TypeError("A weight without scales.")
+    return CodedWeight(packed, values, held, added)
+
+
+def _halves(data: np.ndarray) -> np.ndarray:
+    """[..., n] bytes -> [..., 2 n] codes: the lower halves, then the upper."""
+    return np.concatenate([data & _LOW, data >> _HALF], -1)
+
+
+def _numbers(data: np.ndarray) -> np.ndarray:
+    """[..., 2] bytes -> [...] float16."""
+    return np.ascontiguousarray(data).view(np.float16)[..., 0]
+
+
+def _read_q4_0(data: np.ndarray) -> CodedWeight:
+    """Blocks of 32: a scale, and 16 bytes."""
+    blocks = data.reshape(len(data), -1, 18)
+    return _coded(_halves(blocks[..., 2:]), _SIGNED, _numbers(blocks[..., :2]), None)
+
+
+def _read_q4_1(data: np.ndarray) -> CodedWeight:
+    """Blocks of 32: a scale, an offset, and 16 bytes."""
+    blocks = data.reshape(len(data), -1, 20)
+    return _coded(_halves(blocks[..., 4:]), _UNSIGNED, _numbers(blocks[..., :2]), _numbers(blocks[..., 2:4]))
+
+
+def _read_q4_k(data: np.ndarray) -> CodedWeight:
+    """Blocks of 256: a scale of eight 6-bit scales, one of eight 6-bit offsets, those in 12 bytes, and 128 bytes,
+    of which each 32 hold two of the eight."""
+    blocks = data.reshape(len(data), -1, 144)
+    steps, lows = Q4_K.get_scale_min(blocks[..., 4:16].reshape(-1, 12))
+    shape = (*blocks.shape[:2], 8)
+    scale, offset = (_numbers(blocks[..., at : at + 2]).astype(np.float32)[..., None] for at in (0, 2))
+    codes = _halves(blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32)).reshape(len(data), -1, 32)
+    scales, offsets = scale * steps.reshape(shape), -offset * lows.reshape(shape)
+    return _coded(codes, _UNSIGNED, scales.reshape(len(data), -1), offsets.reshape(len(data), -1))
+
+
+_READERS: Mapping[str, Callable[[np.ndarray], CodedWeight]] = {
+    "Q4_0": _read_q4_0,
+    "Q4_1": _read_q4_1,
+    "Q4_K": _read_q4_k,
+}
