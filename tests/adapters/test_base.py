@@ -19,7 +19,7 @@ from onebase_engine.base import catalog
 from onebase_engine.base import package_files as packages
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.catalog import fetch_base
-from onebase_engine.base.describe import fingerprint_folder
+from onebase_engine.base.fingerprint import fingerprint_folder
 from onebase_engine.base.load_base import load_base
 from onebase_engine.base.package_files import PackagedFile
 from onebase_engine.kernels.device import resolve_device

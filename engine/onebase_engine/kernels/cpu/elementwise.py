@@ -11,6 +11,7 @@ from numba import carray, njit, types
 
 from onebase_engine.kernels.batch import BLOCK
 from onebase_engine.kernels.cpu.attention import attend, exp_nonpositive
+from onebase_engine.kernels.cpu.block_sums import sum_row_blocks
 from onebase_engine.kernels.cpu.task import FLAG, NUMBER, WHOLE, Arguments, array
 from onebase_engine.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, f32_pointer, u16_pointer
 
@@ -19,10 +20,10 @@ SERIAL_ROWS = 4
 _TWO_ROOTS = np.float32(2 * math.sqrt(2 / math.pi))
 _CUBE = np.float32(0.044715)
 
-NORM = Arguments(*[WHOLE] * 4, FLAG, WHOLE, WHOLE, NUMBER)
-"""As `add_rms_norm` has them, but for the number of rows."""
-GATE = Arguments(WHOLE, FLAG, WHOLE, WHOLE)
-"""As `gate_mul` has them, but for the number of rows."""
+NORM = Arguments(*[WHOLE] * 4, FLAG, WHOLE, WHOLE, NUMBER, WHOLE, WHOLE)
+"""As `add_rms_norm` has them, but for the number of rows; then the block and the address of `sum_blocks`, or 0."""
+GATE = Arguments(WHOLE, FLAG, *[WHOLE] * 4)
+"""As `gate_mul` has them, but for the number of rows; then as in `NORM`."""
 ROPE = Arguments(*[WHOLE] * 3, FLAG, NUMBER, *[WHOLE] * 7, array(types.int64), array(types.int64))
 """As `rope_attend` has them, without what is the attention's."""
 AFFINE = Arguments(WHOLE, WHOLE, array(types.int32), array(types.int64), array(types.int64))
@@ -64,7 +65,7 @@ def _norm(x: int, weight: int, unit_offset: bool, out: int, width: int, eps: flo
 @NORM.work
 def norm_row(t: int, at: int) -> None:
     """Row t of `add_rms_norm`."""
-    x, delta, behind, weight, unit_offset, out, width, eps = _read_norm(at)
+    x, delta, behind, weight, unit_offset, out, width, eps, block, sums = _read_norm(at)
     step = 2 * t * width
     if delta != 0:
         if behind != 0:
@@ -74,6 +75,7 @@ def norm_row(t: int, at: int) -> None:
         for i in range(width):
             row[i] = bf16_from_f32(f32_from_bf16(row[i]) + f32_from_bf16(change[i]))
     _norm(x + step, weight, unit_offset, out + step, width, eps)
+    sum_row_blocks(t, out, width, block, sums)
 
 
 _norm_rows = NORM.kernel(norm_row, serial=SERIAL_ROWS)
@@ -87,13 +89,13 @@ def add_rms_norm(
     Before it is added, delta is normalised itself, in place, by the weight `behind` (unless that is 0). Weights are
     rounded as in Llama, or with `unit_offset` are stored as what exceeds 1 and multiply in float32.
     """
-    _norm_rows(rows, x, delta, behind, weight, unit_offset, out, width, eps)
+    _norm_rows(rows, x, delta, behind, weight, unit_offset, out, width, eps, 0, 0)
 
 
 @GATE.work
 def gate_row(t: int, at: int) -> None:
     """Row t of `gate_mul`."""
-    gate_up, gelu, out, width = _read_gate(at)
+    gate_up, gelu, out, width, block, sums = _read_gate(at)
     step = 2 * t * width
     gate = carray(u16_pointer(gate_up + 2 * step), width, np.uint16)
     up = carray(u16_pointer(gate_up + 2 * step + 2 * width), width, np.uint16)
@@ -105,6 +107,7 @@ def gate_row(t: int, at: int) -> None:
         small = exp_nonpositive(-abs(inner))
         sigmoid = (np.float32(1.0) if inner >= 0 else small) / (np.float32(1.0) + small)
         target[i] = bf16_from_f32(_round(value * sigmoid) * f32_from_bf16(up[i]))
+    sum_row_blocks(t, out, width, block, sums)
 
 
 _gate_rows = GATE.kernel(gate_row, serial=SERIAL_ROWS)
@@ -113,7 +116,7 @@ _gate_rows = GATE.kernel(gate_row, serial=SERIAL_ROWS)
 def gate_mul(gate_up: int, gelu: bool, out: int, rows: int, width: int) -> None:
     """out = silu(gate) * up, or gelu by tanh in place of silu; addresses of bfloat16, gate_up [rows, 2 * width]
     (gate first), out [rows, width]."""
-    _gate_rows(rows, gate_up, gelu, out, width)
+    _gate_rows(rows, gate_up, gelu, out, width, 0, 0)
 
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]

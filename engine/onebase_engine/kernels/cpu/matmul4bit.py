@@ -11,7 +11,7 @@ from numba import carray, njit, types
 
 from onebase_engine.kernels.cpu.task import WHOLE, Arguments, Compiled, array
 from onebase_engine.kernels.cpu.tile4bit import FEATURES, Form, packed_tile
-from onebase_engine.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, f32_pointer, u16_pointer
+from onebase_engine.kernels.cpu.vector import bf16_from_f32, f32_from_bf16, u16_pointer
 
 PANEL = 256
 """Rows of x that pass by all weights before the next: they stay in the second-level cache meanwhile."""
@@ -100,45 +100,13 @@ TASKS = {
 """The work for each form of a weight."""
 _kernels = {form: MULTIPLY.kernel(task) for form, task in TASKS.items()}
 
-SUM = Arguments(*[WHOLE] * 4)
-"""As `sum_blocks` has them, but for its rows."""
-_read_sum = SUM.read
-
-
-@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})  # type: ignore[untyped-decorator]
-def _sum(values: np.ndarray) -> np.float32:
-    """Of bfloat16 bits; in one order for one length."""
-    summed = np.float32(0.0)
-    for i in range(values.shape[0]):
-        summed += f32_from_bf16(values[i])
-    return summed
-
-
-@SUM.work
-def sum_row(row: int, at: int) -> None:
-    """One task of `sum_blocks`."""
-    x, k, block, sums = _read_sum(at)
-    blocks = k // block
-    values = carray(u16_pointer(x + 2 * row * k), k, np.uint16)
-    found = carray(f32_pointer(sums + 4 * row * blocks), blocks, np.float32)
-    for b in range(blocks):
-        found[b] = _sum(values[b * block : (b + 1) * block])
-
-
-_sum_blocks = SUM.kernel(sum_row, serial=4)
-
-
-def sum_blocks(x: int, k: int, block: int, sums: int, rows: int) -> None:
-    """`sums` [rows, k / block] float32 = the sum of each block of x [rows, k] bfloat16; contiguous addresses."""
-    _sum_blocks(rows, x, k, block, sums)
-
 
 def multiply(
     x: int, y: int, rows: int, weight: Mapping[str, int], form: Form, sums: int, tiles: np.ndarray,
     starts: np.ndarray, sizes: np.ndarray,
 ) -> None:  # fmt: skip
     """y = x W^T + bias: addresses of contiguous bfloat16 x [rows, k] and y [rows, n]; `weight` is a
-    `PackedLinear.description`, `sums` what `sum_blocks` makes of x, if it has offsets.
+    `PackedLinear.description`, `sums` what `block_sums` makes of x, if it has offsets.
 
     Meanwhile the adapters' weights for these sites, which are needed next and for which memory would be too slow,
     are fetched: of each tile's slot `tiles[:, 0]` the `sizes` bytes at `starts`, cut in pieces, in the order in

@@ -16,7 +16,8 @@ from torch import nn
 
 from onebase_engine.kernels.bitsandbytes_import import Linear4bit, QuantState, has_avx512bf16
 from onebase_engine.kernels.coded_linear import CodedLinear, CodedWeight
-from onebase_engine.kernels.cpu.matmul4bit import multiply, sum_blocks
+from onebase_engine.kernels.cpu.block_sums import sum_blocks
+from onebase_engine.kernels.cpu.matmul4bit import multiply
 from onebase_engine.kernels.cpu.quantize4bit import pack
 from onebase_engine.kernels.cpu.target import PLAIN, TARGET
 from onebase_engine.kernels.cpu.tile4bit import FEATURES, UNROLL, Form

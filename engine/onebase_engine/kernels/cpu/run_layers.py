@@ -9,9 +9,10 @@ import numpy as np
 from numba import carray, njit, types
 
 from onebase_engine.kernels.cpu.attention import ATTEND, attend_item
+from onebase_engine.kernels.cpu.block_sums import SUM, sum_row
 from onebase_engine.kernels.cpu.elementwise import GATE, NORM, ROPE, gate_row, norm_row, rope_row
 from onebase_engine.kernels.cpu.lowrank import UPDATE, update_tile
-from onebase_engine.kernels.cpu.matmul4bit import MULTIPLY, SUM, multiply_tasks, sum_row
+from onebase_engine.kernels.cpu.matmul4bit import MULTIPLY, multiply_tasks
 from onebase_engine.kernels.cpu.sharing import STAGE, share
 from onebase_engine.kernels.cpu.task import FLAG, NUMBER, WHOLE, Arguments, array
 from onebase_engine.kernels.cpu.vector import f32_pointer, i64_pointer
@@ -74,11 +75,12 @@ def _project(
     stage: int, threads: int, add_up: int, update: int, x: int, y: int, sums: int, rows: int, numbers: np.ndarray,
     tiles: np.ndarray,
 ) -> None:  # fmt: skip
-    """A projection of x [rows, in] to y [rows, out], with the updates of each row's slot: three stages."""
+    """A projection of x [rows, in] to y [rows, out], with the updates of each row's slot: three stages. With
+    `add_up` 0 the sums of x are there."""
     n, k, sites, slots = numbers[_OUT], numbers[_IN], numbers[_SITES], numbers[_SLOTS]
     a = carray(i64_pointer(numbers[_A]), (slots,), np.int64)
     spans = carray(i64_pointer(numbers[_SPANS]), (slots,), np.int64)
-    if numbers[_OFFSETS] != 0:
+    if numbers[_OFFSETS] != 0 and add_up != 0:
         share(stage, threads, rows, add_up, _write_sums((x, k, numbers[_BLOCK], sums)))
     product = _write_product((
         x, y, rows, numbers[_CODES], n, k, numbers[_WEIGHT], numbers[_ABSMAX], numbers[_OFFSETS], numbers[_STRIDE],
@@ -93,6 +95,13 @@ def _project(
     scales = carray(f32_pointer(numbers[_SCALES]), (sites, slots), np.float32)
     change = _write_update((x, k, y, n, k, columns, tiles, a, b, ranks, scales))
     share(stage + 2 * STAGE, threads, tiles.shape[0], update, change)
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _block(numbers: np.ndarray) -> int:
+    """The block whose sums a projection takes; 0 for none."""
+    block: int = numbers[_BLOCK] if numbers[_OFFSETS] != 0 else 0
+    return block
 
 
 @LAYERS.work
@@ -110,9 +119,12 @@ def _run(_: int, at: int) -> None:
         layer = layers[index]
         s = stages + index * _STAGES * STAGE
         added, k_cache, v_cache = 0 if index == 0 else change, layer[_KEYS], layer[_VALUES]
-        norm = _write_norm((x, added, layer[_BEHIND_LAST], layer[_FIRST_NORM], unit_offset, normed, hidden, eps))
+        norm = _write_norm((
+            x, added, layer[_BEHIND_LAST], layer[_FIRST_NORM], unit_offset, normed, hidden, eps,
+            _block(layer[_QKV:]), sums,
+        ))  # fmt: skip
         share(s, threads, rows, normalise, norm)
-        _project(s + STAGE, threads, add_up, update, normed, qkv, sums, rows, layer[_QKV:], tiles)
+        _project(s + STAGE, threads, 0, update, normed, qkv, sums, rows, layer[_QKV:], tiles)
         rope = _write_rope((
             qkv, layer[_Q_NORM], layer[_K_NORM], unit_offset, eps, layer[_COS], layer[_SIN], k_cache, v_cache,
             heads, kv_heads, dim, slots, positions,
@@ -125,12 +137,14 @@ def _run(_: int, at: int) -> None:
         share(s + 5 * STAGE, threads, items.shape[0], attend, attention)
         _project(s + 6 * STAGE, threads, add_up, update, attended, change, sums, rows, layer[_O:], tiles)
         norm = _write_norm((
-            x, change, layer[_BEHIND_ATTENTION], layer[_SECOND_NORM], unit_offset, normed, hidden, eps
+            x, change, layer[_BEHIND_ATTENTION], layer[_SECOND_NORM], unit_offset, normed, hidden, eps,
+            _block(layer[_GATE_UP:]), sums,
         ))  # fmt: skip
         share(s + 9 * STAGE, threads, rows, normalise, norm)
-        _project(s + 10 * STAGE, threads, add_up, update, normed, gate_up, sums, rows, layer[_GATE_UP:], tiles)
-        share(s + 13 * STAGE, threads, rows, gate, _write_gate((gate_up, gelu, activated, intermediate)))
-        _project(s + 14 * STAGE, threads, add_up, update, activated, change, sums, rows, layer[_DOWN:], tiles)
+        _project(s + 10 * STAGE, threads, 0, update, normed, gate_up, sums, rows, layer[_GATE_UP:], tiles)
+        gated = _write_gate((gate_up, gelu, activated, intermediate, _block(layer[_DOWN:]), sums))
+        share(s + 13 * STAGE, threads, rows, gate, gated)
+        _project(s + 14 * STAGE, threads, 0, update, activated, change, sums, rows, layer[_DOWN:], tiles)
 
 
 _run_all = LAYERS.kernel(_run)
