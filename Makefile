@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TESTED := $(VENV)/.tested
 PORT ?= 8000
 
-.PHONY: install demo serve test quick test-lowest test-newest fuzz clients check format bench clean
+.PHONY: install demo serve test quick bases test-lowest test-newest fuzz clients check format bench clean
 
 install: $(STAMP)
 
@@ -46,6 +46,10 @@ quick: $(STAMP)
 # As far as other versions of what it is built on can matter, in an environment of its own for each.
 test-lowest test-newest: test-%:
 	$(PYTHON) tests/versions.py $*
+
+# The default base in the layouts of GPTQ, AWQ, compressed-tensors and GGUF, for the tests that are skipped without.
+bases: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python tests/real_bases.py
 
 clients: $(TESTED)
 	$(BIN)/python -m pytest tests/other_clients

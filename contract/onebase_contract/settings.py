@@ -99,7 +99,7 @@ class TrainConfig:
     method: str = "qlora"
     """See `onebase methods`."""
     model: str = DEFAULT_BASE
-    """The base: catalog name, folder, or hub id."""
+    """The base: catalog name, folder, .gguf file, or hub id."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`, or `auto`: cuda where there is one."""
     eval_data: Path | None = None

@@ -85,8 +85,9 @@ class LLM:
         max_adapters: int = EngineConfig.max_adapters,
         threads: int | None = None,
     ) -> None:
-        """Load the base (catalog name, folder or hub id) and the adapters' folders by name. The settings are those
-        of `onebase serve`. Raises BaseModelError, ConfigError, or AdapterError and its branches."""
+        """Load the base (catalog name, folder, .gguf file or hub id) and the adapters' folders by name.
+
+        The settings are those of `onebase serve`. Raises BaseModelError, ConfigError, or AdapterError and its branches."""
         spec = BaseSpec(str(model), quantization, device=device)
         self._codec = load_codec(fetch_base(spec.model))
         self._woken = threading.Event()

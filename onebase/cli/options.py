@@ -20,7 +20,7 @@ from onebase_contract.settings import TrainConfig
 from onebase_contract.written_settings import FORMS, HINTS, read_settings
 
 Command = Callable[..., None]
-Model = Annotated[str, typer.Option(help="Base model: catalog name, folder, or hub id.")]
+Model = Annotated[str, typer.Option(help="Base model: catalog name, folder, .gguf file, or hub id.")]
 """The base model, as an option of the commands that train nothing."""
 
 

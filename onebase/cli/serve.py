@@ -27,7 +27,7 @@ def serve(
     ] = None,
     *,
     model: Annotated[
-        str, _option(rich_help_panel=_MODEL, help="Base model: catalog name, folder, or hub id.")
+        str, _option(rich_help_panel=_MODEL, help="Base model: catalog name, folder, .gguf file, or hub id.")
     ] = DEFAULT_BASE,
     served_name: Annotated[
         str | None,

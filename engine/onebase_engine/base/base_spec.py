@@ -14,7 +14,7 @@ class BaseSpec:
     """Which base, and how it is held in memory. Serving and training must agree on all but the device."""
 
     model: str = DEFAULT_BASE
-    """Catalog name, folder, or hub id."""
+    """Catalog name, folder, .gguf file, or hub id."""
     quantization: Quantization = "nf4"
     """4-bit format of the linear sites (QLoRA, Dettmers et al. 2023, section 3); `none` keeps bfloat16."""
     double_quant: bool = True

