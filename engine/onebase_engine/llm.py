@@ -87,7 +87,8 @@ class LLM:
     ) -> None:
         """Load the base (catalog name, folder, .gguf file or hub id) and the adapters' folders by name.
 
-        The settings are those of `onebase serve`. Raises BaseModelError, ConfigError, or AdapterError and its branches."""
+        The settings are those of `onebase serve`. Raises BaseModelError, ConfigError, or AdapterError and its
+        branches."""
         spec = BaseSpec(str(model), quantization, device=device)
         self._codec = load_codec(fetch_base(spec.model))
         self._woken = threading.Event()
