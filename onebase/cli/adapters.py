@@ -1,7 +1,8 @@
-"""`onebase adapters`: what an adapter is and whether it can be served, and adapters out of fine-tuned models."""
+"""`onebase adapters`: what an adapter is and whether it can be served, and the ways into one and out of it."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,12 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from onebase_engine.base.base_spec import DEFAULT_BASE
+from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec, Quantization
 
 if TYPE_CHECKING:  # it imports torch
     from onebase_adapters.extract import Extraction
 
-app = typer.Typer(help="Look at adapters, and make them from fine-tuned models.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at adapters, make them from fine-tuned models, and hand them on.", no_args_is_help=True
+)
+
+_COMPARED = 32
+"""Examples that a merged model is compared by."""
 
 
 @app.command("inspect")
@@ -29,7 +35,6 @@ def inspect_command(
     from onebase_adapters.formats.read_adapter import read_adapter
     from onebase_adapters.lowering.lower import load_adapter
     from onebase_adapters.primitives.instruction_set import Head, Template
-    from onebase_engine.base.base_spec import BaseSpec
     from onebase_engine.base.load_base import load_base
     from onebase_engine.base.model_weights import ModelWeights
 
@@ -85,6 +90,52 @@ def extract_command(
             f"trained, but not in the adapter: {', '.join(result.untouched[:5])} ({len(result.untouched)})"
         )
     console.print(f"Wrote {output}")
+
+
+@app.command("merge")
+def merge_command(
+    path: Annotated[Path, typer.Argument(help="An adapter's folder: ours, or any that PEFT wrote.")],
+    *,
+    output: Annotated[Path, typer.Option(help="Folder of the merged model.")],
+    model: Annotated[str, typer.Option(help="The base that it is served on.")] = DEFAULT_BASE,
+    quantization: Annotated[Quantization, typer.Option(help="How the base is held where it is served.")] = "nf4",
+    data: Annotated[
+        Path | None, typer.Option(help="Held-out examples to compare by. Default: some usual texts.")
+    ] = None,
+    least_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Write nothing if fewer of the greedy tokens agree.")
+    ] = 0.9,
+) -> None:
+    """Merge an adapter into its base: a transformers model in bfloat16, which is compared with the served adapter
+    before it is kept."""
+    from onebase_engine.export.agreement import TEXTS
+    from onebase_engine.export.merge_checked import merge_checked
+
+    console = Console(highlight=False, soft_wrap=True)
+    prompts: Sequence[str | Sequence[int]] = TEXTS if data is None else _prompts(data, model)
+    agreed = merge_checked(
+        path,
+        output,
+        BaseSpec(model, quantization, device="cpu"),
+        prompts,
+        least=least_agreement,
+        progress=console.print,
+    )
+    console.print(f"of the served adapter's greedy tokens, {agreed:.1%} are the written model's best, too")
+    console.print(f"Wrote {output}")
+
+
+def _prompts(data: Path, model: str) -> list[list[int]]:
+    """The prompts of a data file's first examples, as they are served."""
+    from transformers import AutoTokenizer
+
+    from onebase_engine.base.catalog import fetch_base
+    from onebase_training.data import encode, read_dataset
+
+    tokenizer = AutoTokenizer.from_pretrained(fetch_base(model))
+    examples = read_dataset(data).examples[:_COMPARED]
+    encoded = encode(examples, tokenizer, max_length=2048, too_long="skip")
+    return [list(one.input_ids[: one.prompt_length]) for one in encoded if one.prompt_length]
 
 
 def extract_folders(finetuned: Path, base: str, output: Path, *, rank: int) -> "Extraction":
