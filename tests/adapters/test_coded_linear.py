@@ -7,7 +7,7 @@ import torch
 from numba import njit
 
 from onebase_engine.kernels.coded_linear import CodedLinear, CodedWeight
-from onebase_engine.kernels.cpu.packed import PackedLinear, fits_packed, of_one_kind, pack_at_first_use, packable
+from onebase_engine.kernels.cpu.packed import PackedLinear, can_be_one, fits_packed, pack_at_first_use, packable
 from onebase_engine.kernels.cpu.target import PLAIN, Target
 from onebase_engine.kernels.cpu.tile4bit import Form, packed_tile
 from support.targets import runnable
@@ -15,6 +15,7 @@ from support.targets import runnable
 packs = pytest.mark.skipif(not fits_packed(128, 32), reason="needs AVX2 and FMA, or NEON")
 ABLE = [target for target in runnable() if target != PLAIN]
 FORMS = [Form(scales, offsets) for scales, offsets in product(("float16", "float32"), ("", "steps", "added"))]
+FORMS += [Form(scales, offsets, wide=True) for scales, offsets in product(("float16", "float32"), ("", "added"))]
 OUT, IN = 64, 256
 
 
@@ -26,8 +27,12 @@ def weight_of(form: Form, *, block: int = 32, out: int = OUT, ordered: bool = Fa
         offsets = torch.randint(-8, 9, (IN // block, out), generator=random).to(torch.int8)
     elif form.offsets == "added":
         offsets = torch.randn(IN // block, out, generator=random).to(scales.dtype) / 16
+    codes = torch.randint(0, 256, (out, IN // 2), generator=random, dtype=torch.uint8)
+    if form.wide:
+        codes = torch.randint(-128, 128, (out, IN), generator=random, dtype=torch.int8)
+        scales /= 16
     return CodedWeight(
-        codes=torch.randint(0, 256, (out, IN // 2), generator=random, dtype=torch.uint8),
+        codes=codes,
         values=torch.arange(-8, 8, dtype=torch.float32),
         scales=scales,
         offsets=offsets,
@@ -37,13 +42,16 @@ def weight_of(form: Form, *, block: int = 32, out: int = OUT, ordered: bool = Fa
 
 def defined(weight: CodedWeight) -> torch.Tensor:
     """A column at a time, as the class says."""
-    out, half = weight.codes.shape
-    dense = torch.empty(out, 2 * half)
-    for column in range(2 * half):
-        byte = weight.codes[:, column // 2]
-        code = (byte >> 4 if column % 2 == 0 else byte & 15).long()
+    out, columns = weight.shape
+    dense = torch.empty(out, columns)
+    for column in range(columns):
+        if weight.codes.dtype == torch.int8:
+            number = weight.codes[:, column].float()
+        else:
+            byte = weight.codes[:, column // 2]
+            number = weight.values[(byte >> 4 if column % 2 == 0 else byte & 15).long()]
         block = column // weight.block
-        value = weight.values[code] * weight.scales[block].float()
+        value = number * weight.scales[block].float()
         if weight.offsets is not None:
             steps = weight.scales[block].float() if weight.offsets.dtype == torch.int8 else 1
             value += weight.offsets[block].float() * steps
@@ -93,7 +101,7 @@ def test_the_packed_product_is_the_definition_and_rows_do_not_depend_on_others(
 def test_several_that_share_an_input_are_one_product_and_stay_themselves(form: Form) -> None:
     modules = [CodedLinear(weight_of(form, out=out, seed=out), None) for out in (64, 32, 96)]
     expected = [defined(module.coded) for module in modules]
-    assert of_one_kind(modules) and all(packable(module) for module in modules)
+    assert can_be_one(modules) and all(packable(module) for module in modules)
     joined = PackedLinear(modules)
     together = joined.product(inputs(5))
     row = 0
@@ -104,15 +112,30 @@ def test_several_that_share_an_input_are_one_product_and_stay_themselves(form: F
         row += len(dense)
 
 
-def test_what_differs_is_not_joined() -> None:
-    def modules(*weights: CodedWeight) -> list[CodedLinear]:
-        return [CodedLinear(weight, None) for weight in weights]
+@packs
+@torch.inference_mode()
+def test_those_that_differ_are_widened_and_keep_their_numbers() -> None:
+    """As in a GGUF mixture: other widths, blocks, scales and offsets side by side."""
+    weights = [
+        weight_of(Form("float16"), out=64, seed=1),
+        weight_of(Form("float32", "added"), out=32, block=64, seed=2),
+        weight_of(Form("float16", "steps"), out=32, block=128, seed=3),
+        weight_of(Form("float32", wide=True), out=96, block=16, seed=4),
+    ]
+    modules = [CodedLinear(weight, None) for weight in weights]
+    expected = torch.cat([defined(weight) for weight in weights])
+    assert can_be_one(modules)
+    joined = PackedLinear(modules)
+    assert joined.form == Form("float32", "added", wide=True)
+    assert torch.equal(torch.cat([module.coded.expanded() for module in modules]), expected)
+    together = joined.product(inputs(9))
+    torch.testing.assert_close(together.float(), inputs(9).float() @ expected.T, rtol=2**-6, atol=2**-4)
+    for row in range(9):
+        assert torch.equal(joined.product(inputs(9)[row : row + 1]), together[row : row + 1])
 
-    half, whole = Form("float16"), Form("float32")
-    assert not of_one_kind(modules(weight_of(half), weight_of(whole)))
-    assert not of_one_kind(modules(weight_of(half), weight_of(half, block=64)))
-    assert not of_one_kind(modules(weight_of(half), weight_of(Form("float16", "added"))))
-    assert not packable(modules(weight_of(half, ordered=True))[0])
+
+def test_inputs_in_another_order_are_not_joined() -> None:
+    assert not packable(CodedLinear(weight_of(Form("float16"), ordered=True), None))
 
 
 @pytest.mark.parametrize("target", ABLE, ids=lambda target: target.name)

@@ -11,7 +11,7 @@ import torch
 from onebase import LLM, SamplingParams
 from onebase_adapters.errors import BaseModelError
 from onebase_engine.base.base_spec import BaseSpec
-from onebase_engine.base.gguf_file import _read_q4_k
+from onebase_engine.base.gguf_file import _READERS
 from onebase_engine.base.load_base import load_base
 from onebase_engine.base.model_weights import ModelWeights
 from onebase_engine.kernels.coded_linear import CodedLinear
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3"])
 def test_every_weight_is_the_very_one(
     family: str, kind: str, tiny_model: Callable[[str], Path], tmp_path: Path
@@ -61,10 +61,10 @@ def test_it_is_made_once_and_again_for_another_file(
     assert len(list((cache / "models").iterdir())) == 2
 
 
-def test_what_is_not_in_4_bits_is_told(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    save_gguf(tiny_model("llama"), tmp_path / "model.gguf", "Q8_0")
+def test_what_is_not_in_codes_is_told(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    save_gguf(tiny_model("llama"), tmp_path / "model.gguf", "F16")
     base = load_base(BaseSpec(str(tmp_path / "model.gguf"), device="cpu"))
-    assert base.held == "GGUF Q8_0 as bfloat16"
+    assert base.held == "GGUF F16 as bfloat16"
     assert not any(isinstance(module, CodedLinear) for module in base.model.modules())
 
 
@@ -80,14 +80,19 @@ def test_it_answers_with_adapters(
     assert plain.outputs[0].token_ids and plain.outputs[0].token_ids != adapted.outputs[0].token_ids
 
 
-def test_q4_k_is_read_to_the_bit() -> None:
-    """gguf cannot write it, so of random bytes; the scales of scales are numbers."""
+@pytest.mark.parametrize(
+    ("kind", "size", "scales"), [("Q4_K", 144, (0, 4)), ("Q5_K", 176, (0, 4)), ("Q6_K", 210, (208, 210))]
+)
+def test_blocks_of_256_are_read_to_the_bit(kind: str, size: int, scales: tuple[int, int]) -> None:
+    """gguf cannot write them, so of random bytes; the scales of scales are numbers."""
     random = np.random.default_rng(0)
-    blocks = random.integers(0, 256, (4, 3, 144), dtype=np.uint8)
-    blocks[..., :4] = random.uniform(-1, 1, (4, 3, 2)).astype(np.float16).view(np.uint8)
+    blocks = random.integers(0, 256, (4, 3, size), dtype=np.uint8)
+    count = (scales[1] - scales[0]) // 2
+    numbers = random.uniform(-1, 1, (4, 3, count)).astype(np.float16).view(np.uint8)
+    blocks[..., slice(*scales)] = numbers
     data = blocks.reshape(4, -1)
-    expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q4_K)
-    assert torch.equal(_read_q4_k(data).expanded(), torch.from_numpy(expected))
+    expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+    assert torch.equal(_READERS[kind](data).expanded(), torch.from_numpy(expected))
 
 
 def test_bad_files_are_refused(tiny_model: Callable[[str], Path], tmp_path: Path, cache: Path) -> None:

@@ -67,7 +67,7 @@ def test_transformers_own_reading_of_gguf(kind: str) -> None:
             dtype=torch.float32,
         )
     mine = weights(base)
-    assert len(mine) == {"gguf-q4_0": 210, "gguf-q4_k_m": 16}[kind]
+    assert len(mine) == 210
     parameters = dict(base.model.named_parameters())
     for name, value in theirs.named_parameters():
         module = name.removesuffix(".weight")

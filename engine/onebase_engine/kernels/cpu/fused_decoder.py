@@ -20,7 +20,7 @@ from onebase_engine.kernels.cpu import adapter_kernels as cpu
 from onebase_engine.kernels.cpu.attention import NO_WINDOW
 from onebase_engine.kernels.cpu.elementwise import add_rms_norm, gate_mul, rope_attend
 from onebase_engine.kernels.cpu.matmul4bit import TASKS
-from onebase_engine.kernels.cpu.packed import PackedLinear, of_one_kind, packable
+from onebase_engine.kernels.cpu.packed import PackedLinear, can_be_one, packable
 from onebase_engine.kernels.cpu.run_layers import LAYER, run_layers
 from onebase_engine.kernels.fusing import (
     Angles,
@@ -237,4 +237,4 @@ def fuse(
 
 
 def _fit(modules: Sequence[nn.Module]) -> bool:
-    return all(packable(module) for module in modules) and of_one_kind(modules)
+    return all(packable(module) for module in modules) and can_be_one(modules)

@@ -30,7 +30,7 @@ def multiply_tasks(rows: int, n: int) -> int:
 def _multiply_task(form: Form) -> Compiled:
     """One task of `multiply` for weights of this form: a group of features for a panel of rows."""
     one, two, three, four, eight = (packed_tile(rows, form=form) for rows in (1, 2, 3, 4, 8))
-    size_of_scale, size_of_offset = form.size, form.size_of_offset
+    size_of_scale, size_of_offset, size_of_pair = form.size, form.size_of_offset, form.size_of_pair
 
     def multiply_task(task: int, at: int) -> None:
         x, y, rows, codes, n, k, weight, absmax, offsets, stride, sums, block, bias, tiles, starts, sizes = _read(
@@ -42,7 +42,7 @@ def _multiply_task(form: Form) -> Compiled:
         pieces = groups * turns // max(1, tiles.shape[0]) if panels == 1 else 0
         blocks, pairs = k // block, block // 2
         panel, group = task // groups, task % groups
-        w = weight + group * k * FEATURES // 2
+        w = weight + group * (k // 2) * size_of_pair
         s = absmax + size_of_scale * group * FEATURES
         o = offsets + size_of_offset * group * FEATURES
         row = panel * PANEL
@@ -81,7 +81,7 @@ def _multiply_task(form: Form) -> Compiled:
                     part[i] = bf16_from_f32(f32_from_bf16(part[i]) + f32_from_bf16(terms[i]))
 
     if form != Form():
-        multiply_task.__name__ += f"_{form.scales}_{form.offsets}"
+        multiply_task.__name__ += f"_{form.scales}_{form.offsets}" + ("_wide" if form.wide else "")
     return MULTIPLY.work(multiply_task)
 
 
@@ -95,6 +95,10 @@ TASKS = {
         Form("float32"),
         Form("float32", "steps"),
         Form("float32", "added"),
+        Form("float16", wide=True),
+        Form("float16", "added", wide=True),
+        Form("float32", wide=True),
+        Form("float32", "added", wide=True),
     )
 }
 """The work for each form of a weight."""

@@ -8,6 +8,7 @@ registered with it.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import gcd
 from typing import Any, Literal
 
 import numpy as np
@@ -84,27 +85,44 @@ def _in_tiles(codes: torch.Tensor, rows: int, half: int) -> torch.Tensor:
 def _coded(module: Any) -> CodedWeight:
     """The module's weight, in tiles."""
     if isinstance(module, CodedLinear):
-        weight = module.coded
-        return (
-            weight
-            if weight.in_tiles
-            else replace(weight, codes=_in_tiles(weight.codes, *weight.codes.shape), in_tiles=True)
-        )
+        return _tiled(module.coded)
     state = module.weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):
         module.weight.data = _packed(module.weight.data, state)
     return CodedWeight(module.weight.data, state.code, state.absmax, in_tiles=True)
 
 
+def _tiled(weight: CodedWeight) -> CodedWeight:
+    if weight.in_tiles:
+        return weight
+    codes, (out, width) = weight.codes, weight.codes.shape
+    if weight.wide:
+        tiles = codes.view(-1, 2, FEATURES // 2, width // 2, 2).permute(0, 3, 1, 2, 4).reshape(out, width)
+    else:
+        tiles = _in_tiles(codes, out, width)
+    return replace(weight, codes=tiles.contiguous(), in_tiles=True)
+
+
 def _form(weight: CodedWeight) -> Form:
+    scales = _NAMES[weight.scales.dtype]
     if weight.offsets is None:
-        return Form(_NAMES[weight.scales.dtype])
-    return Form(_NAMES[weight.scales.dtype], "steps" if weight.offsets.dtype == torch.int8 else "added")
+        return Form(scales, wide=weight.wide)
+    return Form(scales, "steps" if weight.offsets.dtype == torch.int8 else "added", weight.wide)
 
 
-def of_one_kind(modules: Sequence[nn.Module]) -> bool:
-    """Whether these modules, all packable, can be one product."""
-    return len({_kind(module) for module in modules}) == 1
+def can_be_one(modules: Sequence[nn.Module]) -> bool:
+    """Whether these modules, all packable, can be one product: alike, or all of codes that can be widened."""
+    blocks = [module.coded.block for module in modules if isinstance(module, CodedLinear)]
+    wide = len(blocks) == len(modules) and fits_packed(gcd(*blocks), FEATURES, gcd(*blocks))
+    return wide or len({_kind(module) for module in modules}) == 1
+
+
+def _alike(modules: Sequence[Any]) -> list[CodedWeight]:
+    """The modules' weights, in tiles and of one kind."""
+    if len({_kind(module) for module in modules}) == 1:
+        return [_coded(module) for module in modules]
+    block = gcd(*(module.coded.block for module in modules))
+    return [_tiled(module.coded.widened(block)) for module in modules]
 
 
 def _kind(module: Any) -> tuple[object, ...]:
@@ -143,13 +161,13 @@ class PackedLinear:
     that the memory is there once."""
 
     def __init__(self, modules: Sequence[Any]) -> None:
-        weights = [_coded(module) for module in modules]
+        weights = _alike(modules)
         first = weights[0]
         self.weight = torch.cat([weight.codes for weight in weights])
         self._scales = torch.cat([weight.scales for weight in weights], dim=1).contiguous()
         offsets = [weight.offsets for weight in weights if weight.offsets is not None]
         self._offsets = torch.cat(offsets, dim=1).contiguous() if offsets else None
-        self._codes = _table(first.values)
+        self._codes = _table(first.values)  # of int8, which are looked up nowhere, empty
         self._block = first.block
         self.form = _form(first)
         self.in_features = modules[0].in_features

@@ -22,7 +22,17 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from onebase_engine.kernels.cpu.pairs import SUMS, add_products, declare, factors, narrowed, parts, place, spread
+from onebase_engine.kernels.cpu.pairs import (
+    PAIRS,
+    SUMS,
+    add_products,
+    declare,
+    factors,
+    narrowed,
+    parts,
+    place,
+    spread,
+)
 from onebase_engine.kernels.cpu.target import TARGET, Target
 from onebase_engine.kernels.cpu.vector import I8, I16, I32, I64
 
@@ -33,11 +43,18 @@ class Form(NamedTuple):
     scales: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     offsets: Literal["", "steps", "added"] = ""
     """None; int8, in steps of the scale, as zero points are; or to be added, of the scales' kind."""
+    wide: bool = False
+    """Codes are int8 and their own values: for each pair of inputs two bytes of each feature, side by side."""
 
     @property
     def size(self) -> int:
         """Bytes of a scale."""
         return 4 if self.scales == "float32" else 2
+
+    @property
+    def size_of_pair(self) -> int:
+        """Bytes of a pair of inputs for all features of a tile."""
+        return 2 * FEATURES if self.wide else FEATURES
 
     @property
     def size_of_offset(self) -> int:
@@ -114,10 +131,10 @@ def _joined(builder: Any, first: Any, second: Any, places: Iterable[int] = range
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(mask)), mask))
 
 
-def _sorted(builder: Any, values: Any, target: Target) -> Any:
+def _sorted(builder: Any, values: Any, target: Target, form: Form) -> Any:
     """[16] features from their own order to that of `_table`, or back: swapping the middle quarters is its own
     inverse."""
-    return values if target.words else _picked(builder, values, _QUARTERS)
+    return values if target.words or form.wide else _picked(builder, values, _QUARTERS)
 
 
 def _wide(builder: Any, base: Any, offset: Any, form: Form) -> Any:
@@ -129,6 +146,18 @@ def _wide(builder: Any, base: Any, offset: Any, form: Form) -> Any:
         return builder.fpext(builder.load(place(builder, base, offset, halves), align=2), SUMS)
     bits = builder.load(place(builder, base, offset, ir.VectorType(I16, 16)), align=2)
     return builder.bitcast(builder.shl(builder.zext(bits, _LONGS), ir.Constant(_LONGS, [16] * 16)), SUMS)
+
+
+def _numbers(builder: Any, packed: Any, target: Target) -> tuple[Any, ...]:
+    """`factors` of 16 pairs of int8 [32]: bfloat16 holds them exactly."""
+    pairs = builder.bitcast(builder.sext(packed, _WORDS), _LONGS)
+    shift = ir.Constant(_LONGS, [16] * 16)
+    first = builder.sitofp(builder.ashr(builder.shl(pairs, shift), shift), SUMS)
+    second = builder.sitofp(builder.ashr(pairs, shift), SUMS)
+    if not target.pairs:
+        return first, second
+    low = builder.lshr(builder.bitcast(first, _LONGS), shift)
+    return (builder.bitcast(builder.or_(low, builder.bitcast(second, _LONGS)), PAIRS),)
 
 
 def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) -> Callable[..., None]:
@@ -154,7 +183,9 @@ def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) ->
         hints = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read, into the first-level cache, data
         none = ir.Constant(I64, 0)
         zeros = ir.Constant(SUMS, [0.0] * 16)
-        look_up = _table(builder, builder.load(place(builder, codes, none, _WORDS), align=2), target)
+        look_up = None
+        if not form.wide:
+            look_up = _table(builder, builder.load(place(builder, codes, none, _WORDS), align=2), target)
 
         def first_of(block: Any, half: int) -> Any:
             """The place of a half's first scale."""
@@ -179,22 +210,28 @@ def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) ->
                 if form.offsets == "steps":
                     some = ir.VectorType(I8, 16)
                     steps = builder.load(place(builder, offsets, first_of(block, half), some), align=1)
-                    steps = _sorted(builder, builder.sitofp(builder.sext(steps, _LONGS), SUMS), target)
+                    steps = _sorted(builder, builder.sitofp(builder.sext(steps, _LONGS), SUMS), target, form)
                 for row in some_rows:
                     begun = builder.fmul(summed(row, block), steps) if form.offsets == "steps" else zeros
                     builder.store(begun, sums[row, half])
 
             def multiply(pair: Any, *, new_line: bool) -> None:
                 """Add the products of one pair of inputs to the sums."""
-                address = builder.add(weight, times(pair, FEATURES))
+                address = builder.add(weight, times(pair, form.size_of_pair))
                 if (0, 0) in cells:
-                    if new_line:
+                    if new_line or form.wide:
                         builder.call(fetch, [place(builder, address, ir.Constant(I64, _AHEAD), I8), *hints])
                     line = times(pair, 64)
                     offset = builder.select(builder.icmp_unsigned("<", line, size), line, size)
                     builder.call(fetch, [place(builder, wanted, offset, I8), *hints])
-                packed = builder.load(place(builder, address, none, _BYTES), align=1)
-                weights = {half: factors(builder, look_up(packed, half), target) for half in halves}
+                if look_up is None:
+                    some = {half: place(builder, address, ir.Constant(I64, 32 * half), _BYTES) for half in halves}
+                    weights = {
+                        half: _numbers(builder, builder.load(at, align=1), target) for half, at in some.items()
+                    }
+                else:
+                    packed = builder.load(place(builder, address, none, _BYTES), align=1)
+                    weights = {half: factors(builder, look_up(packed, half), target) for half in halves}
                 for row in some_rows:
                     offset = times(builder.add(builder.mul(x_stride, ir.Constant(I64, row)), times(pair, 2)), 2)
                     inputs = factors(
@@ -214,9 +251,9 @@ def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) ->
                         multiply(pair, new_line=k % 2 == 0)
                 for half in halves:
                     at = times(first_of(block, half), form.size)
-                    scale = _sorted(builder, _wide(builder, scales, at, form), target)
+                    scale = _sorted(builder, _wide(builder, scales, at, form), target, form)
                     if form.offsets == "added":
-                        offset = _sorted(builder, _wide(builder, offsets, at, form), target)
+                        offset = _sorted(builder, _wide(builder, offsets, at, form), target, form)
                     for row in some_rows:
                         total = builder.load(totals[row, half])
                         total = builder.call(fma, [builder.load(sums[row, half]), scale, total])
@@ -225,7 +262,7 @@ def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) ->
                         builder.store(total, totals[row, half])
 
             for row, half in cells:
-                result = narrowed(builder, _sorted(builder, builder.load(totals[row, half]), target), target)
+                result = narrowed(builder, _sorted(builder, builder.load(totals[row, half]), target, form), target)
                 offset = builder.add(
                     times(builder.mul(y_stride, ir.Constant(I64, row)), 2), ir.Constant(I64, 32 * half)
                 )
