@@ -125,6 +125,28 @@ def merge_command(
     console.print(f"Wrote {output}")
 
 
+@app.command("export")
+def export_command(
+    path: Annotated[Path, typer.Argument(help="An adapter's folder: ours, or any that PEFT wrote.")],
+    *,
+    output: Annotated[Path, typer.Option(help="The .gguf file.")],
+    model: Annotated[str, typer.Option(help="The base that it is served on.")] = DEFAULT_BASE,
+) -> None:
+    """Write an adapter as llama.cpp reads it (`llama-server --lora FILE`)."""
+    from onebase_adapters.lowering.lower import load_adapter
+    from onebase_engine.base.load_base import load_base
+    from onebase_engine.base.model_weights import ModelWeights
+    from onebase_engine.export.gguf_adapter import write_gguf_adapter
+
+    console = Console(highlight=False, soft_wrap=True)
+    base = load_base(BaseSpec(model, device="cpu"), progress=console.print)
+    adapter = load_adapter(path, path.name, base.shape, ModelWeights(base.model))
+    count = write_gguf_adapter(base, adapter, output)
+    for note in adapter.notes:
+        console.print(f"note: {note}")
+    console.print(f"Wrote {output}: low-rank updates of {count} weights")
+
+
 def _prompts(data: Path, model: str) -> list[list[int]]:
     """The prompts of a data file's first examples, as they are served."""
     from transformers import AutoTokenizer

@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from onebase import LLM, SamplingParams
-from onebase_adapters.errors import BaseModelError
+from onebase_adapters.errors import AdapterError, BaseModelError, ConfigError
+from onebase_adapters.lowering.lower import load_adapter
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.gguf_file import _READERS
-from onebase_engine.base.load_base import load_base
+from onebase_engine.base.load_base import LoadedBase, load_base, load_full
 from onebase_engine.base.model_weights import ModelWeights
+from onebase_engine.export.gguf_adapter import write_gguf_adapter
+from onebase_engine.export.merged_model import write_merged
 from onebase_engine.kernels.coded_linear import CodedLinear
+from support.methods import save_named
 from support.quantised import save_gguf
 from support.tokenizer import EOS, TEMPLATE
 
@@ -126,3 +130,43 @@ def test_bad_files_are_refused(tiny_model: Callable[[str], Path], tmp_path: Path
         with pytest.raises(BaseModelError, match=message):
             load_base(BaseSpec(str(file), device="cpu"))
     assert not list((cache / "models").iterdir()), "nothing half-made is left"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_an_adapter_exported_changes_a_file_as_it_changes_the_base(
+    family: str, tiny_model: Callable[[str], Path], tiny_lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What llama.cpp does: lora_b times lora_a is added to the tensor of the name."""
+    folder, adapter = tiny_model(family), tiny_lora(family, rank=3, seed=2, use_rslora=True)
+    base = load_base(BaseSpec(str(folder), device="cpu"))
+    lowered = load_adapter(adapter, "x", base.shape, ModelWeights(base.model))
+    assert write_gguf_adapter(base, lowered, tmp_path / "adapter.gguf") == 3 * 7
+    reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.type"].contents() == "lora"
+    assert reader.fields["adapter.lora.alpha"].contents() == 0
+    parts = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    save_gguf(folder, tmp_path / "plain.gguf", "F32")
+    plain = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "plain.gguf").tensors}
+    changed = {}
+    for name, value in plain.items():
+        a, b = parts.get(f"{name}.lora_a"), parts.get(f"{name}.lora_b")
+        changed[name] = value if a is None else value + b @ a
+    merged = LoadedBase(load_full(folder), base.tokenizer, base.shape, base.device)
+    write_merged(merged, lowered, tmp_path / "merged")
+    save_gguf(tmp_path / "merged", tmp_path / "merged.gguf", "F32")
+    for tensor in gguf.GGUFReader(tmp_path / "merged.gguf").tensors:
+        found, expected = (torch.from_numpy(np.array(each)) for each in (tensor.data, changed[tensor.name]))
+        torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-6, msg=tensor.name)  # it is in bfloat16
+    with pytest.raises(ConfigError, match="Choose another output"):
+        write_gguf_adapter(base, lowered, tmp_path / "adapter.gguf")
+
+
+def test_what_llama_cpp_has_no_place_for(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    base = load_base(BaseSpec(str(tiny_model("llama")), device="cpu"))
+    for method, named in (("ia3", "Rescale"), ("prompt-tuning", "VirtualTokens"), ("lora-embedding", "embedding")):
+        folder = save_named(tmp_path / method, tiny_model("llama"), method)
+        lowered = load_adapter(folder, "x", base.shape, ModelWeights(base.model))
+        with pytest.raises(AdapterError, match=f"no place for this adapter's .*{named}"):
+            write_gguf_adapter(base, lowered, tmp_path / "adapter.gguf")
+    assert not list(tmp_path.glob("*.gguf"))

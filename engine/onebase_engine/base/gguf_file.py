@@ -23,7 +23,7 @@ from onebase_engine.kernels.coded_linear import CodedWeight
 _SIGNED = torch.arange(-8, 8, dtype=torch.float32)
 _UNSIGNED = torch.arange(16, dtype=torch.float32)
 _NONE = torch.empty(0)
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
@@ -58,7 +58,7 @@ def convert_gguf(file: Path, target: Path, progress: Progress) -> None:
         config.pad_token_id = None  # a default of the class
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    names = gguf.get_tensor_name_map(_ARCHITECTURES[architecture], config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], config.num_hidden_layers)
     written: dict[str, torch.Tensor] = {}
     kinds: Counter[str] = Counter()
     for name, _ in model.named_parameters():
@@ -68,7 +68,7 @@ def convert_gguf(file: Path, target: Path, progress: Progress) -> None:
         tensor = tensors.pop(f"{names.get_name(module)}.{last}", None)
         if tensor is None:
             raise BaseModelError(f"{file} has no tensor for {name}.", field="model")
-        rows = _rows(name, config, architecture)
+        rows = rows_of(name, config, architecture)
         kind = tensor.tensor_type.name
         if ".layers." in name and last == "weight" and isinstance(model.get_submodule(module), nn.Linear):
             kinds[kind] += 1
@@ -115,10 +115,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         architecture = str(reader.fields["general.architecture"].contents())
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise BaseModelError(f"{file} is no whole GGUF file: {error}.", field="model") from error
-    if architecture not in _ARCHITECTURES:
+    if architecture not in ARCHITECTURES:
         raise BaseModelError(
             f"{file} is of the architecture {architecture!r}, whose tensors are not read here: "
-            f"{', '.join(_ARCHITECTURES)} are.",
+            f"{', '.join(ARCHITECTURES)} are.",
             field="model",
         )
     settings = {
@@ -138,8 +138,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {tensor.name: tensor for tensor in reader.tensors}, {"architecture": architecture, **settings}
 
 
-def _rows(name: str, config: Any, architecture: str) -> Any:
-    """The order of a tensor's rows: llama.cpp turns neighbours where transformers turns halves of a head."""
+def rows_of(name: str, config: Any, architecture: str) -> Any:
+    """Which row of a file's tensor each of transformers' is: llama.cpp turns neighbours where transformers turns
+    halves of a head."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     found = next((count for part, count in heads.items() if f".{part}." in name), None)
     if architecture != "llama" or found is None:
