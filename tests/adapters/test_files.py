@@ -220,6 +220,19 @@ def test_another_base(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_another_form_of_the_same_base(tmp_path: Path) -> None:
+    """Of catalogued bases it is known which are one model; a hub id or a folder names whatever is there now."""
+    save(tmp_path)
+    trained_on = {"model": "tiny-coded", "fingerprint": "beef", "hub_id": "owner/tiny"}
+    (tmp_path / "onebase.json").write_text(json.dumps({"base": trained_on}))
+    catalogued = replace(BASE, hub_id="owner/tiny")
+    (note,) = load_adapter(tmp_path, "digest", catalogued, NoWeights()).notes
+    assert note == "trained on tiny-coded, served on tiny: the same model, rounded otherwise"
+    for other in (replace(BASE, hub_id="owner/other"), replace(BASE, name="owner/tiny", hub_id="owner/tiny")):
+        with pytest.raises(AdapterMismatchError, match="other weights"):
+            load_adapter(tmp_path, "digest", other, NoWeights())
+
+
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
 def test_a_pickle(name: str, tmp_path: Path) -> None:
     save(tmp_path)

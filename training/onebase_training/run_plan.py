@@ -63,7 +63,8 @@ class RunPlan:
 
     def notes(self) -> dict[str, Any]:
         """The notes on the run in `onebase.json`."""
-        base = {"model": self.config.model, "fingerprint": self.base.shape.fingerprint}
+        shape = self.base.shape
+        base = {"model": self.config.model, "hub_id": shape.hub_id, "fingerprint": shape.fingerprint}
         sizes = {"format": self.dataset.format, "examples": len(self.dataset)}
         sizes |= {"held_out_examples": len(self.held_out)}
         sizes |= {"near_duplicates": sum(map(len, self.found.duplicates)), "leaks": len(self.found.leaks)}

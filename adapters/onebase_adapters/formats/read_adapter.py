@@ -95,16 +95,23 @@ def _check_header(name: str, begins: bytes) -> None:
         )
 
 
-def check_base(files: AdapterFiles, base: BaseShape) -> None:
-    """Refuse an adapter that says it was trained on another base. Raises AdapterMismatchError.
+def check_base(files: AdapterFiles, base: BaseShape) -> tuple[str, ...]:
+    """Refuse an adapter that says it was trained on another base; gives what its owner should know if it was
+    trained on the same one in another form. Raises AdapterMismatchError.
 
     A foreign adapter says so only by its shapes, which lowering checks.
     """
     trained_on = files.sidecar.get("base", {})
     fingerprint = trained_on.get("fingerprint") if isinstance(trained_on, dict) else None
     if fingerprint and fingerprint != base.fingerprint:
+        # Of a catalogued base alone it is known that two forms are one model: a folder's weights may be any.
+        if base.hub_id != base.name and trained_on.get("hub_id") == base.hub_id:
+            return (
+                f"trained on {trained_on.get('model')}, served on {base.name}: the same model, rounded otherwise",
+            )
         raise AdapterMismatchError(
             f"Trained on {trained_on.get('model', 'another base')} ({fingerprint}), but this server's base is "
             f"{base.name} ({base.fingerprint}): other weights. Serve that base, or train again on this one.",
             field="path",
         )
+    return ()

@@ -41,7 +41,7 @@ METHODS: Mapping[str, Lower] = {
 def load_adapter(folder: Path, digest: str, base: BaseShape, weights: BaseWeights) -> LoweredAdapter:
     """Read, check and lower the adapter in `folder` for `base`. Raises AdapterError and its branches."""
     files = read_adapter(folder)
-    check_base(files, base)
+    form = check_base(files, base)
     kind = str(files.config.get("peft_type", "")).upper()
     if kind in UNSERVED:
         raise AdapterFormatError(f"{kind} is not served. It {UNSERVED[kind]}", field="peft_type")
@@ -58,4 +58,4 @@ def load_adapter(folder: Path, digest: str, base: BaseShape, weights: BaseWeight
     if not primitives and not files.tensors:
         raise AdapterFormatError("The adapter changes nothing: it has no weights for any site.", field="path")
     _refuse_conflicts(primitives)
-    return LoweredAdapter(digest, kind.lower(), primitives, lowered.notes, files.chat_template)
+    return LoweredAdapter(digest, kind.lower(), primitives, form + lowered.notes, files.chat_template)

@@ -6,7 +6,6 @@ from pathlib import Path
 from onebase_adapters.atomic_files import staged_directory
 from onebase_adapters.errors import AdapterError, ConfigError
 from onebase_adapters.formats.checks import check_folder
-from onebase_adapters.formats.read_adapter import check_base, read_adapter
 from onebase_adapters.lowering.lower import load_adapter
 from onebase_adapters.merge import check_mergeable
 from onebase_engine.base.base_spec import BaseSpec
@@ -35,7 +34,6 @@ def merge_checked(
     if output.exists():
         raise ConfigError(f"{output} exists. Choose another output.", field="output")
     base = load_base(spec, progress=progress)
-    check_base(read_adapter(path), base.shape)
     check_folder(path, base.tokenizer.get_vocab())
     adapter = load_adapter(path, path.name, base.shape, ModelWeights(base.model))
     check_mergeable(adapter)
