@@ -130,6 +130,7 @@ def test_what_no_version_has_used_for_a_month_goes(folder: Path) -> None:
     assert was_read()
 
 
+@pytest.mark.slow
 class TestBuild:
     """Compiling beforehand, in other processes."""
 

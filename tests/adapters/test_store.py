@@ -321,6 +321,7 @@ def killed_at(point: int, work: Callable[[], None]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_point_leaves_the_old_state_or_the_new(tmp_path: Path) -> None:
     old, new = make_adapter(tmp_path / "old", b"old"), make_adapter(tmp_path / "new", b"new" * 1000)
     root = tmp_path / "store"

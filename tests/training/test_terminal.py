@@ -30,6 +30,7 @@ def test_a_terminal_shows_stages_and_a_bar() -> None:
     assert re.search(r"3 of 10, loss 1.250, 480 tokens/s, 2 min left", shown)
 
 
+@pytest.mark.slow
 def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "_EVERY", 0.0)
     console = Console(file=io.StringIO(), force_terminal=False, width=40)
