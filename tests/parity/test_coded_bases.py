@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from onebase_adapters.errors import BaseModelError
 from onebase_contract.settings import TrainConfig
@@ -140,3 +140,26 @@ def test_what_lacks_is_named(quantised: Quantised, tmp_path: Path) -> None:
     save_file(kept, folder / "model.safetensors")
     with pytest.raises(BaseModelError, match=r"up_proj cannot be read as AWQ in 4 bits, groups of 64: 'scales'"):
         load_base(BaseSpec(str(folder), device="cpu"))
+
+
+def test_bitsandbytes_own_checkpoint_is_the_base_that_it_was_made_of(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    usual = load_base(BaseSpec(str(tiny_model("llama")), device="cpu"))
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny_model("llama"), quantization_config=settings, dtype=torch.bfloat16, device_map={"": "cpu"}
+        )
+        model.save_pretrained(tmp_path / "saved")
+    usual.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = load_base(BaseSpec(str(tmp_path / "saved"), device="cpu"))
+    assert (saved.held, saved.coded) == ("NF4 with double quantisation", True)
+    mine, theirs = ModelWeights(saved.model), ModelWeights(usual.model)
+    for site in usual.shape.sites:
+        assert torch.equal(mine.weight(site), theirs.weight(site)), site
