@@ -51,7 +51,7 @@ def engine_process(descriptor: int, step_seconds: float) -> None:
         inbox.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    info = EngineInfo("tiny", "f00d", "llama", "nf4", "cpu", 49152, 8192, 100_000, 0, 0, (2,), 0.0)
+    info = EngineInfo("tiny", "f00d", "llama", "nf4", "cpu", 49152, 8192, 100_000, 0, 0, (2,), {})
     stats = EngineStats(*[0] * len(EngineStats.__struct_fields__))
     connection.sendall(frame(encode(Ready(info, stats))))
     left: dict[str, int] = {}
