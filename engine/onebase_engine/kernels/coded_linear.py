@@ -42,7 +42,7 @@ class CodedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight: outputs and inputs."""
+        """The weight's: outputs and inputs."""
         out, width = self.codes.shape
         return out, width if self.wide else 2 * width
 
