@@ -30,13 +30,10 @@ def inspect_command(
     model: Annotated[str, typer.Option(help="The base it would be served on.")] = DEFAULT_BASE,
 ) -> None:
     """Tell an adapter's method, size and parts, and whether and how it is served."""
-    from onebase_adapters.formats.checks import check_folder
     from onebase_adapters.formats.peft_folder import WEIGHTS_FILE
     from onebase_adapters.formats.read_adapter import read_adapter
-    from onebase_adapters.lowering.lower import load_adapter
     from onebase_adapters.primitives.instruction_set import Head, Template
-    from onebase_engine.base.load_base import load_base
-    from onebase_engine.base.model_weights import ModelWeights
+    from onebase_engine.export.lowered_on_base import load_lowered
 
     files = read_adapter(path)
     weights = path / WEIGHTS_FILE
@@ -50,10 +47,7 @@ def inspect_command(
     table.add_row("tensors", f"{len(files.tensors)}, {sum(t.numel() for t in files.tensors.values()):,} numbers")
     table.add_row("file", f"{weights.stat().st_size / 2**20:.2f} MiB, sha256 {digest}")
     console.print(table)
-    # Raises what a server would answer when it refuses the adapter.
-    base = load_base(BaseSpec(model, device="cpu"), progress=console.print)
-    check_folder(path, base.tokenizer.get_vocab())
-    adapter = load_adapter(path, digest, base.shape, ModelWeights(base.model))
+    _, adapter = load_lowered(path, BaseSpec(model, device="cpu"), console.print)
     table = Table(show_header=False, box=None, title=f"served on {model} as", title_justify="left")
     for line in adapter.summary():
         table.add_row("", line)
@@ -133,14 +127,11 @@ def export_command(
     model: Annotated[str, typer.Option(help="The base that it is served on.")] = DEFAULT_BASE,
 ) -> None:
     """Write an adapter as llama.cpp reads it (`llama-server --lora FILE`)."""
-    from onebase_adapters.lowering.lower import load_adapter
-    from onebase_engine.base.load_base import load_base
-    from onebase_engine.base.model_weights import ModelWeights
     from onebase_engine.export.gguf_adapter import write_gguf_adapter
+    from onebase_engine.export.lowered_on_base import load_lowered
 
     console = Console(highlight=False, soft_wrap=True)
-    base = load_base(BaseSpec(model, device="cpu"), progress=console.print)
-    adapter = load_adapter(path, path.name, base.shape, ModelWeights(base.model))
+    base, adapter = load_lowered(path, BaseSpec(model, device="cpu"), console.print)
     count = write_gguf_adapter(base, adapter, output)
     for note in adapter.notes:
         console.print(f"note: {note}")

@@ -92,15 +92,15 @@ def load_coded(folder: Path, layout: Layout, make: Callable[[], Any], device: to
     with init_empty_weights(include_buffers=False):
         model = make()
     files = _files(folder)
-    with _Reader(files) as reader:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and f"{name}.{layout.weight}" in files:
-                model.set_submodule(name, _coded_linear(name, module, layout, reader, device))
-        state = {
-            name: reader(name).to(device, torch.bfloat16) if parameter.is_floating_point() else parameter
-            for name, parameter in model.named_parameters()
-            if name in files and parameter.is_meta
-        }
+    reader = _Reader(files)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and f"{name}.{layout.weight}" in files:
+            model.set_submodule(name, _coded_linear(name, module, layout, reader, device))
+    state = {
+        name: reader(name).to(device, torch.bfloat16)
+        for name, parameter in model.named_parameters()
+        if name in files and parameter.is_meta
+    }
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -168,12 +168,6 @@ class _Reader:
     def below(self, module: str) -> dict[str, torch.Tensor]:
         """All of a module's."""
         return {last: self(f"{module}.{last}") for last in self._names[module]}
-
-    def __enter__(self) -> "_Reader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
 
 
 def _read_own(tensors: Tensors) -> CodedWeight:

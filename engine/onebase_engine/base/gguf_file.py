@@ -30,7 +30,7 @@ ARCHITECTURES = {
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
     "phi3": gguf.MODEL_ARCH.PHI3,
 }
-"""Those whose tensors are known to be transformers' own, but for what `_as_transformers_has` undoes."""
+"""Those whose tensors are known to be transformers' own, but for what `rows_of` and `_added` undo."""
 _SETTINGS = {
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
@@ -154,15 +154,35 @@ def _added(name: str, architecture: str) -> int:
     return int(architecture == "gemma3" and name.endswith("norm.weight"))
 
 
+def _weight(
+    codes: torch.Tensor, values: torch.Tensor, scales: np.ndarray, offsets: np.ndarray | None
+) -> CodedWeight:
+    """By codes as `CodedWeight` has them, scales and offsets [out, blocks]."""
+    return CodedWeight(
+        codes, values, torch.from_numpy(scales).T, None if offsets is None else torch.from_numpy(offsets).T
+    )
+
+
 def _coded(codes: np.ndarray, values: torch.Tensor, scales: np.ndarray, offsets: np.ndarray | None) -> CodedWeight:
-    """By codes [out, blocks, block], scales and offsets [out, blocks]."""
+    """By codes of 4 bits [out, blocks, block]."""
     flat = codes.reshape(len(codes), -1)
-    packed = torch.from_numpy(flat[:, 0::2] << _HALF | flat[:, 1::2])
-    others = (None if each is None else torch.from_numpy(each).T for each in (scales, offsets))
-    held, added = others
-    if held is None:
-        raise TypeError("A weight without scales.")
-    return CodedWeight(packed, values, held, added)
+    return _weight(torch.from_numpy(flat[:, 0::2] << _HALF | flat[:, 1::2]), values, scales, offsets)
+
+
+def _wide(codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None = None) -> CodedWeight:
+    """By numbers of 8 bits [out, blocks, block]."""
+    flat = np.ascontiguousarray(codes.reshape(len(codes), -1)).astype(np.int8)
+    return _weight(torch.from_numpy(flat), _NONE, scales, offsets)
+
+
+def _scaled(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and offsets [out, blocks of 32], float32, of blocks of 256 that begin with a scale of eight 6-bit
+    scales, one of eight 6-bit offsets, and those in 12 bytes."""
+    steps, lows = Q4_K.get_scale_min(blocks[..., 4:16].reshape(-1, 12))
+    shape = (*blocks.shape[:2], 8)
+    scale, offset = (_numbers(blocks[..., at : at + 2]).astype(np.float32)[..., None] for at in (0, 2))
+    scales, offsets = scale * steps.reshape(shape), -offset * lows.reshape(shape)
+    return scales.reshape(len(blocks), -1), offsets.reshape(len(blocks), -1)
 
 
 def _halves(data: np.ndarray) -> np.ndarray:
@@ -188,22 +208,10 @@ def _read_q4_1(data: np.ndarray) -> CodedWeight:
 
 
 def _read_q4_k(data: np.ndarray) -> CodedWeight:
-    """Blocks of 256: a scale of eight 6-bit scales, one of eight 6-bit offsets, those in 12 bytes, and 128 bytes,
-    of which each 32 hold two of the eight."""
+    """Blocks of 256: `_scaled`, and 128 bytes, of which each 32 hold two blocks of 32."""
     blocks = data.reshape(len(data), -1, 144)
-    steps, lows = Q4_K.get_scale_min(blocks[..., 4:16].reshape(-1, 12))
-    shape = (*blocks.shape[:2], 8)
-    scale, offset = (_numbers(blocks[..., at : at + 2]).astype(np.float32)[..., None] for at in (0, 2))
-    codes = _halves(blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32)).reshape(len(data), -1, 32)
-    scales, offsets = scale * steps.reshape(shape), -offset * lows.reshape(shape)
-    return _coded(codes, _UNSIGNED, scales.reshape(len(data), -1), offsets.reshape(len(data), -1))
-
-
-def _wide(codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None = None) -> CodedWeight:
-    """By numbers of 8 bits [out, blocks, block], scales and offsets [out, blocks]."""
-    flat = torch.from_numpy(np.ascontiguousarray(codes.reshape(len(codes), -1)).astype(np.int8))
-    added = None if offsets is None else torch.from_numpy(offsets).T
-    return CodedWeight(flat, _NONE, torch.from_numpy(scales).T, added)
+    codes = _halves(blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32))
+    return _coded(codes, _UNSIGNED, *_scaled(blocks))
 
 
 def _fifth_bits(data: np.ndarray) -> np.ndarray:
@@ -229,13 +237,9 @@ def _read_q5_1(data: np.ndarray) -> CodedWeight:
 def _read_q5_k(data: np.ndarray) -> CodedWeight:
     """As Q4_K, with 32 bytes between of which each of the eight has a bit."""
     blocks = data.reshape(len(data), -1, 176)
-    steps, lows = Q4_K.get_scale_min(blocks[..., 4:16].reshape(-1, 12))
-    shape = (*blocks.shape[:2], 8)
-    scale, offset = (_numbers(blocks[..., at : at + 2]).astype(np.float32)[..., None] for at in (0, 2))
-    low = _halves(blocks[..., 48:].reshape(*blocks.shape[:2], 4, 32)).reshape(*shape, 32)
+    low = _halves(blocks[..., 48:].reshape(*blocks.shape[:2], 4, 32)).reshape(*blocks.shape[:2], 8, 32)
     high = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    scales, offsets = scale * steps.reshape(shape), -offset * lows.reshape(shape)
-    return _wide(low | high << _HALF, scales.reshape(len(data), -1), offsets.reshape(len(data), -1))
+    return _wide(low | high << _HALF, *_scaled(blocks))
 
 
 def _read_q6_k(data: np.ndarray) -> CodedWeight:

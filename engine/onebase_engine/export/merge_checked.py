@@ -5,14 +5,10 @@ from pathlib import Path
 
 from onebase_adapters.atomic_files import staged_directory
 from onebase_adapters.errors import AdapterError, ConfigError
-from onebase_adapters.formats.checks import check_folder
-from onebase_adapters.lowering.lower import load_adapter
-from onebase_adapters.merge import check_mergeable
 from onebase_engine.base.base_spec import BaseSpec
-from onebase_engine.base.load_base import load_base
-from onebase_engine.base.model_weights import ModelWeights
 from onebase_engine.base.package_files import Progress
 from onebase_engine.export.agreement import agreement, served_tokens
+from onebase_engine.export.lowered_on_base import load_lowered
 from onebase_engine.export.merged_model import write_merged
 
 
@@ -33,10 +29,7 @@ def merge_checked(
     """
     if output.exists():
         raise ConfigError(f"{output} exists. Choose another output.", field="output")
-    base = load_base(spec, progress=progress)
-    check_folder(path, base.tokenizer.get_vocab())
-    adapter = load_adapter(path, path.name, base.shape, ModelWeights(base.model))
-    check_mergeable(adapter)
+    base, adapter = load_lowered(path, spec, progress)
     progress(f"merging into the base as it is served: {base.held}")
     with staged_directory(output) as folder:
         write_merged(base, adapter, folder)

@@ -99,6 +99,7 @@ class Loop:
             self._go_on_from(checkpoint)
         while self.state.step < self._batches.steps and self.stopped == "done":
             self._step()
+            self._look_at_the_clock()
             if self._is_due():
                 self._evaluate()
                 self._save()
@@ -137,12 +138,15 @@ class Loop:
         made = self.model.collate([self._examples[index] for index in batch])
         return {name: value.to(self.model.device) for name, value in made.items()}
 
-    def _is_due(self) -> bool:
-        """Whether the model is to be measured and kept now; a run whose time is over ends with that."""
+    def _look_at_the_clock(self) -> None:
+        """Stop if the run's time is over."""
         limit = self._config.time_limit
         over = limit is not None and self.pace.seconds >= limit
         if limit is not None and total(over, self.model.device):  # all end where the first one does
             self.stopped = "time limit"
+
+    def _is_due(self) -> bool:
+        """Whether the model is to be measured and kept now."""
         last = self.state.step == self._batches.steps
         return last or self.stopped != "done" or self.state.step % self._evaluate_every == 0
 

@@ -8,6 +8,7 @@ registered with it.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from math import gcd
 from typing import Any, Literal
 
@@ -199,7 +200,7 @@ class PackedLinear:
         found = (torch.zeros(each.out_features) if each.bias is None else each.bias.detach() for each in modules)
         return torch.cat([bias.bfloat16() for bias in found])
 
-    @property
+    @cached_property
     def description(self) -> dict[str, int]:
         """As `multiply` has it: addresses of the codes' values, weight, scales, offsets and bias (0 for none), and
         sizes."""
