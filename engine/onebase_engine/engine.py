@@ -187,10 +187,12 @@ class Engine:
             return "internal", f"request id {request.id} is in use"
         if not request.prompt:
             return "internal", "the prompt has no tokens"
-        if request.task == "generate" and not self.info.generates:
+        if request.task == "score" and not 0 < request.said < len(request.prompt):
+            return "internal", f"{request.said} of the prompt's {len(request.prompt)} tokens cannot be scored"
+        if request.task in ("generate", "score") and not self.info.generates:
             return "task", f"{self.info.model} is an encoder: it classifies and embeds, but generates nothing"
-        if self.model.shape.encoder_decoder and request.task != "generate":
-            return "task", f"{self.info.model} is an encoder-decoder: it generates, and does nothing else here"
+        if self.model.shape.encoder_decoder and request.task in ("classify", "embed"):
+            return "task", f"{self.info.model} is an encoder-decoder: it generates and scores, and does nothing else"
         if self.model.shape.encoder_decoder and request.sampling.prompt_logprobs is not None:
             return "task", f"{self.info.model} is an encoder-decoder: a prompt's tokens have no logprobs"
         if (refusal := self._too_large(tokens)) is not None:
@@ -247,7 +249,7 @@ class Engine:
             sequence.request.id,
             tokens=() if stopped else (choice.token,),
             logprobs=() if stopped or choice.logprobs is None else (choice.logprobs,),
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
+            prompt_logprobs=(None, *sequence.logprobs) if first and sequence.reads_all else None,
             cached_tokens=sequence.cached_tokens if first else 0,
             waited=sequence.waited if first else 0.0,
             finish_reason=reason,
@@ -257,6 +259,7 @@ class Engine:
     def _conclude(self, output: Output) -> Output:
         sequence = self._sequences[output.id]
         self._end(sequence)
+        self._cached_tokens += output.cached_tokens
         return replace(output, waited=sequence.waited)
 
     def _chunk(self, work: Work) -> Chunk:
@@ -266,10 +269,9 @@ class Engine:
             start=work.start,
             blocks=sequence.blocks,
             slot=sequence.slot,
-            sample=work.samples,
-            all_logits=self._reader.wants_every_row(sequence),
+            wanted=self._reader.wanted(work),
             sequence=sequence.request.id,
-            prompt=sequence.prompt_tokens,
+            prompt=sequence.prompt_tokens - sequence.request.said,
         )
 
     def _fail(self, plan: Plan, error: Exception) -> list[Output]:

@@ -236,25 +236,23 @@ class LLM:
         continuations: Prompt | Sequence[Prompt],
         adapter: Names = None,
     ) -> list[ScoreOutput]:
-        """How likely each continuation is after its prompt; one of either may be for all of the other. A token of
-        room must be left in the context. Raises as `generate`."""
+        """How likely each continuation is after its prompt; one of either may be for all of the other. Raises as
+        `generate`."""
         starts, ends = _listed(prompts), _listed(continuations)
         number = max(len(starts), len(ends))
         starts = _each(starts[0] if len(starts) == 1 else starts, number, "prompts")
         ends = _each(ends[0] if len(ends) == 1 else ends, number, "continuations")
-        asked, said = [], []
+        asked = []
         for at, (one, end) in enumerate(zip(self._asked_all(starts, adapter), ends, strict=True)):
             field = _field("continuations", at, number)
             tokens = tuple(self._encode(end, field, special=False))
             self._check(tokens, field)
-            said.append(tokens)
             asked.append(_Asked(one.text, one.tokens + tokens, one.adapter, one.field, len(tokens)))
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         scores = []
-        for output, tokens in zip(self._generate(asked, params), said, strict=True):
-            known = (output.prompt_logprobs or ())[-len(tokens) :]
-            logprobs: tuple[TokenLogprobs, ...] = tuple(entry for entry in known if entry is not None)
-            scores.append(ScoreOutput(sum(entry.logprob for entry in logprobs), tokens, logprobs))
+        for one, output in zip(asked, self._read(asked, "score"), strict=True):
+            logprobs = tuple(entry for entry in output.prompt_logprobs or () if entry is not None)
+            total = sum(entry.logprob for entry in logprobs)
+            scores.append(ScoreOutput(total, one.tokens[-one.said :], logprobs))
         return scores
 
     def _generate(self, asked: Sequence[_Asked], sampling_params: Settings) -> list[RequestOutput]:

@@ -6,7 +6,7 @@ import msgspec
 from msgspec.structs import replace
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-Task = Literal["generate", "classify", "embed"]
+Task = Literal["generate", "classify", "embed", "score"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,12 +69,14 @@ class EngineRequest(msgspec.Struct, frozen=True):
     priority: int = 0
     """Lower runs first."""
     task: Task = "generate"
-    """`classify`: the adapter's head reads the prompt; `embed`: its mean last hidden state, of length 1. Neither
-    generates anything: `sampling` is ignored."""
+    """`classify`: the adapter's head reads the prompt; `embed`: its mean last hidden state, of length 1; `score`: the
+    log-probabilities of what is `said`. None of them generates anything: of `sampling`, only `score` reads
+    `prompt_logprobs`, for how many of the likeliest tokens to tell at each place."""
     parts: tuple[Part, ...] = ()
     """The loaded adapters that are composed."""
     said: int = 0
-    """How many of the prompt's last tokens answer the others: virtual tokens stand as if they were not there."""
+    """How many of the prompt's last tokens answer the others: virtual tokens stand as if they were not there, and an
+    encoder-decoder's decoder has them. Fewer than the prompt's."""
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -108,7 +110,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each of `tokens`, if asked for."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    """Once, with the first output, if asked for; the first entry is None."""
+    """Once, with the first output, if asked for; the first entry is None. Of a `score`: those of what is said."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache (in the first output)."""
     waited: float = 0.0

@@ -100,7 +100,7 @@ def test_tokens_as_generate_alone_and_all_at_once(
     together = [driver.submit(f"{n}", tokens, a, max_tokens=NEW) for n, (a, tokens) in enumerate(asked)]
     driver.run()
     assert [result.tokens for result in together] == wanted
-    assert not driver.engine.model._states
+    assert not driver.engine.model._caches
 
 
 @pytest.mark.parametrize("driver", ["exact"], indirect=True)
@@ -151,7 +151,7 @@ def test_a_preempted_one_is_computed_anew(driver: Driver, folder: Path, adapters
     assert tight.engine.scheduler.preemptions > 0
     for name, result in tight.results.items():
         assert result.tokens == driver.results[name].tokens
-    assert not tight.engine.model._states
+    assert not tight.engine.model._caches
 
 
 @pytest.mark.parametrize("driver", ["exact"], indirect=True)
@@ -167,33 +167,55 @@ def test_a_step_that_failed_half_way_is_due_again(
     for _ in range(4):
         driver.step()
     model = driver.engine.model
-    advance, calls = model._advance, []
+    block = model._model.decoder.block[-1]
+    forward, calls = block.forward, []
 
-    def fail_third(chunk: Any) -> torch.Tensor:
-        calls.append(chunk)
-        if len(calls) == 3:  # the second has its token by then, and gets it once more
+    def fail_once(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:  # the layers before it have the new tokens by then, and get them once more
             raise MemoryError
-        return advance(chunk)
+        return forward(*args, **options)
 
-    monkeypatch.setattr(model, "_advance", fail_third)
+    monkeypatch.setattr(block, "forward", fail_once)
     driver.run()
     assert results[0].ending.error_kind == "out_of_memory"
     assert [result.tokens for result in results[1:]] == [result.tokens for result in alone[1:]]
-    assert not model._states
+    assert not model._caches
+
+
+@pytest.mark.parametrize("driver", ["exact"], indirect=True)
+@torch.inference_mode()
+def test_what_is_said_is_scored_as_transformers_finds_it_likely(
+    driver: Driver, folder: Path, adapters: list[Path], prompt: Any
+) -> None:
+    asked = [(None, prompt(15), prompt(7, 1)), *((a, prompt(9 + n, n), prompt(3 + n, 5)) for n, a in enumerate(adapters))]
+    results = [
+        driver.submit(f"{n}", tokens + said, adapter, task="score", said=len(said))
+        for n, (adapter, tokens, said) in enumerate(asked)
+    ]
+    written = driver.submit("written", prompt(9, 3), adapters[0], max_tokens=NEW)
+    driver.run()
+    for (adapter, tokens, said), result in zip(asked, results, strict=True):
+        heard = torch.tensor([[0, *said[:-1]]])
+        logits = oracle(folder, adapter)(input_ids=torch.tensor([tokens]), decoder_input_ids=heard).logits[0]
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(said)[:, None])[:, 0]
+        found = torch.tensor([entry.logprob for entry in result.ending.prompt_logprobs])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert written.tokens == expected(folder, adapters[0], prompt(9, 3))
 
 
 @pytest.mark.parametrize("driver", ["nf4"], indirect=True)
 def test_one_that_leaves_is_forgotten_and_its_end_token_ends_one(driver: Driver, prompt: Any) -> None:
     gone = driver.submit("gone", prompt(9), max_tokens=NEW)
     driver.step()
-    assert driver.engine.model._states.keys() == {"gone"}
+    assert driver.engine.model._caches.keys() == {"gone"}
     driver.engine.abort("gone")
-    assert not driver.engine.model._states
+    assert not driver.engine.model._caches
     del driver.results["gone"]
     ends = driver.submit("ends", prompt(9), max_tokens=NEW, stop_token_ids=(gone.tokens[0],))
     driver.run()
     assert (ends.tokens, ends.ending.finish_reason) == ([], "stop")
-    assert not driver.engine.model._states
+    assert not driver.engine.model._caches
 
 
 @pytest.mark.parametrize("driver", ["nf4"], indirect=True)

@@ -13,7 +13,7 @@ from onebase_engine.base.describe import cache_shape
 from onebase_engine.engine import Engine
 from onebase_engine.engine_config import EngineConfig
 from onebase_engine.kernels.batch import BLOCK
-from onebase_engine.request import EngineRequest, Output, Part, SamplingParams, TokenLogprobs
+from onebase_engine.request import EngineRequest, Output, Part, SamplingParams, Task, TokenLogprobs
 
 
 def engine_config(folder: Path, *, blocks: int = 128, **options: Any) -> EngineConfig:
@@ -63,6 +63,8 @@ class Driver:
         *,
         tenant: str = "",
         parts: Mapping[Path, float] | None = None,
+        task: Task = "generate",
+        said: int = 0,
         **sampling: Any,
     ) -> Result:
         """Greedy and past the end token, unless said otherwise; `parts` are composed."""
@@ -70,7 +72,7 @@ class Driver:
         digest = str(parts) if parts else None if adapter is None else str(adapter)
         composed = tuple(Part(str(part), weight, part.name) for part, weight in (parts or {}).items())
         result = self.results[name] = Result()
-        request = EngineRequest(name, tuple(prompt), params, digest, tenant, parts=composed)
+        request = EngineRequest(name, tuple(prompt), params, digest, tenant, parts=composed, task=task, said=said)
         refused = self.engine.submit(request)
         if refused is not None:
             result.take(refused)

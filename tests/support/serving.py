@@ -49,7 +49,7 @@ class Feeder:
                 self.grow(stream)
                 part = stream.tokens[stream.computed :][: sizes[turn % len(sizes)]]
                 turn += 1
-                chunks.append(Chunk(part, stream.computed, stream.blocks, stream.slot, all_logits=True))
+                chunks.append(Chunk(part, stream.computed, stream.blocks, stream.slot, wanted=len(part)))
                 rows.append((index, max(0, stream.computed + len(part) - max(stream.computed, stream.prefix))))
                 stream.computed += len(part)
             scores = self.served.forward(chunks)

@@ -22,14 +22,12 @@ class Chunk:
     """The sequence's cache blocks from its position 0 on, enough for the last of `tokens`."""
     slot: int = 0
     """The resident adapter; 0 is none."""
-    sample: bool = True
-    """Whether the logits after the last token are wanted."""
-    all_logits: bool = False
-    """Whether the logits after every token are wanted."""
+    wanted: int = 1
+    """After how many of the last tokens the scores are wanted."""
     sequence: str = ""
     """Whose they are. An encoder-decoder asks, and next:"""
     prompt: int = 0
-    """How many tokens the sequence has before its output, virtual ones included."""
+    """How many of the sequence's tokens are the encoder's, virtual ones included."""
 
 
 class Context:
@@ -74,11 +72,8 @@ def make_batch(
     rows = np.repeat(np.arange(len(chunks)), counts)
     slots = np.repeat(np.array([chunk.slot for chunk in chunks], np.int32), counts)
     wanted: list[int] = []
-    for row, chunk in enumerate(chunks):
-        if chunk.all_logits:
-            wanted.extend(range(int(query_start[row]), int(query_start[row + 1])))
-        elif chunk.sample:
-            wanted.append(int(query_start[row + 1]) - 1)
+    for end, chunk in zip(query_start[1:].tolist(), chunks, strict=True):
+        wanted.extend(range(end - chunk.wanted, end))
 
     return Batch(
         token_ids=torch.from_numpy(token_ids).to(device),

@@ -1,73 +1,65 @@
-"""An encoder-decoder base (T5, Raffel et al. 2020) with room for adapters, one sequence after another.
+"""An encoder-decoder base (T5, Raffel et al. 2020) with room for adapters: one pass of the encoder for the step's
+prompts, one of the decoder for all of its sequences.
 
-Attention and its cache are transformers' own. The invariant: a sequence's state holds the keys and values of the
-decoder's first token and of all generated ones up to the last that was given to `forward`.
+The invariant: a sequence's cache holds the keys and values of the decoder's first token and of all that follow, up to
+the last that was given to `forward`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from onebase_adapters.errors import BaseModelError
 from onebase_engine.base.describe import cache_shape
 from onebase_engine.base.load_base import LoadedBase
-from onebase_engine.kernels.adapter_interface import AdapterKernels
-from onebase_engine.kernels.batch import Owners, Traits
+from onebase_engine.kernels.batch import Owners
 from onebase_engine.kernels.choose import choose_kernels, replace_emulated
 from onebase_engine.runner.adapter_linear import hook_linears
 from onebase_engine.runner.adapter_slots import AdapterSlots
 from onebase_engine.runner.batching import Chunk, Context, make_batch, make_owners
 from onebase_engine.runner.lm_head import LogitScores, Scores
+from onebase_engine.runner.t5_attention import DecoderCache, Rows, hook_t5_attention
+
+_KINDS = ("t5", "mt5")
+"""transformers' model types whose attention is exactly that of `t5_attention.py`."""
 
 
-class _OneSlot(Context):
-    """All rows of every module are one adapter's: those of the prompt, of the output, and of the prompt again where
-    the decoder attends to it."""
+class _Pass(Context):
+    """Whose the rows are that modules are given next: prompts' in the encoder, outputs' in the decoder."""
 
-    def __init__(self, kernels: AdapterKernels, traits: Traits) -> None:
-        self._kernels = kernels
-        self._traits = traits
-        self._slot = 0
-        self._made: dict[int, Owners] = {}
-
-    def enter(self, slot: int) -> None:
-        """Take the modules' next inputs as this slot's."""
-        self._slot, self._made = slot, {}
+    current: Owners
 
     def owners(self, rows: int, *, head: bool) -> Owners:
-        if rows not in self._made:
-            self._made[rows] = make_owners(np.full(rows, self._slot, np.int32), self._kernels, self._traits)
-        return self._made[rows]
-
-
-@dataclass(frozen=True)
-class _State:
-    """The state of a running sequence."""
-
-    read: BaseModelOutput
-    """What the encoder made of the prompt, [1, prompt, hidden]."""
-    cache: EncoderDecoderCache
+        return self.current
 
 
 class EncoderDecoder(AdapterSlots):
     """A loaded encoder-decoder, hooked. Not thread-safe: one step at a time."""
 
     def __init__(self, base: LoadedBase, *, slots: int) -> None:
-        """`slots`: most adapters resident at once."""
+        """`slots`: most adapters resident at once. Raises BaseModelError."""
+        if base.shape.model_type not in _KINDS:
+            raise BaseModelError(
+                f"{base.shape.name} is an encoder-decoder of type {base.shape.model_type}: of encoder-decoders "
+                f"{' and '.join(_KINDS)} are served.",
+                field="model",
+            )
         super().__init__(base, slots)
         replace_emulated(base.model)
-        self._model = base.model
+        self._model: Any = base.model
         self._kernels = choose_kernels(
             base.device, base.model.dtype, cache_shape(base.model.config).dim,
             [site.in_features for site in base.shape.sites.values()],
         )  # fmt: skip
-        self._context = _OneSlot(self._kernels, self._traits)
+        self._context, self._rows = _Pass(), Rows()
         sites = list(base.shape.sites.values())
         self._sites = hook_linears(base.model, sites, slots + 1, self._kernels, self._context, base.device)
-        self._states: dict[str, _State] = {}
+        self._crossing = hook_t5_attention(base.model, self._rows)
+        self._caches: dict[str, DecoderCache] = {}
 
     def warm_up(self, *, all_kinds: bool = True) -> None:
         """Let everything that happens at a first use happen now."""
@@ -76,39 +68,53 @@ class EncoderDecoder(AdapterSlots):
 
     def release(self, sequence: str) -> None:
         """Forget a sequence that has ended, or that is to be computed anew."""
-        self._states.pop(sequence, None)
+        self._caches.pop(sequence, None)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Scores:
-        """Advance each sequence by its chunk (a whole prompt with what has been generated, or what comes next), and
-        return the scores after each of them."""
-        logits = torch.cat([self._advance(chunk) for chunk in chunks])
-        return LogitScores(logits, torch.empty(len(logits), 0))
+        """Advance each sequence by its chunk (a whole prompt with what follows it, or what comes next), and return
+        the wanted scores."""
+        if new := [chunk for chunk in chunks if chunk.start == 0]:
+            self._caches |= self._read(new)
+        tokens = [self._decoded(chunk) for chunk in chunks]
+        caches = [self._caches[chunk.sequence] for chunk in chunks]
+        for chunk, cache in zip(chunks, caches, strict=True):
+            # More than that is there if a step failed half-way, and is now due again.
+            cache.crop(0 if chunk.start == 0 else 1 + chunk.start - chunk.prompt)
+        self._enter([(chunk.slot, len(its)) for chunk, its in zip(chunks, tokens, strict=True)], caches)
+        flat = torch.tensor([[token for its in tokens for token in its]], device=self.base.device)
+        unread = BaseModelOutput(flat.new_empty(1, 1, self.shape.hidden, dtype=self._model.dtype))
+        logits = self._model(encoder_outputs=unread, decoder_input_ids=flat, use_cache=False).logits[0]
+        wanted = [
+            row
+            for chunk, span in zip(chunks, self._rows.spans, strict=True)
+            for row in range(span.stop - chunk.wanted, span.stop)
+        ]
+        return LogitScores(logits[wanted], torch.empty(len(wanted), 0))
 
-    def _advance(self, chunk: Chunk) -> torch.Tensor:
-        """[1, vocab]."""
-        self._context.enter(chunk.slot)
-        if chunk.start == 0:
-            state = _State(self._read(chunk), EncoderDecoderCache(DynamicCache(), DynamicCache()))
-            tokens = [self.shape.decoder_start, *chunk.tokens[chunk.prompt :]]
-        else:
-            state, tokens = self._states[chunk.sequence], list(chunk.tokens)
-            for layer in state.cache.self_attention_cache.layers:
-                # More than that is there if a step failed half-way, and is now due again.
-                layer.crop(1 + chunk.start - chunk.prompt - layer.get_seq_length())
-        logits: torch.Tensor = self._model(
-            encoder_outputs=state.read,
-            decoder_input_ids=torch.tensor([tokens], device=self.base.device),
-            past_key_values=state.cache,
-            use_cache=True,
-        ).logits
-        self._states[chunk.sequence] = state
-        return logits[0, -1:]
+    def _decoded(self, chunk: Chunk) -> Sequence[int]:
+        """The decoder's part of a chunk."""
+        return chunk.tokens if chunk.start else [self.shape.decoder_start, *chunk.tokens[chunk.prompt :]]
 
-    def _read(self, chunk: Chunk) -> BaseModelOutput:
-        prompt = Chunk(chunk.tokens[: chunk.prompt], 0, chunk.blocks, chunk.slot)
+    def _read(self, chunks: Sequence[Chunk]) -> dict[str, DecoderCache]:
+        """Let the encoder read the prompts, and each layer of the decoder what has come of it."""
+        prompts = [Chunk(chunk.tokens[: chunk.prompt], 0, chunk.blocks, chunk.slot) for chunk in chunks]
         batch = make_batch(
-            [prompt], self._kernels, self._traits, self.base.device, vocab=self.shape.vocab, kv_heads=1
+            prompts, self._kernels, self._traits, self.base.device, vocab=self.shape.vocab, kv_heads=1
         )  # fmt: skip
-        made: BaseModelOutput = self._model.get_encoder()(inputs_embeds=self._inputs(batch)[None])
-        return made
+        self._enter([(prompt.slot, len(prompt.tokens)) for prompt in prompts], ())
+        read = self._model.encoder(inputs_embeds=self._inputs(batch)[None]).last_hidden_state
+        caches = [DecoderCache() for _ in prompts]
+        for layer, attention in enumerate(self._crossing):
+            k, v = attention.keys_values(read)
+            for cache, span in zip(caches, self._rows.spans, strict=True):
+                cache.prompt[layer] = k[:, span].contiguous(), v[:, span].contiguous()
+        return {chunk.sequence: cache for chunk, cache in zip(chunks, caches, strict=True)}
+
+    def _enter(self, counts: Sequence[tuple[int, int]], caches: Sequence[DecoderCache]) -> None:
+        """The modules' next rows are so many of each slot."""
+        slots = np.repeat(*np.array(counts, np.int32).T)
+        self._context.current = make_owners(slots, self._kernels, self._traits)
+        ends = accumulate((count for _, count in counts), initial=0)
+        self._rows.spans = [slice(start, end) for start, end in pairwise(ends)]
+        self._rows.caches = caches

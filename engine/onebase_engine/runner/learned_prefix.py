@@ -48,5 +48,7 @@ class PrefixTable:
                 for layer in range(len(keys)):
                     self._cache.put(layer, keys[layer, span], values[layer, span], slots.astype(np.int64))
             if count < len(chunk.tokens):
-                left.append(replace(chunk, tokens=chunk.tokens[count:], start=chunk.start + count))
+                tokens = chunk.tokens[count:]
+                wanted = min(chunk.wanted, len(tokens))
+                left.append(replace(chunk, tokens=tokens, start=chunk.start + count, wanted=wanted))
         return left

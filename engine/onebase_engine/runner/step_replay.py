@@ -75,7 +75,7 @@ class Replays:
         return (
             not self._off
             and len(chunks) <= _ROWS[-1]
-            and all(len(chunk.tokens) == 1 and chunk.sample and chunk.tokens[0] < vocab for chunk in chunks)
+            and all(len(chunk.tokens) == chunk.wanted == 1 and chunk.tokens[0] < vocab for chunk in chunks)
             and not any(traits.affine[chunk.slot] or traits.bottleneck[chunk.slot] for chunk in chunks)
         )
 

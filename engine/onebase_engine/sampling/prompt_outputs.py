@@ -1,7 +1,7 @@
 """What is read off a prompt beside its next token: logprobs of its tokens, hidden states for heads and embeddings.
 
-Invariant: row j of a piece of work is the position max(start, prefix) + j, because a learned prefix has no rows.
-Sequences that want every row share no cached prefix, so each position passes here exactly once; those that pass
+Invariant: what a step computes has rows for the last `wanted` tokens of each piece of work, and none for a learned
+prefix. No token whose row is wanted is found in the prefix cache, so each passes here exactly once; those that pass
 again after a preemption are known by how many have been taken.
 """
 
@@ -33,35 +33,41 @@ class PromptReader:
         self._model = model
         self._taken: dict[str, _Taken] = {}
 
-    def wants_every_row(self, sequence: Sequence) -> bool:
-        """Whether what follows each of the prompt's tokens is wanted, not only what follows the last."""
-        if sequence.generated:
-            return False
-        match sequence.request.task:
-            case "generate":
-                return sequence.request.sampling.prompt_logprobs is not None
-            case "embed":
-                return True
-        head = self._model.head(sequence.slot)
-        return head is None or head.kind == "token" or head.pooling != "last"
+    def wanted(self, work: Work) -> int:
+        """After how many of the work's last tokens the scores are wanted."""
+        sequence = work.sequence
+        if sequence.request.task == "score":
+            first = sequence.scored[0] - 1
+        elif self._wants_every_row(sequence):
+            first = sequence.layout.prefix
+        else:
+            return int(work.samples)
+        return max(0, work.start + work.count - max(work.start, first))
 
     def read(self, plan: Plan, scores: Scores) -> list[int]:
         """Take what a step tells of prompts; returns the rows that next tokens are to be chosen from, in order."""
         row = 0
         sampled = []
         for work in plan.work:
-            rows = _rows(work) if self.wants_every_row(work.sequence) else int(work.samples)
-            if work.sequence.request.task != "generate":
-                self._take_hidden(work, scores, row, rows)
-            elif rows and self.wants_every_row(work.sequence):
-                self._take_logprobs(work, scores, row)
+            rows = self.wanted(work)
             row += rows
+            if work.sequence.request.task in ("classify", "embed"):
+                self._take_hidden(work, scores, row, rows)
+            else:
+                self._take_logprobs(work, scores, row, rows)
             if work.samples and work.sequence.request.task == "generate":
                 sampled.append(row - 1)
         return sampled
 
     def conclude(self, sequence: Sequence) -> Output:
         """The answer for a prompt that is done."""
+        if sequence.request.task == "score":
+            return Output(
+                sequence.request.id,
+                prompt_logprobs=tuple(sequence.logprobs),
+                cached_tokens=sequence.cached_tokens,
+                finish_reason="stop",
+            )
         hidden = torch.cat(self._taken[sequence.request.id].hidden)
         if sequence.request.task == "embed":
             vector = torch.nn.functional.normalize(pool(hidden, "mean"), dim=0)
@@ -77,33 +83,32 @@ class PromptReader:
         """Drop what was taken for a sequence that ends."""
         self._taken.pop(sequence.request.id, None)
 
-    def _take_logprobs(self, work: Work, scores: Scores, row: int) -> None:
-        """The row of position p predicts the token at p + 1."""
-        sequence = work.sequence
-        first, end = _first(work), work.start + work.count
-        new = [p for p in sequence.own[len(sequence.prompt_logprobs) :] if first < p <= end]
-        if new:
-            logits = scores.logits([row + p - 1 - first for p in new])
-            tops = [sequence.request.sampling.prompt_logprobs or 0] * len(new)
-            sequence.prompt_logprobs += describe(logits, [sequence.tokens[p] for p in new], tops)
+    def _wants_every_row(self, sequence: Sequence) -> bool:
+        """Whether what follows each of the prompt's tokens is wanted, not only what follows the last."""
+        if sequence.generated or not sequence.reads_all:
+            return False
+        head = self._model.head(sequence.slot) if sequence.request.task == "classify" else None
+        return head is None or head.kind == "token" or head.pooling != "last"
 
-    def _take_hidden(self, work: Work, scores: Scores, row: int, rows: int) -> None:
+    def _take_logprobs(self, work: Work, scores: Scores, end: int, rows: int) -> None:
+        """The row of position p predicts the token at p + 1. `end`: the row after the last."""
+        sequence = work.sequence
+        after = work.start + work.count
+        new = [p for p in sequence.scored[len(sequence.logprobs) :] if after - rows < p <= after]
+        if new:
+            logits = scores.logits([end + p - 1 - after for p in new])
+            tops = [sequence.request.sampling.prompt_logprobs or 0] * len(new)
+            sequence.logprobs += describe(logits, [sequence.tokens[p] for p in new], tops)
+
+    def _take_hidden(self, work: Work, scores: Scores, end: int, rows: int) -> None:
         if not rows:
             return
         taken = self._taken.setdefault(work.sequence.request.id, _Taken())
-        if not self.wants_every_row(work.sequence):
-            taken.hidden = [scores.hidden([row])]
+        if not self._wants_every_row(work.sequence):
+            taken.hidden = [scores.hidden([end - 1])]
             return
-        first, end = _first(work), work.start + work.count
-        new = [p for p in work.sequence.own[taken.count :] if first <= p < end]
+        after = work.start + work.count
+        new = [p for p in work.sequence.own[taken.count :] if after - rows <= p < after]
         if new:
-            taken.hidden.append(scores.hidden([row + p - first for p in new]))
+            taken.hidden.append(scores.hidden([end + p - after for p in new]))
             taken.count += len(new)
-
-
-def _first(work: Work) -> int:
-    return max(work.start, work.sequence.layout.prefix)
-
-
-def _rows(work: Work) -> int:
-    return max(0, work.start + work.count - _first(work))

@@ -207,9 +207,7 @@ class Scheduler:
         if sequence is None or (self.whole_prompts and len(sequence.tokens) > budget):
             return None
         self._hash(sequence)
-        # The last token is always computed, for its logits: a hit must leave at least one token over.
-        usable = (len(sequence.tokens) - 1) // self.pool.block_size
-        prefix = self.pool.find_prefix(sequence.hashes[:usable])
+        prefix = self.pool.find_prefix(sequence.hashes[: sequence.reusable // self.pool.block_size])
         need = self.pool.blocks_for(len(sequence.tokens)) - len(prefix)
         if need > self.pool.available - self.pool.idle(prefix):
             return None

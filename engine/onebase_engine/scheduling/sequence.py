@@ -73,19 +73,17 @@ class Sequence:
     """Seconds until it first ran."""
     started: bool = False
     """Whether it has run at all (then `cached_tokens` is settled)."""
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    """The prompt's tokens' so far, if the request wants them; the first is None."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Those of `scored`, as far as they are known."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.prompt_tokens = len(self.tokens)
         self.own = range(len(self.tokens))
         owner = f"{self.request.tenant}\0{self.request.adapter or ''}"
-        if self.request.sampling.prompt_logprobs is not None or self.request.task != "generate":
-            # It needs what the model makes of all its prompt, so it must find none of it computed.
+        if self.reads_all:
+            # It must find none of its prompt computed, and leaves nothing that others could find.
             owner += f"\0{self.arrival}"
-        if self.request.sampling.prompt_logprobs is not None:
-            self.prompt_logprobs = [None]
         self.salt = hashlib.blake2b(owner.encode(), digest_size=16).digest()
 
     def move(self, state: State) -> None:
@@ -103,6 +101,27 @@ class Sequence:
             self.tokens = [*layout.arrange(self.request.prompt[:asked], vocab), *self.request.prompt[asked:]]
             self.prompt_tokens = len(self.tokens)
             self.own = [position for position, token in enumerate(self.tokens) if token < vocab]
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether it needs what the model makes of all its prompt."""
+        task = self.request.task
+        return task in ("classify", "embed") or (
+            task == "generate" and self.request.sampling.prompt_logprobs is not None
+        )
+
+    @property
+    def scored(self) -> Items[int]:
+        """Positions of the prompt's tokens whose log-probabilities are wanted."""
+        if self.request.task == "score":
+            return self.own[len(self.own) - self.request.said :]
+        return self.own[1:] if self.reads_all and self.request.task == "generate" else ()
+
+    @property
+    def reusable(self) -> int:
+        """How many of its first tokens may be found computed. What tells of the next token is not kept: the last
+        token is always computed, and whatever comes before one that is scored."""
+        return min(len(self.tokens) - 1, self.scored[0] - 1 if self.request.task == "score" else len(self.tokens))
 
     @property
     def generated(self) -> int:

@@ -62,12 +62,6 @@ def evaluate_served(config: EvaluateConfig, progress: Progress = silent) -> Scor
     folder = fetch_base(config.base.model, progress=lambda text: progress(Stage(text)))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with served.serving(config.base, config.max_length + config.max_new_tokens, progress) as engine:
-        if engine.model.shape.encoder_decoder:
-            raise ConfigError(
-                "An encoder-decoder tells no prompt's log-probabilities when it is served, so that it cannot be "
-                "scored here: training tells its marks.",
-                field="model",
-            )
         info = None
         if config.adapter is not None:
             check_folder(config.adapter, tokenizer.get_vocab())
@@ -80,7 +74,7 @@ def evaluate_served(config: EvaluateConfig, progress: Progress = silent) -> Scor
         plain = None
         if info is None or info.head is None:
             progress(Stage("measuring the base"))
-            examples = encode(dataset.examples, tokenizer, max_length=min(limit, engine.info.context - 1))
+            examples = encode(dataset.examples, tokenizer, max_length=limit)
             plain = _write(engine, examples, config, tokenizer, None, progress)
         if info is None:
             return Scored(plain, None)
@@ -101,8 +95,7 @@ def _measure(
         labelled = encode_for_head(dataset.examples, tokenizer, list(info.head.labels), max_length=limit)
         return _classify(engine, info.head, labelled, tokenizer, progress)
     if info.template is None:
-        # The engine wants room for one token more.
-        examples = encode(dataset.examples, tokenizer, max_length=min(limit, engine.info.context - 1))
+        examples = encode(dataset.examples, tokenizer, max_length=limit)
         return _write(engine, examples, config, tokenizer, info, progress)
     template = Template(info.template.before, info.template.after, info.template.messages, info.template.stop)
     shown = encode_with(template, dataset.examples, tokenizer, limit)

@@ -15,7 +15,7 @@ from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.engine import Engine
 from onebase_engine.engine_config import EngineConfig
 from onebase_engine.engine_info import AdapterInfo
-from onebase_engine.request import EngineRequest, Output, SamplingParams
+from onebase_engine.request import EngineRequest, Output, SamplingParams, Task
 from onebase_engine.startup import start_engine
 from onebase_training.data import NO_LOSS, Encoded
 from onebase_training.evaluation.evaluation_result import Sample, room, sample
@@ -71,15 +71,14 @@ def answers(
 
 def loss(engine: Engine, examples: Sequence[Encoded], *, adapted: bool, progress: Progress) -> float:
     """Mean over the examples' learned tokens, in nats."""
-    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     requests = [
-        _request(number, one.input_ids, sampling, adapted, said=len(one.input_ids) - one.prompt_length)
+        _request(number, one.input_ids, SamplingParams(), adapted, task="score", said=_said(one))
         for number, one in enumerate(examples)
     ]
     found = [
         entry.logprob
         for one, output in zip(examples, _run(engine, requests, progress, "examples"), strict=True)
-        for label, entry in zip(one.labels, output.prompt_logprobs or (), strict=True)
+        for label, entry in zip(one.labels[-_said(one) :], output.prompt_logprobs or (), strict=True)
         if label != NO_LOSS and entry is not None
     ]
     return -sum(found) / len(found)
@@ -94,10 +93,21 @@ def labels(engine: Engine, examples: Sequence[Encoded], progress: Progress) -> l
     return [output.probabilities for output in _run(engine, requests, progress, "examples")]
 
 
+def _said(example: Encoded) -> int:
+    """Tokens of its answer. A document's first token answers nothing."""
+    return len(example.input_ids) - max(1, example.prompt_length)
+
+
 def _request(
-    number: int, tokens: Sequence[int], sampling: SamplingParams, adapted: bool, said: int = 0
+    number: int,
+    tokens: Sequence[int],
+    sampling: SamplingParams,
+    adapted: bool,
+    task: Task = "generate",
+    said: int = 0,
 ) -> EngineRequest:
-    return EngineRequest(str(number), tuple(tokens), sampling, _ADAPTER if adapted else None, said=said)
+    adapter = _ADAPTER if adapted else None
+    return EngineRequest(str(number), tuple(tokens), sampling, adapter, task=task, said=said)
 
 
 def _run(engine: Engine, requests: Sequence[EngineRequest], progress: Progress, unit: str) -> list[Output]:
