@@ -4,6 +4,7 @@ Single-threaded; only the reading of adapters happens elsewhere (see `residency`
 """
 
 import logging
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Engine:
         self._eos = frozenset(info.eos_token_ids)
         self._arrivals = 0
         self._steps = 0
+        self._model_seconds = 0.0
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._cached_tokens = 0
@@ -120,7 +122,9 @@ class Engine:
         done = [work.sequence for work in plan.work if work.samples]
         sampled = [sequence for sequence in done if sequence.request.task == "generate"]
         try:  # logits are computed when they are asked for, so all of this can run out of memory
+            begun = time.perf_counter()
             scores = self.model.forward([self._chunk(work) for work in plan.work])
+            self._model_seconds += time.perf_counter() - begun
             choices = sample(scores, self._reader.read(plan, scores), sampled)
             read = [self._reader.conclude(s) for s in done if s.request.task != "generate"]
         except Exception as error:
@@ -170,6 +174,7 @@ class Engine:
             blocks_cached=self.pool.cached,
             blocks_used=self.pool.used,
             steps=self._steps,
+            model_seconds=self._model_seconds,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             cached_tokens=self._cached_tokens,
@@ -187,8 +192,8 @@ class Engine:
             return "internal", f"request id {request.id} is in use"
         if not request.prompt:
             return "internal", "the prompt has no tokens"
-        if request.task == "score" and not 0 < request.said < len(request.prompt):
-            return "internal", f"{request.said} of the prompt's {len(request.prompt)} tokens cannot be scored"
+        if request.task == "score" and not 0 < request.scored < len(request.prompt):
+            return "internal", f"{request.scored} of the prompt's {len(request.prompt)} tokens cannot be scored"
         if request.task in ("generate", "score") and not self.info.generates:
             return "task", f"{self.info.model} is an encoder: it classifies and embeds, but generates nothing"
         if self.model.shape.encoder_decoder and request.task in ("classify", "embed"):

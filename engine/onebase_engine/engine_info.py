@@ -78,6 +78,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     blocks_cached: int
     blocks_used: int
     steps: int
+    model_seconds: float
+    """Spent in the model up to the last hidden states. A GPU's work is not waited for."""
     prompt_tokens: int
     generated_tokens: int
     cached_tokens: int

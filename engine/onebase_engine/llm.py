@@ -306,7 +306,7 @@ class LLM:
 
     def _request(self, asked: _Asked, params: SamplingParams, task: Task = "generate") -> EngineRequest:
         number, digest = str(next(self._numbers)), asked.adapter.digest
-        return EngineRequest(number, asked.tokens, params, digest, task=task, said=asked.said)
+        return EngineRequest(number, asked.tokens, params, digest, task=task, said=asked.said, scored=asked.said)
 
     def _run(
         self, answers: Sequence[Answer], fields: Sequence[str]

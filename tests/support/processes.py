@@ -27,9 +27,9 @@ def run_two(work: Callable[..., None], *arguments: Any, until_first: bool = Fals
     for process in processes:
         process.start()
     try:
-        processes[0].join(120)
+        processes[0].join(300)
         if not until_first:
-            processes[1].join(60)
+            processes[1].join(120)
     finally:
         for process in processes:
             process.kill()

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
@@ -19,6 +20,7 @@ from onebase_contract.settings import TrainConfig
 from onebase_engine.kernels.device import peak_memory
 from onebase_training.data import Encoded
 from onebase_training.data.encoding.encode_template import encode_with
+from onebase_training.evaluation import served
 from onebase_training.evaluation.answers import model_answers, served_answers
 from onebase_training.evaluation.evaluation_result import Evaluation, Sample, asked, mark
 from onebase_training.evaluation.held_out_loss import classify, measure
@@ -200,9 +202,10 @@ def _fit(plan: RunPlan, attach: Attach, workspace: Workspace, progress: Progress
 
 def _choose(plan: RunPlan, progress: Progress) -> _Fitted:
     base, config = plan.base, plan.config
-    start = time.monotonic()
-    model = plan.trained(Attached(base.model, lambda _: None))
-    template = choose(model, base, plan.dataset, config, progress)
+    start, limit = time.monotonic(), min(config.max_length, base.shape.context)
+    with served.serving(plan.served, limit, progress) as engine:
+        loss = partial(served.loss, engine, adapted=False, progress=progress)
+        template = choose(loss, plan.dataset, config, base.tokenizer, limit, progress)
     seconds = time.monotonic() - start
     encoded = encode_with(template, plan.held_out.examples, base.tokenizer, base.shape.context)
     if encoded is None:

@@ -114,7 +114,7 @@ class Sequence:
     def scored(self) -> Items[int]:
         """Positions of the prompt's tokens whose log-probabilities are wanted."""
         if self.request.task == "score":
-            return self.own[len(self.own) - self.request.said :]
+            return self.own[len(self.own) - self.request.scored :]
         return self.own[1:] if self.reads_all and self.request.task == "generate" else ()
 
     @property

@@ -165,6 +165,8 @@ class _EngineState(Collector):
         yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the cache", stats.cached_tokens)
         yield self._counter("vllm:num_preemptions", "Sequences put back for want of memory", stats.preemptions)
         yield self._counter("onebase:steps", "Forward passes", stats.steps)
+        told = "Seconds in the model, up to the last hidden states"
+        yield self._counter("onebase:model_seconds", told, stats.model_seconds)
         entries = self._adapters.entries()
         served = sum(entry.problem is None for entry in entries)
         states = GaugeMetricFamily("onebase:adapters", "Adapters by state", labels=("model_name", "state"))

@@ -13,7 +13,7 @@ def frame(message: bytes) -> bytes:
 
 
 def read_frame(connection: socket.socket) -> bytes | None:
-    """The next message, or None when the other side is gone."""
+    """The next message, or None when either side is gone."""
     header = _read_exactly(connection, _LENGTH.size)
     return None if header is None else _read_exactly(connection, _LENGTH.unpack(header)[0])
 
@@ -32,7 +32,7 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
     while len(parts) < size:
         try:
             part = connection.recv(size - len(parts))
-        except ConnectionError:
+        except OSError:  # that of a socket which this side has closed meanwhile, too
             return None
         if not part:
             return None

@@ -64,21 +64,28 @@ def answers(
         left = engine.info.context - one.prompt_length - virtual
         limit = max(1, min(room(one, max_new_tokens), left))
         sampling = SamplingParams(max_tokens=limit, temperature=0.0)
-        requests.append(_request(number, one.input_ids[: one.prompt_length], sampling, adapted))
+        requests.append(request(number, one.input_ids[: one.prompt_length], sampling, adapted))
     outputs = _run(engine, requests, progress, "answers")
     return [sample(tokenizer, one, output.tokens) for one, output in zip(examples, outputs, strict=True)]
 
 
 def loss(engine: Engine, examples: Sequence[Encoded], *, adapted: bool, progress: Progress) -> float:
     """Mean over the examples' learned tokens, in nats."""
+    counts = [_scored(one) for one in examples]
     requests = [
-        _request(number, one.input_ids, SamplingParams(), adapted, task="score", said=_said(one))
-        for number, one in enumerate(examples)
+        request(
+            number, one.input_ids, SamplingParams(), adapted,
+            task="score", said=len(one.input_ids) - one.prompt_length, scored=count,
+        )
+        for number, (one, count) in enumerate(zip(examples, counts, strict=True))
+        if count
     ]
     found = [
         entry.logprob
-        for one, output in zip(examples, _run(engine, requests, progress, "examples"), strict=True)
-        for label, entry in zip(one.labels[-_said(one) :], output.prompt_logprobs or (), strict=True)
+        for output in _run(engine, requests, progress, "examples")
+        for label, entry in zip(
+            examples[int(output.id)].labels[-counts[int(output.id)] :], output.prompt_logprobs or (), strict=True
+        )
         if label != NO_LOSS and entry is not None
     ]
     return -sum(found) / len(found)
@@ -87,46 +94,58 @@ def loss(engine: Engine, examples: Sequence[Encoded], *, adapted: bool, progress
 def labels(engine: Engine, examples: Sequence[Encoded], progress: Progress) -> list[tuple[tuple[float, ...], ...]]:
     """The adapter's head's probabilities: one row a text, or one a token."""
     requests = [
-        EngineRequest(str(number), one.input_ids, SamplingParams(), _ADAPTER, task="classify")
+        request(number, one.input_ids, SamplingParams(), True, task="classify")
         for number, one in enumerate(examples)
     ]
     return [output.probabilities for output in _run(engine, requests, progress, "examples")]
 
 
-def _said(example: Encoded) -> int:
-    """Tokens of its answer. A document's first token answers nothing."""
-    return len(example.input_ids) - max(1, example.prompt_length)
+def _scored(example: Encoded) -> int:
+    """Tokens from the first that is learned on. A document's first follows nothing."""
+    first = next(place for place, label in enumerate(example.labels) if label != NO_LOSS)
+    return len(example.labels) - max(1, first)
 
 
-def _request(
+def request(
     number: int,
     tokens: Sequence[int],
     sampling: SamplingParams,
     adapted: bool,
     task: Task = "generate",
     said: int = 0,
+    scored: int = 0,
 ) -> EngineRequest:
+    """One of the engine's, for the adapter or for the base."""
     adapter = _ADAPTER if adapted else None
-    return EngineRequest(str(number), tuple(tokens), sampling, adapter, task=task, said=said)
+    return EngineRequest(str(number), tuple(tokens), sampling, adapter, task=task, said=said, scored=scored)
 
 
-def _run(engine: Engine, requests: Sequence[EngineRequest], progress: Progress, unit: str) -> list[Output]:
-    """Each request's outputs as one. Raises AdapterError if one fails."""
-    found: dict[str, Output] = {}
-    ended = 0
-    for request in requests:
-        if (refused := engine.submit(request)) is not None:
+def steps(engine: Engine, requests: Sequence[EngineRequest]) -> Iterator[list[Output]]:
+    """Put requests to the engine and give each step's outputs, until all have ended. Raises AdapterError if one
+    fails."""
+    for one in requests:
+        if (refused := engine.submit(one)) is not None:
             raise AdapterError(f"The engine refuses an example: {refused.error}.", field="max_length")
     while engine.busy:
         if engine.idle:
             time.sleep(0.001)  # an adapter is being read
-        for output in engine.step():
+        outputs = engine.step()
+        for output in outputs:
             if output.finish_reason == "error":
                 raise AdapterError(output.error or "", field="adapter")
+        yield outputs
+
+
+def _run(engine: Engine, requests: Sequence[EngineRequest], progress: Progress, unit: str) -> list[Output]:
+    """Each request's outputs as one."""
+    found: dict[str, Output] = {}
+    ended = 0
+    for outputs in steps(engine, requests):
+        for output in outputs:
             if (before := found.get(output.id)) is not None:
                 tokens = before.tokens + output.tokens
                 output = replace(output, tokens=tokens, prompt_logprobs=before.prompt_logprobs)
             found[output.id] = output
             ended += output.finish_reason is not None
         progress(Part(ended, len(requests), unit))
-    return [found[request.id] for request in requests]
+    return [found[one.id] for one in requests]

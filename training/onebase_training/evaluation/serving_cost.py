@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from onebase_adapters.errors import AdapterError
+from onebase_adapters.primitives.instruction_set import Template
 from onebase_adapters.lowering.lower import load_adapter
 from onebase_adapters.primitives.instruction_set import Head, Template
 from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
@@ -48,66 +49,59 @@ class ServingCost:
 def serving_cost(folder: Path, spec: BaseSpec, examples: Sequence[Example]) -> ServingCost:
     """Measure the cost of the adapter in `folder` on the base as it is served, by the first of `examples`. Raises
     BaseModelError."""
-    register_attention()
-    base = load_base(spec, attention=ATTENTION_NAME)
-    try:
-        lowered = load_adapter(folder, folder.name, base.shape, ModelWeights(base.model))
-    except AdapterError as error:
-        return ServingCost(None, 0, str(error))
-    prompts, plain = _prompts(lowered, base, examples[:STREAMS])
-    if not prompts:
-        return ServingCost(None, lowered.layout.tokens)
-    shown = (sum(map(len, prompts)) - sum(map(len, plain))) // len(plain)
-    if base.shape.encoder_decoder:
-        return ServingCost(None, shown)
-    count = sum(_pages(prompt) for prompt in (*prompts, *plain))
-    model = ServedModel(base, slots=1, blocks=count)
-    blocks = iter(range(count))
-    batches = _Batch(model, plain, 0, blocks), _Batch(model, prompts, model.put(lowered), blocks)
-    seconds = [[batch.seconds() for batch in batches] for _ in range(_ROUNDS)]
-    return ServingCost(median(adapted / bare for bare, adapted in seconds[_WARM_UP:]), shown)
+    tokenizer = AutoTokenizer.from_pretrained(fetch_base(spec.model))
+    with served.serving(spec, _LONGEST, silent) as engine:
+        try:
+            info = served.load(engine, folder)
+        except AdapterError as error:
+            return ServingCost(None, 0, str(error))
+        room = min(_LONGEST, engine.info.context - info.virtual_tokens) - _TOKENS
+        plain, shown = _prompts(examples[:STREAMS], info, tokenizer, room)
+        if not plain:
+            return ServingCost(None, info.virtual_tokens)
+        text = (sum(map(len, shown)) - sum(map(len, plain))) // len(plain)
+        batches = [_requests(engine, info, prompts, adapted) for prompts, adapted in ((plain, False), (shown, True))]
+        turns = [[_seconds(engine, batch) for batch in batches] for _ in range(_TURNS)]
+    return ServingCost(median(adapted / bare for bare, adapted in turns[1:]), info.virtual_tokens + text)
 
 
 def _prompts(
-    lowered: LoweredAdapter, base: LoadedBase, examples: Sequence[Example]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the tokens that are read for each example, virtual ones included: with the adapter, and without it."""
-    tokenizer, limit, vocab = base.tokenizer, base.shape.context, base.shape.vocab
-    head, template = lowered.one(Head), lowered.one(Template)
-    if head is not None:
-        labelled = encode_for_head(examples, tokenizer, list(head.labels), max_length=limit, too_long="skip")
-        plain = [list(one.input_ids) for one in labelled]
-    else:
-        encoded = [encode([one], tokenizer, max_length=limit, too_long="skip")[-1:] for one in examples]
-        plain = [list(last.input_ids[: last.prompt_length]) for found in encoded for last in found]
-    if template is None:
-        return [lowered.layout.arrange(prompt, vocab) for prompt in plain], plain
-    shown = encode_with(template, examples, tokenizer, limit) or []
-    return [list(one.input_ids[: one.prompt_length]) for one in shown], plain
+    examples: Sequence[Example], info: AdapterInfo, tokenizer: Any, room: int
+) -> tuple[list[Tokens], list[Tokens]]:
+    """Each example's prompt without the adapter, and with the text that the adapter puts around it."""
+    if info.head is not None:
+        labelled = encode_for_head(examples, tokenizer, list(info.head.labels), max_length=room, too_long="skip")
+        plain = [one.input_ids for one in labelled]
+        return plain, plain
+    found = [encode([one], tokenizer, max_length=room, too_long="skip")[-1:] for one in examples]
+    plain = [last.input_ids[: last.prompt_length] for one in found for last in one]
+    if info.template is None:
+        return plain, plain
+    template = Template(info.template.before, info.template.after, info.template.messages, info.template.stop)
+    shown = encode_with(template, examples, tokenizer, room) or []
+    return plain, [one.input_ids[: one.prompt_length] for one in shown]
 
 
-def _pages(prompt: Sequence[int]) -> int:
-    """Pages that hold it and one token more."""
-    return len(prompt) // BLOCK + 1
+def _requests(
+    engine: Engine, info: AdapterInfo, prompts: Sequence[Tokens], adapted: bool
+) -> list[EngineRequest]:
+    """A turn's requests: to write so many tokens, or to read the prompt where that is all that the adapter does."""
+    reads = info.head is not None or not engine.info.generates
+    sampling = SamplingParams(max_tokens=_TOKENS, temperature=0.0, ignore_eos=True)
+    return [
+        served.request(number, prompt, sampling, adapted, task="embed" if reads else "generate")
+        for number, prompt in enumerate(prompts)
+    ]
 
 
-class _Batch:
-    """Streams of one adapter, whose next token can be computed again and again."""
-
-    def __init__(self, model: ServedModel, prompts: Sequence[list[int]], slot: int, blocks: Iterator[int]) -> None:
-        self._model = model
-        tables = [list(islice(blocks, _pages(prompt))) for prompt in prompts]
-        if model.shape.encoder:
-            self._chunks = [Chunk(prompt, 0, table, slot) for prompt, table in zip(prompts, tables, strict=True)]
-            return
-        for prompt, table in zip(prompts, tables, strict=True):
-            model.forward([Chunk(prompt, 0, table, slot)])
-        self._chunks = [
-            Chunk(prompt[-1:] if prompt[-1] < model.shape.vocab else [0], len(prompt), table, slot)
-            for prompt, table in zip(prompts, tables, strict=True)
-        ]
-
-    def seconds(self) -> float:
-        start = time.perf_counter()
-        self._model.forward(self._chunks).hidden(range(len(self._chunks))).tolist()
-        return time.perf_counter() - start
+def _seconds(engine: Engine, requests: Sequence[EngineRequest]) -> float:
+    """A token's time for all of the requests: the median of their steps, of which all but the first few decode;
+    or, where they are only read, the whole time."""
+    # A GPU's work is waited for where the token is chosen, always from all logits.
+    clock = (lambda: engine.stats().model_seconds) if engine.info.device == "cpu" else time.perf_counter
+    times = [clock()]
+    for _ in served.steps(engine, requests):
+        times.append(clock())
+    if requests[0].task == "embed":
+        return times[-1] - times[0]
+    return median(after - before for before, after in pairwise(times))

@@ -6,7 +6,7 @@ Jamieson and Talwalkar 2016). What they are judged by is of the training part: t
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,8 @@ from onebase_adapters.lowering.template import read_template
 from onebase_adapters.primitives.instruction_set import Template
 from onebase_contract.events import Progress, Stage
 from onebase_contract.settings import TrainConfig
-from onebase_engine.base.load_base import LoadedBase
-from onebase_training.data import Dataset, Example
+from onebase_training.data import Dataset, Encoded, Example
 from onebase_training.data.encoding.encode_template import encode_with, raw
-from onebase_training.evaluation.held_out_loss import measure
-from onebase_training.model.trained_model import Trained
 
 _SHOTS = (1, 2, 4, 8)
 _DRAWS = 2
@@ -33,8 +30,16 @@ _FIRST = 8
 _LAST = 64
 
 
-def choose(model: Trained, base: LoadedBase, dataset: Dataset, config: TrainConfig, progress: Progress) -> Template:
-    """The best of all candidates on examples of `dataset` that it does not show. Raises DataError."""
+def choose(
+    loss: Callable[[Sequence[Encoded]], float],
+    dataset: Dataset,
+    config: TrainConfig,
+    tokenizer: Any,
+    limit: int,
+    progress: Progress,
+) -> Template:
+    """The best of all candidates on examples of `dataset` that it does not show, by the base's mean loss over
+    examples of at most `limit` tokens. Raises DataError."""
     rng = random.Random(config.seed)
     examples = list(dataset.examples)
     rng.shuffle(examples)
@@ -42,16 +47,15 @@ def choose(model: Trained, base: LoadedBase, dataset: Dataset, config: TrainConf
     shown = examples[len(judges) :]
     if not judges:
         raise DataError(f"{dataset.source} has too few examples to choose a prompt by.", field="data")
-    limit = min(config.max_length, base.shape.context)
     candidates = _candidates(_wordings(dataset, config), shown, rng)
     progress(Stage(f"{len(candidates)} candidates, judged by {len(judges)} examples of the training part"))
     count = min(_FIRST, len(judges))
     while True:
         scored = []
         for template in candidates:
-            encoded = encode_with(template, judges[:count], base.tokenizer, limit)
+            encoded = encode_with(template, judges[:count], tokenizer, limit)
             if encoded is not None:
-                scored.append((measure(model, encoded, progress=progress).loss, template))
+                scored.append((loss(encoded), template))
         if not scored:
             raise DataError(f"No candidate leaves room for the prompts in {limit} tokens.", field="max_length")
         scored.sort(key=lambda pair: pair[0])
