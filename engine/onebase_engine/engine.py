@@ -197,7 +197,10 @@ class Engine:
         if request.task in ("generate", "score") and not self.info.generates:
             return "task", f"{self.info.model} is an encoder: it classifies and embeds, but generates nothing"
         if self.model.shape.encoder_decoder and request.task in ("classify", "embed"):
-            return "task", f"{self.info.model} is an encoder-decoder: it generates and scores, and does nothing else"
+            return (
+                "task",
+                f"{self.info.model} is an encoder-decoder: it generates and scores, and nothing else",
+            )
         if self.model.shape.encoder_decoder and request.sampling.prompt_logprobs is not None:
             return "task", f"{self.info.model} is an encoder-decoder: a prompt's tokens have no logprobs"
         if (refusal := self._too_large(tokens)) is not None:

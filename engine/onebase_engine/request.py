@@ -69,14 +69,14 @@ class EngineRequest(msgspec.Struct, frozen=True):
     priority: int = 0
     """Lower runs first."""
     task: Task = "generate"
-    """`classify`: the adapter's head reads the prompt; `embed`: its mean last hidden state, of length 1; `score`: the
-    log-probabilities of the last `scored` tokens. None of them generates anything: of `sampling`, only `score` reads
-    `prompt_logprobs`, for how many of the likeliest tokens to tell at each place."""
+    """`classify`: the adapter's head reads the prompt; `embed`: its mean last hidden state, of length 1; `score`:
+    the log-probabilities of the last `scored` tokens, and of `prompt_logprobs` others at each place. None of them
+    generates anything, and `sampling` says nothing else to them."""
     parts: tuple[Part, ...] = ()
     """The loaded adapters that are composed."""
     said: int = 0
-    """How many of the prompt's last tokens answer the others: virtual tokens stand as if they were not there, and an
-    encoder-decoder's decoder has them."""
+    """How many of the prompt's last tokens answer the others: virtual tokens stand as if they were not there, and
+    an encoder-decoder's decoder has them."""
     scored: int = 0
     """How many of the prompt's last tokens a `score` is about: fewer than all."""
 
@@ -112,7 +112,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each of `tokens`, if asked for."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    """Once, with the first output, if asked for; the first entry is None. Of a `score`: those of its `scored` tokens."""
+    """Once, with the first output, if asked for; the first entry is None. A `score` has its own alone."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache (in the first output)."""
     waited: float = 0.0

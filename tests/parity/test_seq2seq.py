@@ -188,7 +188,10 @@ def test_a_step_that_failed_half_way_is_due_again(
 def test_what_is_said_is_scored_as_transformers_finds_it_likely(
     driver: Driver, folder: Path, adapters: list[Path], prompt: Any
 ) -> None:
-    asked = [(None, prompt(15), prompt(7, 1)), *((a, prompt(9 + n, n), prompt(3 + n, 5)) for n, a in enumerate(adapters))]
+    asked = [
+        (None, prompt(15), prompt(7, 1)),
+        *((a, prompt(9 + n, n), prompt(3 + n, 5)) for n, a in enumerate(adapters)),
+    ]
     results = [
         driver.submit(f"{n}", tokens + said, adapter, task="score", said=len(said))
         for n, (adapter, tokens, said) in enumerate(asked)

@@ -72,7 +72,9 @@ class Driver:
         digest = str(parts) if parts else None if adapter is None else str(adapter)
         composed = tuple(Part(str(part), weight, part.name) for part, weight in (parts or {}).items())
         result = self.results[name] = Result()
-        request = EngineRequest(name, tuple(prompt), params, digest, tenant, parts=composed, task=task, said=said, scored=said)
+        request = EngineRequest(
+            name, tuple(prompt), params, digest, tenant, parts=composed, task=task, said=said, scored=said
+        )
         refused = self.engine.submit(request)
         if refused is not None:
             result.take(refused)

@@ -109,7 +109,7 @@ def _train(
         history=history(workspace.folder),
         lengths=[len(example.input_ids) for example in plan.examples],
     )
-    answers = _model_answers(plan, model, fitted.held_out, progress)
+    answers = _labels(plan, model, fitted.held_out)
     with gathered(model), fsdp.whole(model):
         if ranks.first:
             with staged_directory(workspace.output) as folder:
@@ -122,19 +122,14 @@ def _train(
     return result
 
 
-def _model_answers(
-    plan: RunPlan, model: Trained, examples: Sequence[Encoded], progress: Progress
-) -> list[Sample] | None:
-    """Return the trained model's own answers; None: the serving code is to answer. All processes must call."""
+def _labels(plan: RunPlan, model: Trained, examples: Sequence[Encoded]) -> list[Sample] | None:
+    """Return what a classifier answers; None: the serving code is to answer. All processes must call."""
     config = plan.config
     if not config.metric_examples:
         return []
-    if model.attached.head is not None:
-        return classify(model, examples, plan.base.tokenizer, config.batch_tokens)
-    if not model.paired:
+    if model.attached.head is None:
         return None
-    some = asked(examples, config.metric_examples)
-    return model_answers(model, some, plan.base.tokenizer, max_new_tokens=config.max_new_tokens, progress=progress)
+    return classify(model, examples, plan.base.tokenizer, config.batch_tokens)
 
 
 def _answers_of(plan: RunPlan, folder: Path, fitted: "_Fitted", ranks: Ranks, progress: Progress) -> list[Sample]:
@@ -229,7 +224,7 @@ def _before(plan: RunPlan, workspace: Workspace, progress: Progress, ranks: Rank
         attached = with_head(attached, plan.base, plan.dataset, config)
     plain = plan.trained(attached)
     loss = measure(plain, held_out, config.batch_tokens, progress).loss
-    answers = _model_answers(plan, plain, held_out, progress)
+    answers = _labels(plan, plain, held_out)
     if not ranks.first:
         return Evaluation(loss, None, [])
     if answers is None:

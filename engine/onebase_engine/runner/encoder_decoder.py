@@ -1,8 +1,8 @@
 """An encoder-decoder base (T5, Raffel et al. 2020) with room for adapters: one pass of the encoder for the step's
 prompts, one of the decoder for all of its sequences.
 
-The invariant: a sequence's cache holds the keys and values of the decoder's first token and of all that follow, up to
-the last that was given to `forward`.
+The invariant: a sequence's cache holds the keys and values of the decoder's first token and of all that follow, up
+to the last that was given to `forward`.
 """
 
 from collections.abc import Sequence

@@ -71,7 +71,9 @@ class _Attention(nn.Module):
         spans, seen = self._rows.spans, self._seen(hidden)
         biases: Sequence[torch.Tensor | None] = position_bias or [None] * len(spans)
         if position_bias is None and not self._cross:
-            position_bias = biases = [self._bias(s.stop - s.start, k.shape[1]) for s, (k, _) in zip(spans, seen, strict=True)]
+            position_bias = biases = [
+                self._bias(s.stop - s.start, k.shape[1]) for s, (k, _) in zip(spans, seen, strict=True)
+            ]
         parts = [
             scaled_dot_product_attention(query[:, span], k, v, attn_mask=bias, scale=1.0)
             for span, (k, v), bias in zip(spans, seen, biases, strict=True)
@@ -87,7 +89,9 @@ class _Attention(nn.Module):
         new = [(k[:, span], v[:, span]) for span in self._rows.spans]
         if not self.inner.is_decoder:
             return new
-        return [cache.extend(self.inner.layer_idx, part) for cache, part in zip(self._rows.caches, new, strict=True)]
+        return [
+            cache.extend(self.inner.layer_idx, part) for cache, part in zip(self._rows.caches, new, strict=True)
+        ]
 
     def _bias(self, rows: int, keys: int) -> torch.Tensor:
         """[heads, rows, keys] for the last rows; in the decoder what comes later is hidden."""
@@ -99,8 +103,8 @@ class _Attention(nn.Module):
 
 
 def hook_t5_attention(model: Any, rows: Rows) -> list[_Attention]:
-    """Put ours in the place of T5's, whose linear modules are hooked already; returns those that read the prompt, by
-    the decoder's layers."""
+    """Put ours in the place of T5's, whose linear modules are hooked already; returns those that read the prompt,
+    by the decoder's layers."""
     crossing = []
     for block in [*model.encoder.block, *model.decoder.block]:
         part = block.layer[0]

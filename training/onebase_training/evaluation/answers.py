@@ -1,7 +1,7 @@
 """Answers to held-out examples, for the task's metric: by the code that serves, on the base as it is served.
 
-So the metric is of what users will get, and is measured at the server's speed. transformers writes where the server
-cannot: for adapters that are not served, and for encoder-decoders, which it serves one request after another.
+So the metric is of what users will get, and is measured at the server's speed. transformers writes for decoders'
+adapters that are not served.
 """
 
 from collections.abc import Iterator, Sequence
@@ -72,15 +72,14 @@ def model_answers(
 
 
 def _generate(model: Trained, examples: Sequence[Encoded], limit: int, ends: frozenset[int]) -> list[list[int]]:
-    """Continue each prompt. A decoder's prompts are padded on the left, so that all end in one column."""
+    """Continue each prompt; they are padded on the left, so that all end in one column."""
     arranged = [model.collate.arrange(example)[0] for example in examples]
     prompts = [
         torch.tensor(tokens[: len(tokens) - (len(example.input_ids) - example.prompt_length)])
         for tokens, example in zip(arranged, examples, strict=True)
     ]
-    side = "right" if model.paired else "left"
-    ids = pad_sequence(prompts, batch_first=True, padding_side=side)
-    seen = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side=side)
+    ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+    seen = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
     base: Any = model.model
     with model.precision():
         made = base.generate(
@@ -91,7 +90,7 @@ def _generate(model: Trained, examples: Sequence[Encoded], limit: int, ends: fro
             eos_token_id=sorted(ends),
             pad_token_id=min(ends),
         )
-    rows: list[list[int]] = made[:, 1 if model.paired else ids.shape[1] :].tolist()
+    rows: list[list[int]] = made[:, ids.shape[1] :].tolist()
     return rows
 
 
@@ -100,12 +99,10 @@ def _inference(model: Trained) -> Iterator[None]:
     """Evaluation mode, with an attention that knows padding and a cache."""
     base = model.model
     packed, training = base.config._attn_implementation, model.training
-    if not model.paired:
-        base.set_attn_implementation("sdpa")
+    base.set_attn_implementation("sdpa")
     model.eval()
     try:
         yield
     finally:
-        if not model.paired:
-            base.set_attn_implementation(packed)
+        base.set_attn_implementation(packed)
         model.train(training)

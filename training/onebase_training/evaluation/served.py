@@ -74,8 +74,13 @@ def loss(engine: Engine, examples: Sequence[Encoded], *, adapted: bool, progress
     counts = [_scored(one) for one in examples]
     requests = [
         request(
-            number, one.input_ids, SamplingParams(), adapted,
-            task="score", said=len(one.input_ids) - one.prompt_length, scored=count,
+            number,
+            one.input_ids,
+            SamplingParams(),
+            adapted,
+            task="score",
+            said=len(one.input_ids) - one.prompt_length,
+            scored=count,
         )
         for number, (one, count) in enumerate(zip(examples, counts, strict=True))
         if count
