@@ -61,7 +61,7 @@ class _Attention(nn.Module):
         return self._heads(self.inner.k(x)), self._heads(self.inner.v(x))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x[0].unflatten(-1, (self.inner.n_heads, -1)).transpose(0, 1)
+        return x[0].view(len(x[0]), self.inner.n_heads, -1).transpose(0, 1)
 
     def forward(
         self, hidden: torch.Tensor, position_bias: Sequence[torch.Tensor] | None = None, **_ignored: Any
@@ -69,11 +69,11 @@ class _Attention(nn.Module):
         """[1, T, hidden]; and one bias for each sequence, [heads, rows, keys], which later layers share."""
         query = self._heads(self.inner.q(hidden))
         spans, seen = self._rows.spans, self._seen(hidden)
-        biases: Sequence[torch.Tensor | None] = position_bias or [None] * len(spans)
         if position_bias is None and not self._cross:
-            position_bias = biases = [
-                self._bias(s.stop - s.start, k.shape[1]) for s, (k, _) in zip(spans, seen, strict=True)
+            position_bias = [
+                self._bias(span.stop - span.start, k.shape[1]) for span, (k, _) in zip(spans, seen, strict=True)
             ]
+        biases: Sequence[torch.Tensor | None] = position_bias or [None] * len(spans)
         parts = [
             scaled_dot_product_attention(query[:, span], k, v, attn_mask=bias, scale=1.0)
             for span, (k, v), bias in zip(spans, seen, biases, strict=True)

@@ -29,7 +29,7 @@ from onebase_training.evaluation import served
 
 STREAMS = 16
 """Most requests of the batch."""
-Tokens = Sequence[int]
+Tokens = tuple[int, ...]
 _TURNS = 8
 """The first does not count."""
 _TOKENS = 12
@@ -102,7 +102,11 @@ def _seconds(engine: Engine, requests: Sequence[EngineRequest]) -> float:
     """A token's time for all of the requests: the median of their steps, of which all but the first few decode;
     or, where they are only read, the whole time."""
     # A GPU's work is waited for where the token is chosen, always from all logits.
-    clock = (lambda: engine.stats().model_seconds) if engine.info.device == "cpu" else time.perf_counter
+    on_cpu = engine.info.device == "cpu"
+
+    def clock() -> float:
+        return engine.stats().model_seconds if on_cpu else time.perf_counter()
+
     times = [clock()]
     for _ in served.steps(engine, requests):
         times.append(clock())
