@@ -15,7 +15,8 @@ from support.targets import runnable
 packs = pytest.mark.skipif(not fits_packed(128, 32), reason="needs AVX2 and FMA, or NEON")
 ABLE = [target for target in runnable() if target != PLAIN]
 FORMS = [Form(scales, offsets) for scales, offsets in product(("float16", "float32"), ("", "steps", "added"))]
-FORMS += [Form(scales, offsets, wide=True) for scales, offsets in product(("float16", "float32"), ("", "added"))]
+FORMS += [Form(scales, offsets, "int8") for scales, offsets in product(("float16", "float32"), ("", "added"))]
+FORMS += [Form("float32", codes="float8")]
 OUT, IN = 64, 256
 
 
@@ -28,7 +29,10 @@ def weight_of(form: Form, *, block: int = 32, out: int = OUT, ordered: bool = Fa
     elif form.offsets == "added":
         offsets = torch.randn(IN // block, out, generator=random).to(scales.dtype) / 16
     codes = torch.randint(0, 256, (out, IN // 2), generator=random, dtype=torch.uint8)
-    if form.wide:
+    if form.codes == "float8":
+        codes = torch.randn(out, IN, generator=random).to(torch.float8_e4m3fn)
+        codes[0, :4] = torch.tensor([0.0, 2**-9, -(2**-7), 448])  # two that are subnormal, and the largest
+    if form.codes == "int8":
         codes = torch.randint(-128, 128, (out, IN), generator=random, dtype=torch.int8)
         scales /= 16
     return CodedWeight(
@@ -45,7 +49,7 @@ def defined(weight: CodedWeight) -> torch.Tensor:
     out, columns = weight.shape
     dense = torch.empty(out, columns)
     for column in range(columns):
-        if weight.codes.dtype == torch.int8:
+        if weight.codes.dtype != torch.uint8:
             number = weight.codes[:, column].float()
         else:
             byte = weight.codes[:, column // 2]
@@ -120,13 +124,13 @@ def test_those_that_differ_are_widened_and_keep_their_numbers() -> None:
         weight_of(Form("float16"), out=64, seed=1),
         weight_of(Form("float32", "added"), out=32, block=64, seed=2),
         weight_of(Form("float16", "steps"), out=32, block=128, seed=3),
-        weight_of(Form("float32", wide=True), out=96, block=16, seed=4),
+        weight_of(Form("float32", codes="int8"), out=96, block=16, seed=4),
     ]
     modules = [CodedLinear(weight, None) for weight in weights]
     expected = torch.cat([defined(weight) for weight in weights])
     assert can_be_one(modules)
     joined = PackedLinear(modules)
-    assert joined.form == Form("float32", "added", wide=True)
+    assert joined.form == Form("float32", "added", "int8")
     assert torch.equal(torch.cat([module.coded.expanded() for module in modules]), expected)
     together = joined.product(inputs(9))
     torch.testing.assert_close(together.float(), inputs(9).float() @ expected.T, rtol=2**-6, atol=2**-4)

@@ -315,9 +315,21 @@ def test_an_interrupt_ends_what_runs_once_the_step_is_whole(llm: LLM, monkeypatc
     assert len(llm.generate(PROMPTS[0], GREEDY)[0].outputs[0].token_ids) == 12
 
 
-def test_an_encoder_decoder_generates_and_does_nothing_else(tiny_model: Callable[[str], Path]) -> None:
+def test_a_score_has_the_whole_context(llm: LLM) -> None:
+    (score,) = llm.score([[5] * (llm.info.context - 3)], [[6, 7, 8]])
+    assert len(score.logprobs) == 3
+    with pytest.raises(GenerationError, match="the context holds"):
+        llm.score([[5] * (llm.info.context - 2)], [[6, 7, 8]])
+
+
+def test_an_encoder_decoder_generates_and_scores_and_does_nothing_else(
+    tiny_model: Callable[[str], Path],
+) -> None:
     with LLM(str(tiny_model("t5")), device="cpu", cache_gib=0.01) as llm:
-        assert llm.generate(PROMPTS[0], GREEDY)[0].outputs[0].finish_reason == "length"
+        (made,) = llm.generate(PROMPTS[0], GREEDY)[0].outputs
+        assert made.finish_reason == "length"
+        (score,) = llm.score(PROMPTS[0], made.token_ids)
+        assert [entry.rank for entry in score.logprobs] == [1] * len(made.token_ids)
         with pytest.raises(GenerationError, match="encoder-decoder"):
             llm.embed(PROMPTS[0])
         pieces = llm.stream(PROMPTS[0], GREEDY)

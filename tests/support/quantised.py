@@ -28,19 +28,34 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "compressed": {"quant_method": "compressed-tensors", "group_size": 32, "symmetric": True},
     "compressed-asymmetric": {"quant_method": "compressed-tensors", "group_size": 32, "symmetric": False},
     "compressed-by-channel": {"quant_method": "compressed-tensors", "group_size": None, "symmetric": True},
+    "gptq-8-bits": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True, "desc_act": False},
+    "gptq-8-bits-asymmetric": {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": False},
+    "compressed-8-bits": {"quant_method": "compressed-tensors", "bits": 8, "group_size": 32, "symmetric": True},
+    "compressed-int8": {
+        "quant_method": "compressed-tensors", "bits": 8, "group_size": None, "symmetric": True,
+        "format": "int-quantized",
+    },
+    "compressed-float8": {
+        "quant_method": "compressed-tensors", "bits": 8, "group_size": None, "symmetric": True,
+        "format": "float-quantized", "type": "float",
+    },
+    "fp8-blocks": {"quant_method": "fp8", "bits": 8, "weight_block_size": [32, 48]},
+    "fp8-whole": {"quant_method": "fp8", "bits": 8},
+    "bitsandbytes-8-bits": {"quant_method": "bitsandbytes", "bits": 8, "load_in_8bit": True, "load_in_4bit": False},
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Rounded:
     codes: np.ndarray
-    """[in, out], 0 to 15."""
+    """[in, out], 0 to 15 or to 255."""
     scales: np.ndarray
     """[groups, out] float16."""
     zeros: np.ndarray
     """[groups, out]."""
     groups: np.ndarray
     """[in], each input's."""
+    bits: int
 
     def values(self) -> torch.Tensor:
         """[out, in] float32."""
@@ -58,11 +73,14 @@ def quantise(source: Path, target: Path, layout: str) -> tuple[Path, Path]:
     coded, exact = dict(tensors), dict(tensors)
     for name, weight in tensors.items():
         if weight.dim() == 2 and ".layers." in name:
-            rounded = _round(weight.float().numpy(), settings, seed=len(name))
             del coded[name]
-            exact[name] = rounded.values()
-            for last, value in _packed(rounded, settings).items():
-                coded[f"{name.removesuffix('.weight')}.{last}"] = torch.from_numpy(value)
+            if settings["quant_method"] in ("fp8", "bitsandbytes") or "format" in settings:
+                exact[name], parts = _numbers(weight.float(), settings)
+            else:
+                rounded = _round(weight.float().numpy(), settings, seed=len(name))
+                exact[name] = rounded.values()
+                parts = {last: torch.from_numpy(value) for last, value in _packed(rounded, settings).items()}
+            coded |= {f"{name.removesuffix('.weight')}.{last}": value for last, value in parts.items()}
     for folder, held in ((target, coded), (plain, exact)):
         save_file({name: value.contiguous() for name, value in held.items()}, folder / "model.safetensors")
     config = json.loads((target / "config.json").read_text())
@@ -76,11 +94,34 @@ def _described(settings: dict[str, Any]) -> dict[str, Any]:
         return settings
     group = settings["group_size"]
     weights = {
-        "num_bits": 4, "type": "int", "symmetric": settings["symmetric"], "group_size": group,
-        "strategy": "group" if group else "channel",
+        "num_bits": settings.get("bits", 4), "type": settings.get("type", "int"), "group_size": group,
+        "symmetric": settings["symmetric"], "strategy": "group" if group else "channel",
     }  # fmt: skip
-    one = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": one}}
+    form = settings.get("format", "pack-quantized")
+    one = {"targets": ["Linear"], "weights": weights, "format": form}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": one}}
+
+
+def _numbers(weight: torch.Tensor, settings: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A weight [out, in] in numbers of 8 bits: what they stand for, and the tensors of the file."""
+    rows, size = settings.get("weight_block_size", (1, weight.shape[1]))
+    if settings["quant_method"] == "fp8" and "weight_block_size" not in settings:
+        rows = len(weight)
+    floats = settings["quant_method"] == "fp8" or settings.get("type") == "float"
+    most = 448 if floats else 127
+    blocks = [part.split(size, 1) for part in weight.split(rows)]
+    scales = torch.stack([torch.stack([part.abs().max() / most for part in row]) for row in blocks])
+    spread = scales.repeat_interleave(rows, 0)[: len(weight)].repeat_interleave(size, 1)[:, : weight.shape[1]]
+    codes = (weight / spread).to(torch.float8_e4m3fn) if floats else (weight / spread).round().to(torch.int8)
+    match settings["quant_method"]:
+        case "bitsandbytes":
+            stored = (scales[:, 0] * 127).float()
+            return codes.float() * (stored / 127)[:, None], {"weight": codes, "SCB": stored}
+        case "fp8":
+            held = scales if "weight_block_size" in settings else scales.reshape(())
+            return codes.float() * spread, {"weight": codes, "weight_scale_inv": held}
+    scales = scales.bfloat16()
+    return codes.float() * scales.float(), {"weight": codes, "weight_scale": scales}
 
 
 def _round(weight: np.ndarray, settings: dict[str, Any], seed: int) -> _Rounded:
@@ -92,18 +133,19 @@ def _round(weight: np.ndarray, settings: dict[str, Any], seed: int) -> _Rounded:
     if settings.get("desc_act"):
         groups = np.random.default_rng(seed).permutation(groups)
     symmetric = settings.get("sym", settings.get("symmetric", False))
-    count = groups.max() + 1
-    scales, zeros = np.empty((count, out), np.float16), np.full((count, out), 8)
+    count, bits = groups.max() + 1, settings.get("bits", 4)
+    most, middle = (1 << bits) - 1, 1 << bits - 1
+    scales, zeros = np.empty((count, out), np.float16), np.full((count, out), middle)
     for group in range(count):
         part = weight[:, groups == group]
         if symmetric:
-            scales[group] = np.abs(part).max(1) / 7
+            scales[group] = np.abs(part).max(1) / (middle - 1)
         else:
             low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
-            scales[group] = (high - low) / 15
-            zeros[group] = np.clip(np.round(-low / scales[group].astype(np.float32)), 1, 15)
+            scales[group] = (high - low) / most
+            zeros[group] = np.clip(np.round(-low / scales[group].astype(np.float32)), 1, most)
     steps = np.round(weight.T / scales.astype(np.float32)[groups]) + zeros[groups]
-    return _Rounded(np.clip(steps, 0, 15).astype(np.uint32), scales, zeros.astype(np.uint32), groups)
+    return _Rounded(np.clip(steps, 0, most).astype(np.uint32), scales, zeros.astype(np.uint32), groups, bits)
 
 
 def _packed(rounded: _Rounded, settings: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -111,8 +153,8 @@ def _packed(rounded: _Rounded, settings: dict[str, Any]) -> dict[str, np.ndarray
         case "gptq":
             stored = rounded.zeros - (0 if settings.get("checkpoint_format") == "gptq_v2" else 1)
             return {
-                "qweight": _words(rounded.codes.T).T,
-                "qzeros": _words(stored),
+                "qweight": _words(rounded.codes.T, rounded.bits).T,
+                "qzeros": _words(stored, rounded.bits),
                 "scales": rounded.scales,
                 "g_idx": rounded.groups.astype(np.int32),
             }
@@ -123,12 +165,12 @@ def _packed(rounded: _Rounded, settings: dict[str, Any]) -> dict[str, np.ndarray
                 "scales": rounded.scales,
             }
     found = {
-        "weight_packed": _words(rounded.codes.T),
+        "weight_packed": _words(rounded.codes.T, rounded.bits),
         "weight_scale": rounded.scales.T,
         "weight_shape": np.array(rounded.codes.T.shape, np.int64),
     }
     if not settings["symmetric"]:
-        found["weight_zero_point"] = _words(rounded.zeros.T.T).T
+        found["weight_zero_point"] = _words(rounded.zeros, rounded.bits).T
     return {name: np.ascontiguousarray(value) for name, value in found.items()}
 
 
@@ -137,11 +179,12 @@ def _reordered(values: np.ndarray) -> np.ndarray:
     return values.reshape(len(values), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(values.shape)
 
 
-def _words(values: np.ndarray) -> np.ndarray:
-    """[n, m] of 4 bits to [n, m / 8] int32, the first lowest."""
-    words = np.zeros((len(values), -(-values.shape[1] // 8)), np.uint32)
+def _words(values: np.ndarray, bits: int = 4) -> np.ndarray:
+    """[n, m] of so many bits to [n, m * bits / 32] int32, the first lowest."""
+    each = 32 // bits
+    words = np.zeros((len(values), -(-values.shape[1] // each)), np.uint32)
     for column in range(values.shape[1]):
-        words[:, column // 8] |= values[:, column].astype(np.uint32) << np.uint32(4 * (column % 8))
+        words[:, column // each] |= values[:, column].astype(np.uint32) << np.uint32(bits * (column % each))
     return words.view(np.int32)
 
 

@@ -91,7 +91,7 @@ def load_base(
                 usual, attention = AutoModelForSeq2SeqLM, "sdpa"
             kind, settings = model_class or usual, {"dtype": torch.bfloat16, "attn_implementation": attention}
             quantized = _quantized_by(config)
-            if quantized is not None and quantized["quant_method"] == "bitsandbytes":
+            if quantized is not None and quantized.get("load_in_4bit"):
                 options = {}
             elif quantized is not None:
                 layout = layout_of(quantized)
@@ -119,15 +119,11 @@ def load_base(
 
 
 def _quantized_by(config: Any) -> dict[str, Any] | None:
-    """The `quantization_config` of a checkpoint that is quantised already. Raises BaseModelError."""
+    """The `quantization_config` of a checkpoint that is quantised already."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
     settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    if settings.get("quant_method") == "bitsandbytes" and not settings.get("load_in_4bit"):
-        raise BaseModelError(
-            "The base is in bitsandbytes' 8 bits, which is not read here; its 4 bits are.", field="model"
-        )
     return settings
 
 

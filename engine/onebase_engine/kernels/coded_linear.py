@@ -1,8 +1,8 @@
 """A linear layer whose weight is codes as a checkpoint holds them, never rounded a second time.
 
 Invariant: a weight is `value of code * scale + offset`, with a scale, and an offset where there are any, for each
-block of inputs: GPTQ, AWQ, compressed-tensors and GGUF's kinds are all of this form. `PackedLinear` multiplies by
-it as it is; everything else asks for `expanded` values.
+block of inputs: GPTQ, AWQ, compressed-tensors, FP8 and GGUF's kinds are all of this form. `PackedLinear` multiplies
+by it as it is; everything else asks for `expanded` values.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,10 @@ class CodedWeight:
     """A weight [out, in]."""
 
     codes: torch.Tensor
-    """4-bit codes [out, in / 2] uint8, the first of two in the high half; numbers [out, in] int8; or in tiles."""
+    """4-bit codes [out, in / 2] uint8, the first of two in the high half; numbers [out, in] int8 or float8_e4m3fn;
+    or in tiles."""
     values: torch.Tensor
-    """[16] float32, the value of each 4-bit code; bfloat16 holds it. Of int8: nothing, a code is its own value."""
+    """[16] float32, the value of each 4-bit code; bfloat16 holds it. Of numbers: nothing."""
     scales: torch.Tensor
     """[in / block, out] float16 or float32."""
     offsets: torch.Tensor | None = None
@@ -38,7 +39,7 @@ class CodedWeight:
     @property
     def wide(self) -> bool:
         """Whether a code is a number of 8 bits."""
-        return self.codes.dtype == torch.int8
+        return self.codes.dtype != torch.uint8
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,10 +80,10 @@ class CodedWeight:
         """The codes' values [out, in] float32, in their own order."""
         out, width = self.codes.shape
         if self.wide:
-            codes = self.codes
+            codes = self.codes.float()
             if self.in_tiles:
                 codes = codes.reshape(-1, width // 2, 2, TILE // 2, 2).permute(0, 2, 3, 1, 4).reshape(out, width)
-            return codes.float()
+            return codes
         if not self.in_tiles:
             indices = torch.stack([self.codes >> 4, self.codes & 15], -1)
         else:
@@ -92,7 +93,7 @@ class CodedWeight:
 
     def widened(self, block: int) -> "CodedWeight":
         """The same numbers as int8 codes with float32 scales and offsets to add, in blocks of `block` inputs, which
-        divides its own: the form that all kinds have."""
+        divides its own: the form that all kinds but float8 have."""
         times = self.block // block
         scales = self.scales.float()
         offsets = torch.zeros_like(scales) if self.offsets is None else self.offsets.float()

@@ -1,4 +1,4 @@
-"""The product with packed 4-bit weights on CPUs.
+"""The product with packed weights of 4 or 8 bits on CPUs.
 
 Work is dealt by groups of 32 output rows (see `tile4bit`), so that a weight is unpacked for several rows of x at a
 time.
@@ -81,7 +81,7 @@ def _multiply_task(form: Form) -> Compiled:
                     part[i] = bf16_from_f32(f32_from_bf16(part[i]) + f32_from_bf16(terms[i]))
 
     if form != Form():
-        multiply_task.__name__ += f"_{form.scales}_{form.offsets}" + ("_wide" if form.wide else "")
+        multiply_task.__name__ += "_" + "_".join(form)
     return MULTIPLY.work(multiply_task)
 
 
@@ -95,10 +95,11 @@ TASKS = {
         Form("float32"),
         Form("float32", "steps"),
         Form("float32", "added"),
-        Form("float16", wide=True),
-        Form("float16", "added", wide=True),
-        Form("float32", wide=True),
-        Form("float32", "added", wide=True),
+        Form("float16", codes="int8"),
+        Form("float16", "added", codes="int8"),
+        Form("float32", codes="int8"),
+        Form("float32", "added", codes="int8"),
+        Form("float32", codes="float8"),
     )
 }
 """The work for each form of a weight."""

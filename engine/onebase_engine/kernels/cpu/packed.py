@@ -77,6 +77,13 @@ _NAMES: Mapping[torch.dtype, Literal["bfloat16", "float16", "float32"]] = {
 }
 
 
+_CODES: Mapping[torch.dtype, Literal["nibbles", "int8", "float8"]] = {
+    torch.uint8: "nibbles",
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "float8",
+}
+
+
 def _in_tiles(codes: torch.Tensor, rows: int, half: int) -> torch.Tensor:
     packed = torch.empty(rows, half, dtype=torch.uint8)
     pack(codes.reshape(-1).numpy(), packed.view(-1).numpy(), half)
@@ -98,22 +105,24 @@ def _tiled(weight: CodedWeight) -> CodedWeight:
         return weight
     codes, (out, width) = weight.codes, weight.codes.shape
     if weight.wide:
-        tiles = codes.view(-1, 2, FEATURES // 2, width // 2, 2).permute(0, 3, 1, 2, 4).reshape(out, width)
+        tiles = codes.view(torch.int8).view(-1, 2, FEATURES // 2, width // 2, 2).permute(0, 3, 1, 2, 4)
+        tiles = tiles.reshape(out, width).view(codes.dtype)
     else:
         tiles = _in_tiles(codes, out, width)
-    return replace(weight, codes=tiles.contiguous(), in_tiles=True)
+    return replace(weight, codes=tiles, in_tiles=True)
 
 
 def _form(weight: CodedWeight) -> Form:
-    scales = _NAMES[weight.scales.dtype]
+    scales, codes = _NAMES[weight.scales.dtype], _CODES[weight.codes.dtype]
     if weight.offsets is None:
-        return Form(scales, wide=weight.wide)
-    return Form(scales, "steps" if weight.offsets.dtype == torch.int8 else "added", weight.wide)
+        return Form(scales, codes=codes)
+    return Form(scales, "steps" if weight.offsets.dtype == torch.int8 else "added", codes)
 
 
 def can_be_one(modules: Sequence[nn.Module]) -> bool:
     """Whether these modules, all packable, can be one product: alike, or all of codes that can be widened."""
-    blocks = [module.coded.block for module in modules if isinstance(module, CodedLinear)]
+    coded = (module.coded for module in modules if isinstance(module, CodedLinear))
+    blocks = [weight.block for weight in coded if _CODES[weight.codes.dtype] != "float8"]
     wide = len(blocks) == len(modules) and fits_packed(gcd(*blocks), FEATURES, gcd(*blocks))
     return wide or len({_kind(module) for module in modules}) == 1
 
@@ -164,7 +173,7 @@ class PackedLinear:
     def __init__(self, modules: Sequence[Any]) -> None:
         weights = _alike(modules)
         first = weights[0]
-        self.weight = torch.cat([weight.codes for weight in weights])
+        self.weight = torch.cat([weight.codes.view(torch.uint8) for weight in weights]).view(first.codes.dtype)
         self._scales = torch.cat([weight.scales for weight in weights], dim=1).contiguous()
         offsets = [weight.offsets for weight in weights if weight.offsets is not None]
         self._offsets = torch.cat(offsets, dim=1).contiguous() if offsets else None

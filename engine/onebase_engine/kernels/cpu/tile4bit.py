@@ -1,4 +1,4 @@
-"""A tile of a product with packed 4-bit weights, emitted as LLVM vectors.
+"""A tile of a product with packed weights of 4 or 8 bits, emitted as LLVM vectors.
 
 A weight is the value of its code, times its block's scale, plus its block's offset if there are any: NF4, FP4, AWQ,
 GPTQ and GGUF's kinds differ in the 16 values, the size of a block, and the `Form` of scales and offsets. Offsets
@@ -43,8 +43,13 @@ class Form(NamedTuple):
     scales: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     offsets: Literal["", "steps", "added"] = ""
     """None; int8, in steps of the scale, as zero points are; or to be added, of the scales' kind."""
-    wide: bool = False
-    """Codes are int8 and their own values: for each pair of inputs two bytes of each feature, side by side."""
+    codes: Literal["nibbles", "int8", "float8"] = "nibbles"
+    """Numbers of 8 bits are their own values: for each pair of inputs two bytes of each feature, side by side."""
+
+    @property
+    def wide(self) -> bool:
+        """Whether a code takes a byte."""
+        return self.codes != "nibbles"
 
     @property
     def size(self) -> int:
@@ -68,6 +73,8 @@ FEATURES = 32
 """Output features that are packed together, and a tile's columns."""
 UNROLL = 4
 """Pairs of inputs a turn of the loop: 8 inputs."""
+_FLOAT8 = 256.0
+"""How much larger a float8 is than the float16 of the same fields."""
 _AHEAD = 2048
 """Bytes between the weights that are read and those that are being fetched."""
 
@@ -148,16 +155,33 @@ def _wide(builder: Any, base: Any, offset: Any, form: Form) -> Any:
     return builder.bitcast(builder.shl(builder.zext(bits, _LONGS), ir.Constant(_LONGS, [16] * 16)), SUMS)
 
 
-def _numbers(builder: Any, packed: Any, target: Target) -> tuple[Any, ...]:
-    """`factors` of 16 pairs of int8 [32]: bfloat16 holds them exactly."""
-    pairs = builder.bitcast(builder.sext(packed, _WORDS), _LONGS)
+def _numbers(builder: Any, packed: Any, target: Target, form: Form) -> tuple[Any, ...]:
+    """`factors` of 16 pairs of int8 [32], or of float8 as multiples of `_FLOAT8`: bfloat16 holds them exactly."""
     shift = ir.Constant(_LONGS, [16] * 16)
-    first = builder.sitofp(builder.ashr(builder.shl(pairs, shift), shift), SUMS)
-    second = builder.sitofp(builder.ashr(pairs, shift), SUMS)
+    if form.codes == "int8":
+        pairs = builder.bitcast(builder.sext(packed, _WORDS), _LONGS)
+        first = builder.sitofp(builder.ashr(builder.shl(pairs, shift), shift), SUMS)
+        second = builder.sitofp(builder.ashr(pairs, shift), SUMS)
+    else:
+        halves = builder.bitcast(_halves(builder, builder.zext(packed, _WORDS)), ir.VectorType(ir.HalfType(), 32))
+        first, second = (
+            builder.fpext(_joined(builder, halves, halves, range(which, 32, 2)), SUMS) for which in (0, 1)
+        )
     if not target.pairs:
         return first, second
     low = builder.lshr(builder.bitcast(first, _LONGS), shift)
     return (builder.bitcast(builder.or_(low, builder.bitcast(second, _LONGS)), PAIRS),)
+
+
+def _halves(builder: Any, words: Any) -> Any:
+    """Bits of float8_e4m3fn [32] in words as those of float16: the same fields, under an exponent whose bias is 8
+    more. What is subnormal stays so, and processors widen it as quickly as any other."""
+
+    def constant(value: int) -> Any:
+        return ir.Constant(_WORDS, [value] * 32)
+
+    sign = builder.shl(builder.and_(words, constant(0x80)), constant(8))
+    return builder.or_(sign, builder.shl(builder.and_(words, constant(0x7F)), constant(7)))
 
 
 def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) -> Callable[..., None]:
@@ -227,7 +251,8 @@ def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) ->
                 if look_up is None:
                     some = {half: place(builder, address, ir.Constant(I64, 32 * half), _BYTES) for half in halves}
                     weights = {
-                        half: _numbers(builder, builder.load(at, align=1), target) for half, at in some.items()
+                        half: _numbers(builder, builder.load(at, align=1), target, form)
+                        for half, at in some.items()
                     }
                 else:
                     packed = builder.load(place(builder, address, none, _BYTES), align=1)
@@ -252,6 +277,8 @@ def packed_tile(rows: int, target: Target = TARGET, form: Form = _PLAIN_FORM) ->
                 for half in halves:
                     at = times(first_of(block, half), form.size)
                     scale = _sorted(builder, _wide(builder, scales, at, form), target, form)
+                    if form.codes == "float8":
+                        scale = builder.fmul(scale, ir.Constant(SUMS, [_FLOAT8] * 16))
                     if form.offsets == "added":
                         offset = _sorted(builder, _wide(builder, offsets, at, form), target, form)
                     for row in some_rows:
