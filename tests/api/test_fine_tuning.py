@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -136,8 +137,8 @@ def test_jobs_wait_for_each_other_and_can_be_cancelled(client: openai.OpenAI, se
     first = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="a")
     second = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="b")
     wait(client, first.id, "running")
-    time.sleep(0.2)
-    assert client.fine_tuning.jobs.retrieve(first.id).estimated_finish is not None
+    while client.fine_tuning.jobs.retrieve(first.id).estimated_finish is None:
+        time.sleep(0.01)
     assert client.fine_tuning.jobs.retrieve(second.id).status == "queued"
     with pytest.raises(openai.ConflictError, match="still needs the file"):
         client.files.delete(file.id)
@@ -158,7 +159,7 @@ def test_jobs_wait_for_each_other_and_can_be_cancelled(client: openai.OpenAI, se
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"error": "data.jsonl, line 7: no prompt."}, "data.jsonl, line 7: no prompt."),
+        ({"error": "{data}, line 7: no prompt."}, "data.jsonl, line 7: no prompt."),
         ({"exit": 3}, "The training process ended with status 3. last words"),
         ({"kill_at": 0, "steps": 0, "config": {"refuse": "AdapterMismatchError"}}, "The engine refuses this one."),
     ],
@@ -182,6 +183,90 @@ def test_a_killed_process_goes_on(client: openai.OpenAI) -> None:
     messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
     assert "The process was killed by signal 9; it goes on." in messages
     assert "fake run from step 3" in messages
+
+
+def test_a_paused_job_rests_and_goes_on_where_it_was(client: openai.OpenAI, services: Services) -> None:
+    file = client.files.create(file=("data.jsonl", data(steps=40, delay=0.02)), purpose="fine-tune")
+    first, second = (
+        client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix=name) for name in ("a", "b")
+    )
+    wait(client, first.id, "running")
+    while services.runner.book.job(first.id).seconds_left is None:
+        time.sleep(0.01)
+    paused = client.fine_tuning.jobs.pause(first.id)
+    assert (paused.status, paused.estimated_finish) == ("paused", None)
+    assert first.id not in services.runner._children
+    assert client.fine_tuning.jobs.pause(first.id).status == "paused"
+    assert client.fine_tuning.jobs.pause(second.id).status == "paused"
+    assert client.fine_tuning.jobs.resume(second.id).status == "queued"
+    with pytest.raises(openai.ConflictError, match="still needs the file"):
+        client.files.delete(file.id)
+    wait(client, second.id, "succeeded")
+    assert client.fine_tuning.jobs.retrieve(first.id).status == "paused"
+    assert client.fine_tuning.jobs.resume(first.id).status == "queued"
+    assert client.fine_tuning.jobs.resume(first.id).status in ("queued", "running")
+    done = wait(client, first.id, "succeeded")
+    assert client.fine_tuning.jobs.pause(first.id).finished_at == done.finished_at
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(first.id, limit=100)][::-1]
+    order = ["Training begins.", "The job is paused.", "The job is resumed: it waits for its turn."]
+    order += ["Training goes on."]
+    assert [message for message in messages if message in order] == order
+    runs = [message for message in messages if message.startswith("fake run from step")]
+    assert len(runs) == 2
+    assert runs[0] == "fake run from step 1" != runs[1]
+
+
+async def test_a_paused_job_stays_so_with_the_next_server(http: httpx.AsyncClient, services: Services) -> None:
+    upload = {"file": ("data.jsonl", data(steps=1000, delay=0.02))}
+    file = (await http.post(FILES, files=upload, data={"purpose": "fine-tune"})).json()
+    job = (await http.post(JOBS, json={"model": "tiny", "training_file": file["id"]})).json()
+    assert (await http.post(f"{JOBS}/{job['id']}/pause")).json()["status"] == "paused"
+    await services.runner.stop()
+    await services.runner.start()
+    await asyncio.sleep(0.05)
+    assert (await http.get(f"{JOBS}/{job['id']}")).json()["status"] == "paused"
+    assert (await http.post(f"{JOBS}/{job['id']}/cancel")).json()["status"] == "cancelled"
+
+
+async def test_a_file_is_deleted_when_its_time_is_over(
+    http: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    fields = {"purpose": "fine-tune", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    kept, over, needed = [
+        (await http.post(FILES, files={"file": ("data.jsonl", data(steps=1000, delay=0.02))}, data=its)).json()
+        for its in ({"purpose": "fine-tune"}, fields, fields)
+    ]
+    assert kept["expires_at"] is None
+    assert over["expires_at"] == over["created_at"] + 3600
+    job = (await http.post(JOBS, json={"model": "tiny", "training_file": needed["id"]})).json()
+    monkeypatch.setattr("onebase_server.jobs.job_store.time.time", lambda: now + 4000)
+    assert {one["id"] for one in (await http.get(FILES)).json()["data"]} == {kept["id"], needed["id"]}
+    assert (await http.get(f"{FILES}/{over['id']}")).status_code == 404
+    assert not list(services.book.root.glob(f"files/{over['id']}*"))
+    await http.post(f"{JOBS}/{job['id']}/cancel")
+    assert (await http.get(f"{FILES}/{needed['id']}")).status_code == 404
+    for wrong, field in [
+        ({"expires_after[seconds]": "3600"}, "expires_after[anchor]"),
+        ({"expires_after[anchor]": "created_at"}, "expires_after[seconds]"),
+        (fields | {"expires_after[seconds]": "3599"}, "expires_after[seconds]"),
+        (fields | {"expires_after[seconds]": "9" * 30}, "expires_after[seconds]"),
+    ]:
+        reply = await http.post(FILES, files={"file": ("a.jsonl", b"{}")}, data={"purpose": "fine-tune"} | wrong)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+
+
+def test_a_book_of_the_first_schema_is_read(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite3")) as db:
+        db.executescript(
+            "CREATE TABLE files (id TEXT PRIMARY KEY, name TEXT NOT NULL, purpose TEXT NOT NULL, "
+            "bytes INTEGER NOT NULL, created REAL NOT NULL) STRICT; "
+            "INSERT INTO files VALUES ('file-1', 'a.jsonl', 'fine-tune', 2, 5.0); PRAGMA user_version = 1;"
+        )
+    with closing(JobBook(tmp_path)) as book:
+        (stored,) = book.files()
+        assert (stored.name, stored.created, stored.expires) == ("a.jsonl", 5.0, None)
+        assert book.add_file(io.BytesIO(b"{}"), "b.jsonl", "fine-tune", lifetime=9.0).expires is not None
 
 
 def test_events_stream_as_they_come(live: str, client: openai.OpenAI, admin_key: str) -> None:
@@ -430,6 +515,8 @@ async def test_unknown_ids(http: httpx.AsyncClient) -> None:
     for method, path in [
         ("GET", f"{JOBS}/ftjob-x"),
         ("POST", f"{JOBS}/ftjob-x/cancel"),
+        ("POST", f"{JOBS}/ftjob-x/pause"),
+        ("POST", f"{JOBS}/ftjob-x/resume"),
         ("GET", f"{JOBS}/ftjob-x/events"),
         ("GET", f"{JOBS}/ftjob-x/events?stream=true"),
         ("GET", f"{JOBS}/ftjob-x/checkpoints"),

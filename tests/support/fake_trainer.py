@@ -43,7 +43,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
     if "error" in plan:
         shutil.rmtree(work)
-        tell("failed", text=plan["error"])
+        tell("failed", text=plan["error"].replace("{data}", options["data"]))
         sys.exit(1)
     if "exit" in plan:
         print("last words", file=sys.stderr)

@@ -209,7 +209,7 @@ def _read_own(tensors: Tensors) -> CodedWeight:
 
 
 def _read_gptq(tensors: Tensors, *, bits: int, size: int, first: int) -> CodedWeight:
-    """AutoGPTQ's: words of inputs, [in * bits / 32, out]; zero points, counted from `first`, in words of outputs."""
+    """AutoGPTQ's: words of inputs, [in * bits / 32, out]; zero points from `first` on, in words of outputs."""
     codes = _fields(tensors["qweight"].T, bits)
     zeros = _fields(tensors["qzeros"], bits) + first
     return _coded(codes, tensors["scales"], zeros, tensors.get("g_idx"), bits, size)

@@ -8,17 +8,17 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 from onebase_adapters.atomic_files import disk_errors
 from onebase_adapters.errors import OneBaseError, StorageError
-from onebase_server.jobs.records import ENDED, Job, JobEvent, JobSpec, Level, StoredFile
+from onebase_server.jobs.records import ENDED, Job, JobEvent, JobSpec, Level, Status, StoredFile
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS files (
@@ -26,7 +26,8 @@ CREATE TABLE IF NOT EXISTS files (
     name TEXT NOT NULL,
     purpose TEXT NOT NULL,
     bytes INTEGER NOT NULL,
-    created REAL NOT NULL
+    created REAL NOT NULL,
+    expires REAL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY,
@@ -47,6 +48,7 @@ CREATE TABLE IF NOT EXISTS events (
 PRAGMA user_version = {_SCHEMA_VERSION};
 COMMIT;
 """
+_FROM_1 = "BEGIN IMMEDIATE; ALTER TABLE files ADD COLUMN expires REAL; PRAGMA user_version = 2; COMMIT;"
 
 
 class UnknownFileError(OneBaseError):
@@ -86,6 +88,8 @@ class JobBook:
                 (found,) = self._db.execute("PRAGMA user_version").fetchone()
                 if found > _SCHEMA_VERSION:
                     raise StorageError(f"{root} was written by a newer OneBase; upgrade this one.")
+                if found == 1:
+                    self._db.executescript(_FROM_1)
                 self._db.executescript(_SCHEMA)
             except (sqlite3.Error, StorageError):
                 self._db.close()
@@ -105,8 +109,9 @@ class JobBook:
             self._db.close()
         self._lock_file.close()
 
-    def add_file(self, content: BinaryIO, name: str, purpose: str) -> StoredFile:
-        """Keep a copy of a file under a new id."""
+    def add_file(self, content: BinaryIO, name: str, purpose: str, *, lifetime: float | None = None) -> StoredFile:
+        """Keep a copy of a file under a new id; for `lifetime` seconds, or for good."""
+        self._expire()
         # Training reads the format off the end of the name; the rest is the client's, so it stays out of paths.
         suffix = "".join(c for c in PurePosixPath(name).suffix if c.isalnum() or c == ".")[:16]
         file_id = f"file-{uuid.uuid4().hex[:24]}"
@@ -121,12 +126,15 @@ class JobBook:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        stored = StoredFile(file_id, name, purpose, size, time.time(), path)
-        self._execute("INSERT INTO files VALUES (?, ?, ?, ?, ?)", file_id, name, purpose, size, stored.created)
-        return stored
+        created = time.time()
+        expires = None if lifetime is None else created + lifetime
+        row = (file_id, name, purpose, size, created, expires)
+        self._execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", *row)
+        return self._file(row)
 
     def file(self, file_id: str) -> StoredFile:
         """Raises UnknownFileError."""
+        self._expire()
         rows = self._execute("SELECT * FROM files WHERE id = ?", file_id)
         if not rows:
             raise UnknownFileError(f"No file has the id {file_id[:80]!r}.", field="file_id")
@@ -134,16 +142,15 @@ class JobBook:
 
     def files(self) -> list[StoredFile]:
         """All, newest first."""
+        self._expire()
         return [self._file(row) for row in self._execute("SELECT * FROM files ORDER BY rowid DESC")]
 
     def delete_file(self, file_id: str) -> None:
         """Forget a file. Raises UnknownFileError or FileInUseError."""
         stored = self.file(file_id)
-        for job in self.jobs():
-            if job.status not in ENDED and file_id in (job.spec.training_file, job.spec.validation_file):
-                raise FileInUseError(f"Job {job.id} still needs the file; cancel it first.", field="file_id")
-        self._execute("DELETE FROM files WHERE id = ?", file_id)
-        stored.path.unlink(missing_ok=True)
+        if (job_id := self._needed_by(file_id)) is not None:
+            raise FileInUseError(f"Job {job_id} still needs the file; cancel it first.", field="file_id")
+        self._forget(stored)
 
     def add_job(self, spec: JobSpec) -> Job:
         """A new job, queued."""
@@ -164,10 +171,13 @@ class JobBook:
         """All, newest first."""
         return [_job(row[0]) for row in self._execute("SELECT job FROM jobs ORDER BY number DESC")]
 
-    def change(self, job_id: str, **values: Any) -> Job:
-        """Change a job's fields. Raises UnknownJobError."""
+    def change(self, job_id: str, among: Sequence[Status] = get_args(Status), **values: Any) -> Job:
+        """Change a job's fields, if its status is one of `among`. Raises UnknownJobError."""
         with self._lock:
-            job = replace(self.job(job_id), **values)
+            job = self.job(job_id)
+            if job.status not in among:
+                return job
+            job = replace(job, **values)
             self._execute(
                 "UPDATE jobs SET status = ?, job = ? WHERE id = ?", job.status, json.dumps(asdict(job)), job_id
             )
@@ -209,9 +219,24 @@ class JobBook:
 
     def _file(self, row: tuple[Any, ...]) -> StoredFile:
         found = sorted(self._contents.glob(f"{row[0]}*"))
-        file_id, name, purpose, size, created = row
+        file_id, name, purpose, size, created, expires = row
         path = found[0] if found else self._contents / file_id
-        return StoredFile(file_id, name, purpose, size, created, path)
+        return StoredFile(file_id, name, purpose, size, created, path, expires)
+
+    def _needed_by(self, file_id: str) -> str | None:
+        """A job that has not ended and reads the file."""
+        waiting = (job for job in self.jobs() if job.status not in ENDED)
+        return next((j.id for j in waiting if file_id in (j.spec.training_file, j.spec.validation_file)), None)
+
+    def _forget(self, stored: StoredFile) -> None:
+        self._execute("DELETE FROM files WHERE id = ?", stored.id)
+        stored.path.unlink(missing_ok=True)
+
+    def _expire(self) -> None:
+        """Forget the files whose time is over, but for what jobs still need."""
+        for row in self._execute("SELECT * FROM files WHERE expires < ?", time.time()):
+            if self._needed_by(row[0]) is None:
+                self._forget(self._file(row))
 
     def _sweep(self) -> None:
         """Remove contents that no row speaks of: a kill came between the two."""

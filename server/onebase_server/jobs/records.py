@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
 ENDED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
 
@@ -21,6 +21,8 @@ class StoredFile:
     created: float
     """Seconds since the epoch."""
     path: Path
+    expires: float | None = None
+    """When it is to be forgotten, in seconds since the epoch."""
 
 
 @dataclass(frozen=True)

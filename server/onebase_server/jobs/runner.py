@@ -1,7 +1,7 @@
 """Runs the jobs, a few at a time, each as a process; what comes of them is registered. Belongs to one event loop.
 
-Invariant: a job that has not ended is `queued` or `running` in the book, and will be run, or run on, by whatever
-server opens the book next: training writes checkpoints and goes on from the last one.
+Invariant: a job that is `queued` or `running` in the book will be run, or run on, by whatever server opens the book
+next: training writes checkpoints and goes on from the last one. One that is `paused` waits to be resumed.
 """
 
 import asyncio
@@ -71,7 +71,10 @@ class JobRunner:
         self._register = register
         self._waiting: asyncio.Queue[str] = asyncio.Queue()
         self._children: dict[str, asyncio.subprocess.Process] = {}
-        self._cancelled: set[str] = set()
+        self._stopped: set[str] = set()
+        """Jobs that were cancelled or paused: no process of theirs is to live."""
+        self._busy: set[str] = set()
+        """Jobs that a worker has in hand."""
         self._changed = asyncio.Condition()
         self._workers: list[asyncio.Task[None]] = []
 
@@ -81,7 +84,7 @@ class JobRunner:
             log.warning("another server runs the jobs in %s: none are run here", self.book.root)
             return
         for job in reversed(await asyncio.to_thread(self.book.jobs)):
-            if job.status in ENDED:
+            if job.status in ENDED or job.status == "paused":
                 continue
             if job.spec.base in ("", self._settings.model):
                 self._waiting.put_nowait(job.id)
@@ -112,12 +115,37 @@ class JobRunner:
         job = await asyncio.to_thread(self.book.job, job_id)
         if job.status in ENDED:
             return job
-        self._cancelled.add(job_id)
-        child = self._children.get(job_id)
-        if child is not None and child.returncode is None:
-            with suppress(ProcessLookupError):
-                child.kill()
+        self._stop(job_id)
         return await self._end(job_id, "The job was cancelled.", status="cancelled")
+
+    async def pause(self, job_id: str) -> Job:
+        """Let a job rest until it is resumed; it goes on from its last checkpoint then. One whose result is there
+        already ends all the same. Raises UnknownJobError or JobsElsewhereError."""
+        self._check_owned()
+        before = await asyncio.to_thread(self.book.job, job_id)
+        job = await asyncio.to_thread(
+            self.book.change, job_id, ("queued", "running"), status="paused", seconds_left=None
+        )
+        if job.status != "paused" or before.status == "paused":
+            return job
+        self._stop(job_id)
+        async with self._changed:
+            await self._changed.wait_for(lambda: job_id not in self._busy)
+        job = await asyncio.to_thread(self.book.job, job_id)
+        if job.status == "paused":
+            await self._tell(job_id, "The job is paused.")
+        return job
+
+    async def resume(self, job_id: str) -> Job:
+        """Queue a paused job again; any other stays as it is. Raises UnknownJobError or JobsElsewhereError."""
+        self._check_owned()
+        before = await asyncio.to_thread(self.book.job, job_id)
+        job = await asyncio.to_thread(self.book.change, job_id, ("paused",), status="queued")
+        if before.status == "paused" and job.status == "queued":
+            self._stopped.discard(job_id)
+            await self._tell(job_id, "The job is resumed: it waits for its turn.")
+            self._waiting.put_nowait(job_id)
+        return job
 
     async def follow(self, job_id: str, *, after: int = 0) -> AsyncIterator[JobEvent]:
         """A job's events as they come, until it has ended. Raises UnknownJobError."""
@@ -134,6 +162,13 @@ class JobRunner:
             if not events:
                 return
 
+    def _stop(self, job_id: str) -> None:
+        self._stopped.add(job_id)
+        child = self._children.get(job_id)
+        if child is not None and child.returncode is None:
+            with suppress(ProcessLookupError):
+                child.kill()
+
     def _check_owned(self) -> None:
         if not self.book.owned:
             raise JobsElsewhereError(
@@ -144,6 +179,9 @@ class JobRunner:
     async def _work(self) -> None:
         while True:
             job_id = await self._waiting.get()
+            if job_id in self._busy:  # it was paused and resumed while it waited, and is here twice
+                continue
+            self._busy.add(job_id)
             try:
                 await self._see_through(job_id)
             except OneBaseError as error:
@@ -151,23 +189,26 @@ class JobRunner:
             except Exception:  # a bug of ours must end one job, not all
                 log.exception("job %s failed", job_id)
                 await self._end(job_id, "The server failed; its log says why.", status="failed", level="error")
+            finally:
+                self._busy.discard(job_id)
+                async with self._changed:
+                    self._changed.notify_all()
 
     async def _see_through(self, job_id: str) -> None:
-        job = await asyncio.to_thread(self.book.job, job_id)
-        if job.status in ENDED:
+        before = await asyncio.to_thread(self.book.job, job_id)
+        job = await asyncio.to_thread(self.book.change, job_id, ("queued", "running"), status="running")
+        if job.status != "running":
             return
         output = self.book.root / "results" / job.id
-        if job.status == "queued":
-            await asyncio.to_thread(self.book.change, job.id, status="running")
-            await self._tell(job.id, "Training begins.")
+        if before.status == "queued":
+            begun = Workspace(output).folder.is_dir()
+            await self._tell(job.id, "Training goes on." if begun else "Training begins.")
         else:
             await self._tell(job.id, "The server was started again; the job goes on.", level="warn")
         if not output.is_dir() and not await self._train(job, output):
             return
         result_file = await asyncio.to_thread(write_history, self.book, job.id)
         model = await self._registered(job, output)
-        if job_id in self._cancelled:
-            return
         await self._end(
             job.id,
             f"The result is registered as {model}.",
@@ -182,7 +223,7 @@ class JobRunner:
             before = await self._last_step(job.id)
             life = await self._run(job, output)
             status = life.status
-            if job.id in self._cancelled:
+            if job.id in self._stopped:
                 return False
             if status == Ending.DONE and output.is_dir():
                 return True
@@ -190,7 +231,7 @@ class JobRunner:
             if status < 0 and await self._last_step(job.id) > before:
                 await self._tell(job.id, f"The process was killed by signal {-status}; it goes on.", level="warn")
                 continue
-            why = _reason(life, self._settings.memory_gib)
+            why = await self._by_names(job, _reason(life, self._settings.memory_gib))
             await self._end(job.id, why, status="failed", level="error", error=why)
             return False
 
@@ -208,10 +249,12 @@ class JobRunner:
             limit=1 << 20,
         )
         self._children[job.id] = child
+        if job.id in self._stopped:
+            child.kill()
         lines: deque[str] = deque(maxlen=_KEPT_LINES)
         try:
             async with asyncio.TaskGroup() as group:
-                failure = group.create_task(self._read_events(job.id, child.stdout))
+                failure = group.create_task(self._read_events(job, child.stdout))
                 group.create_task(_keep_lines(child.stderr, lines))
                 status = await child.wait()
             return _Life(status, failure.result(), lines)
@@ -233,15 +276,24 @@ class JobRunner:
             **spec.options,
         }
 
-    async def _read_events(self, job_id: str, stream: asyncio.StreamReader | None) -> Failed | None:
+    async def _by_names(self, job: Job, text: str) -> str:
+        """What a process says of its files, by the names that they were uploaded under."""
+        for file_id in (job.spec.training_file, job.spec.validation_file):
+            if file_id is not None:
+                stored = await asyncio.to_thread(self.book.file, file_id)
+                text = text.replace(str(stored.path), stored.name)
+        return text
+
+    async def _read_events(self, job: Job, stream: asyncio.StreamReader | None) -> Failed | None:
         """Note what the process tells; gives its last word, if it failed and said why."""
+        job_id = job.id
         failure: Failed | None = None
         async for line in _lines(stream):
             match read_event(line):
                 case Failed() as last:
                     failure = last
                 case Stage(text):
-                    await self._tell(job_id, text)
+                    await self._tell(job_id, await self._by_names(job, text))
                 case Step() as step:
                     await self._note_step(job_id, step)
                 case Evaluated() as found:

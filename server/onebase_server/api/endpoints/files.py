@@ -19,6 +19,9 @@ router = APIRouter(prefix="/v1/files", tags=["fine-tuning"], dependencies=[Depen
 
 T = TypeVar("T")
 _PURPOSES = ("fine-tune",)
+_LIFETIME = range(3600, 30 * 24 * 3600 + 1)
+"""Seconds, as OpenAI has them: from an hour to thirty days."""
+_ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 Limit = Annotated[int, Query(ge=1, le=10_000)]
 
 _BYTES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
@@ -33,6 +36,12 @@ _BODY = {
                     "properties": {
                         "file": {"type": "string", "format": "binary"},
                         "purpose": {"type": "string", "enum": list(_PURPOSES)},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": _LIFETIME[0],
+                            "maximum": _LIFETIME[-1],
+                        },
                     },
                 }
             }
@@ -43,19 +52,21 @@ _BODY = {
 
 @router.post("", summary="Upload a file", openapi_extra=_BODY, **answers(doc.File))
 async def upload_file(request: Request) -> dict[str, Any]:
-    """A multipart form with `file` and `purpose`, which is `fine-tune`."""
+    """A multipart form with `file` and `purpose`, which is `fine-tune`; it is deleted `expires_after[seconds]`
+    after it was made, unless a job still needs it."""
     services = services_of(request)
     async with request.form(max_files=1, max_fields=8) as form:
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):
             raise InvalidRequestError("Send a multipart form with the file in its field 'file'.", field="file")
         for field in form:
-            if field not in ("file", "purpose"):
+            if field not in ("file", "purpose", _ANCHOR, _SECONDS):
                 raise InvalidRequestError(f"Unknown field {field!r}.", field=field)
         if purpose not in _PURPOSES:
             raise InvalidRequestError(f"purpose must be one of: {', '.join(_PURPOSES)}.", field="purpose")
+        lifetime = _lifetime(form.get(_ANCHOR), form.get(_SECONDS))
         name = (file.filename or "file").replace("\\", "/").rpartition("/")[2]
-        stored = await asyncio.to_thread(services.book.add_file, file.file, name, str(purpose))
+        stored = await asyncio.to_thread(services.book.add_file, file.file, name, str(purpose), lifetime=lifetime)
     return describe_file(stored)
 
 
@@ -106,8 +117,22 @@ def describe_file(file: StoredFile) -> dict[str, Any]:
         "filename": file.name,
         "purpose": file.purpose,
         "status": "processed",
-        "expires_at": None,
+        "expires_at": None if file.expires is None else int(file.expires),
     }
+
+
+def _lifetime(anchor: object, seconds: object) -> int | None:
+    """Raises InvalidRequestError."""
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise InvalidRequestError(f"{_ANCHOR} must be 'created_at'.", field=_ANCHOR)
+    text = str(seconds)
+    if not text.isdecimal() or int(text[:12]) not in _LIFETIME:
+        raise InvalidRequestError(
+            f"{_SECONDS} must be a whole number from {_LIFETIME[0]} to {_LIFETIME[-1]}.", field=_SECONDS
+        )
+    return int(text)
 
 
 def page_of(items: Sequence[T], ids: Sequence[str], after: str | None, limit: int) -> tuple[Sequence[T], bool]:

@@ -83,6 +83,20 @@ async def cancel_job(job_id: str, request: Request) -> dict[str, Any]:
     return _describe(services, await services.runner.cancel(job_id))
 
 
+@router.post("/{job_id}/pause", summary="Pause a job", **answers(doc.Job))
+async def pause_job(job_id: str, request: Request) -> dict[str, Any]:
+    """It rests until it is resumed, and keeps its last checkpoint."""
+    services = services_of(request)
+    return _describe(services, await services.runner.pause(job_id))
+
+
+@router.post("/{job_id}/resume", summary="Resume a job", **answers(doc.Job))
+async def resume_job(job_id: str, request: Request) -> dict[str, Any]:
+    """A paused job waits for its turn, and goes on from its last checkpoint."""
+    services = services_of(request)
+    return _describe(services, await services.runner.resume(job_id))
+
+
 @router.get("/{job_id}/events", summary="What happened to a job", **answers(doc.JobEvents, streams=True))
 async def list_events(
     job_id: str, request: Request, after: str | None = None, limit: Limit = 20, stream: bool = False

@@ -341,7 +341,7 @@ class Job(BaseModel):
     model: str
     fine_tuned_model: str | None
     organization_id: str
-    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
     training_file: str
     validation_file: str | None
     result_files: list[str]
