@@ -71,6 +71,7 @@ class FakeEngine:
             cache_bytes=2000,
             eos_token_ids=(2,),
             load_seconds={"loading weights": 0.1},
+            width=3,
         )
         self.stats = EngineStats(*range(len(EngineStats.__struct_fields__)))
         self.ready = True

@@ -27,6 +27,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """False for an encoder, which only classifies and embeds."""
     max_adapters: int = 0
     """Adapters that can be resident at once."""
+    width: int = 0
+    """Numbers of an embedding."""
 
 
 class HeadInfo(msgspec.Struct, frozen=True):

@@ -96,6 +96,7 @@ def start_engine(
         eos_token_ids=tuple(sorted(set(ends))),
         load_seconds=phases.seconds,
         max_adapters=config.max_adapters,
+        width=shape.hidden,
     )
     return Engine(model, scheduler, Residency(model, wake), grammars, info)
 

@@ -145,12 +145,13 @@ async def test_bad_bodies(
     assert not engine.requests
 
 
-async def test_what_cannot_be_done(http: httpx.AsyncClient) -> None:
+async def test_what_cannot_be_done(http: httpx.AsyncClient, engine: Any) -> None:
     error = (await post(http, "/v1/classify", 400, model="plain", input="a"))["error"]
     assert (error["param"], error["message"]) == ("model", "The model 'plain' has no classification head.")
     assert (await post(http, "/v1/classify", 404, model="nobody", input="a"))["error"]["param"] == "model"
+    asked = len(engine.requests)
     error = (await post(http, "/v1/embeddings", 400, input="a", dimensions=300))["error"]
-    assert error["param"] == "dimensions"
+    assert (error["param"], len(engine.requests)) == ("dimensions", asked)
     error = (await post(http, "/v1/embeddings", 400, input="a", encoding_format="int8"))["error"]
     assert error["param"] == "encoding_format"
 

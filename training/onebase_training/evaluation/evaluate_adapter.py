@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,9 @@ def _measure(
     limit: int,
     progress: Progress,
 ) -> Evaluation:
+    if info.chat_template is not None:  # chats with it go through its own
+        tokenizer = copy(tokenizer)
+        tokenizer.chat_template = info.chat_template
     if info.head is not None:
         labelled = encode_for_head(dataset.examples, tokenizer, list(info.head.labels), max_length=limit)
         return _classify(engine, info.head, labelled, tokenizer, progress)

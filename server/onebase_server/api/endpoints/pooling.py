@@ -42,6 +42,9 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, tenant: Te
     """The mean of the last hidden states, of length 1; under an adapter, of the adapted model."""
     services = services_of(request)
     target = target_of(services.adapters, body)
+    width = services.engine.info.width
+    if body.dimensions is not None and body.dimensions > width:
+        raise InvalidRequestError(f"An embedding has {width} numbers.", field="dimensions")
     special = body.add_special_tokens is not False
     prompts = []
     for prompt, field in _inputs(body):
@@ -191,8 +194,6 @@ def _first_of(vector: Sequence[float], count: int | None) -> Sequence[float]:
     """The first numbers, made of length 1 again. Raises InvalidRequestError where there are fewer."""
     if count is None:
         return vector
-    if count > len(vector):
-        raise InvalidRequestError(f"An embedding has {len(vector)} numbers.", field="dimensions")
     kept = vector[:count]
     length = math.hypot(*kept) or 1.0
     return [number / length for number in kept]
