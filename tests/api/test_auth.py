@@ -1,7 +1,9 @@
 """Keys: who may infer, and who may administer."""
 
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -112,6 +114,18 @@ async def test_without_an_admin_key_administration_is_closed(
 async def test_health_needs_no_key(closed: httpx.AsyncClient) -> None:
     for path in ("/health", "/ping", "/version"):
         assert (await closed.get(path)).status_code == 200
+
+
+async def test_the_page_of_the_document_loads_nothing_from_elsewhere(http: httpx.AsyncClient) -> None:
+    page = (await http.get("/docs")).text
+    named = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(named) == 3
+    for name in (*named, "openapi.json"):
+        assert f"{name}" in page
+        assert not urlsplit(name).hostname
+        reply = await http.get(f"/{name}")
+        assert (reply.status_code, len(reply.content) > 500) == (200, True), name
+    assert (await http.get("/redoc")).status_code == 404
 
 
 async def test_the_document_says_which_key_opens_what(http: httpx.AsyncClient) -> None:

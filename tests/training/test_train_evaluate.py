@@ -48,7 +48,8 @@ def test_chats_go_through_an_adapters_own_template(tmp_path: Path, tiny_model: C
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     data.write_text((json.dumps({"messages": turns}) + "\n") * 20)
     model = str(tiny_model("llama"))
-    train(TrainConfig(data=data, output=folder, model=model, max_steps=2, metric_examples=0, device="cpu"))
+    short = {"max_steps": 2, "metric_examples": 0, "device": "cpu"}
+    train(TrainConfig(data=data, eval_data=data, output=folder, model=model, **short))
     config = EvaluateConfig(data, BaseSpec(model, device="cpu"), folder, metric_examples=1)
     usual = evaluate_served(config)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")

@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from onebase_adapters.errors import OneBaseError
+from onebase_server.api.docs_page import add_docs_page
 from onebase_server.api.endpoints import (
     adapters,
     chat,
@@ -40,7 +41,11 @@ def create_app(services: Services, *, around: Around | None = None) -> FastAPI:
             "4XX": {"model": ErrorDocument, "description": "The request's fault; `param` names the field."},
             "5XX": {"model": ErrorDocument, "description": "The server's fault, or not for the moment."},
         },
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
     )
+    add_docs_page(app)
     app.state.services = services
     for topic in (
         completions,
