@@ -12,10 +12,10 @@ def _refuse_what_encoder_decoders_lack(kind: str, source: Source, saved: Sequenc
     base = source.base
     embedding = any(name.startswith(f"{base.embedding}.") for name in source.tensors)
     head = any(isinstance(part, Head) for part in saved)
-    if base.encoder_decoder and (kind in ("PREFIX_TUNING", "CARTRIDGE", "BOTTLENECK") or embedding or head):
+    if base.encoder_decoder and (kind in ("CARTRIDGE", "BOTTLENECK") or embedding or head):
         raise AdapterMismatchError(
-            f"{base.name} is an encoder-decoder: it takes updates of its linear modules and prompt tuning, but no "
-            "prefix, bottleneck, head or update of its embedding.",
+            f"{base.name} is an encoder-decoder: it takes updates of its linear modules, prompt tuning and prefix "
+            "tuning, but no cartridge, bottleneck, head or update of its embedding.",
             field="peft_type",
         )
 

@@ -14,6 +14,8 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from onebase_adapters.errors import BaseModelError
+from onebase_adapters.primitives.instruction_set import KVPrefix
+from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
 from onebase_engine.base.describe import cache_shape
 from onebase_engine.base.load_base import LoadedBase
 from onebase_engine.kernels.batch import Owners
@@ -22,7 +24,7 @@ from onebase_engine.runner.adapter_linear import hook_linears
 from onebase_engine.runner.adapter_slots import AdapterSlots
 from onebase_engine.runner.batching import Chunk, Context, make_batch, make_owners
 from onebase_engine.runner.lm_head import LogitScores, Scores
-from onebase_engine.runner.t5_attention import DecoderCache, Rows, hook_t5_attention
+from onebase_engine.runner.t5_attention import DecoderCache, KeysValues, Rows, hook_t5_attention
 
 _KINDS = ("t5", "mt5")
 """transformers' model types whose attention is exactly that of `t5_attention.py`."""
@@ -35,6 +37,36 @@ class _Pass(Context):
 
     def owners(self, rows: int, *, head: bool) -> Owners:
         return self.current
+
+
+class _Prefixes:
+    """Resident prefixes by slot: keys and values [layers, heads, n, width] each."""
+
+    def __init__(self, base: LoadedBase) -> None:
+        self._base = base
+        self._found: dict[int, KeysValues] = {}
+
+    def put(self, slot: int, adapter: LoweredAdapter) -> None:
+        """Make an adapter's prefix the slot's, if it has one."""
+        if (prefix := adapter.one(KVPrefix)) is not None:
+            place = self._base.device, self._base.model.dtype
+            self._found[slot] = prefix.keys.to(*place).transpose(1, 2), prefix.values.to(*place).transpose(1, 2)
+
+    def clear(self, slot: int) -> None:
+        """Forget the slot's prefix."""
+        self._found.pop(slot, None)
+
+    def tokens(self, slot: int) -> int:
+        """Its length."""
+        return self._found[slot][0].shape[2] if slot in self._found else 0
+
+    def begin(self, slot: int, layers: int) -> DecoderCache:
+        """A new sequence's cache, see `KVPrefix`."""
+        if slot not in self._found:
+            return DecoderCache()
+        keys, values = self._found[slot]
+        places = [2 * layer % len(keys) for layer in range(layers)]
+        return DecoderCache({layer: (keys[place], values[place]) for layer, place in enumerate(places)})
 
 
 class EncoderDecoder(AdapterSlots):
@@ -60,6 +92,8 @@ class EncoderDecoder(AdapterSlots):
         self._sites = hook_linears(base.model, sites, slots + 1, self._kernels, self._context, base.device)
         self._crossing = hook_t5_attention(base.model, self._rows)
         self._caches: dict[str, DecoderCache] = {}
+        self._prefixes = _Prefixes(base)
+        self._tables.append(self._prefixes)
 
     def warm_up(self, *, all_kinds: bool = True) -> None:
         """Let everything that happens at a first use happen now."""
@@ -80,7 +114,8 @@ class EncoderDecoder(AdapterSlots):
         caches = [self._caches[chunk.sequence] for chunk in chunks]
         for chunk, cache in zip(chunks, caches, strict=True):
             # More than that is there if a step failed half-way, and is now due again.
-            cache.crop(0 if chunk.start == 0 else 1 + chunk.start - chunk.prompt)
+            written = 0 if chunk.start == 0 else 1 + chunk.start - chunk.prompt
+            cache.crop(self._prefixes.tokens(chunk.slot) + written)
         self._enter([(chunk.slot, len(its)) for chunk, its in zip(chunks, tokens, strict=True)], caches)
         flat = torch.tensor([[token for its in tokens for token in its]], device=self.base.device)
         unread = BaseModelOutput(flat.new_empty(1, 1, self.shape.hidden, dtype=self._model.dtype))
@@ -98,13 +133,16 @@ class EncoderDecoder(AdapterSlots):
 
     def _read(self, chunks: Sequence[Chunk]) -> dict[str, DecoderCache]:
         """Let the encoder read the prompts, and each layer of the decoder what has come of it."""
-        prompts = [Chunk(chunk.tokens[: chunk.prompt], 0, chunk.blocks, chunk.slot) for chunk in chunks]
+        prompts = [
+            Chunk(chunk.tokens[self._prefixes.tokens(chunk.slot) : chunk.prompt], 0, chunk.blocks, chunk.slot)
+            for chunk in chunks
+        ]
         batch = make_batch(
             prompts, self._kernels, self._traits, self.base.device, vocab=self.shape.vocab, kv_heads=1
         )  # fmt: skip
         self._enter([(prompt.slot, len(prompt.tokens)) for prompt in prompts], ())
         read = self._model.encoder(inputs_embeds=self._inputs(batch)[None]).last_hidden_state
-        caches = [DecoderCache() for _ in prompts]
+        caches = [self._prefixes.begin(prompt.slot, len(self._crossing)) for prompt in prompts]
         for layer, attention in enumerate(self._crossing):
             k, v = attention.keys_values(read)
             for cache, span in zip(caches, self._rows.spans, strict=True):

@@ -21,7 +21,7 @@ class DecoderCache:
     """A sequence's keys and values, by the decoder's layers."""
 
     own: dict[int, KeysValues] = field(default_factory=dict)
-    """Of the decoder's tokens."""
+    """Of the decoder's tokens, behind a learned prefix's."""
     prompt: dict[int, KeysValues] = field(default_factory=dict)
     """Of what the encoder made of the prompt."""
 
