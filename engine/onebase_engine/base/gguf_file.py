@@ -17,19 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from onebase_adapters.errors import BaseModelError
+from onebase_engine.base.families import FAMILIES
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.coded_linear import CodedWeight
 
 _SIGNED = torch.arange(-8, 8, dtype=torch.float32)
 _UNSIGNED = torch.arange(16, dtype=torch.float32)
 _NONE = torch.empty(0)
-ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-    "gemma3": gguf.MODEL_ARCH.GEMMA3,
-    "phi3": gguf.MODEL_ARCH.PHI3,
-}
+ARCHITECTURES = {family.gguf: gguf.MODEL_ARCH[family.gguf.upper()] for family in FAMILIES.values() if family.gguf}
 """Those whose tensors are known to be transformers' own, but for what `rows_of` and `_added` undo."""
 _SETTINGS = {
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
