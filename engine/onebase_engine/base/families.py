@@ -94,7 +94,7 @@ def family_of(config: Any) -> Family:
 
 
 def class_of(config: Any) -> str:
-    """The class that the configuration's model is loaded as; empty where transformers has no language model of it."""
+    """The class that the configuration's model is loaded as; empty where transformers has no language model."""
     from transformers.models.auto import modeling_auto as auto
 
     from onebase_engine.base.describe import is_encoder
@@ -109,8 +109,8 @@ def class_of(config: Any) -> str:
 
 
 def _beyond(config: Any) -> str | None:
-    """What the engine does not compute: it attends to all tokens before, or to those in a window, by scaled products
-    with an optional soft cap, over keys and values of each head, which are rotated by position."""
+    """What the engine does not compute: it attends to all tokens before, or to those in a window, by scaled
+    products with an optional soft cap, over keys and values of each head, which are rotated by position."""
     text = config.get_text_config()
 
     def has(*names: str) -> bool:

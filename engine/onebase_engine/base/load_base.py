@@ -20,6 +20,7 @@ from onebase_engine.base.coded_checkpoint import Layout, layout_of, load_coded
 from onebase_engine.base.describe import describe_base, is_encoder
 from onebase_engine.base.families import class_of, family_of, steady_positions
 from onebase_engine.base.fingerprint import fingerprint_folder
+from onebase_engine.base.needed_memory import check_memory
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.bitsandbytes_import import Params4bit
 from onebase_engine.kernels.coded_linear import CodedLinear
@@ -63,8 +64,8 @@ class LoadedBase:
 
 
 def load_base(spec: BaseSpec, *, attention: str | None = None, progress: Progress = log.info) -> LoadedBase:
-    """Fetch if need be, quantise, freeze. `attention` is a name known to transformers' AttentionInterface, by default
-    `plain_attention` (an encoder-decoder keeps that).
+    """Fetch if need be, quantise, freeze. `attention` is a name known to transformers' AttentionInterface, by
+    default `plain_attention` (an encoder-decoder keeps that).
 
     Raises BaseModelError and its branches, or StorageError.
     """
@@ -100,11 +101,12 @@ def load_base(spec: BaseSpec, *, attention: str | None = None, progress: Progres
                 layout = layout_of(quantized)
                 if not family.codes:
                     raise BaseModelError(
-                        f"{spec.model!r} is a {class_of(config)} in {layout.name}, which is not read for this class: "
-                        "give its plain weights.",
+                        f"{spec.model!r} is a {class_of(config)} in {layout.name}, which is not read for this "
+                        "class: give its plain weights.",
                         field="model",
                     )
                 del config.quantization_config
+            check_memory(folder, config, spec, device, coded=quantized is not None)
             if layout is not None:
                 progress(f"its weights are {layout.name} already: kept as they are")
                 model = load_coded(folder, layout, lambda: kind.from_config(config, **settings), device)
@@ -144,8 +146,8 @@ def _read_config(folder: Path) -> Any:
 
 
 def plain_attention(model: Any) -> str:
-    """The attention of transformers' own that a model or its class runs with: torch's, if it has all of it. Gemma 2's
-    caps on scores it has not."""
+    """The attention of transformers' own that a model or its class runs with: torch's, if it has all of it. It has
+    no caps on scores, as Gemma 2 needs."""
     return "sdpa" if model._supports_sdpa else "eager"
 
 
