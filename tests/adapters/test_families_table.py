@@ -81,7 +81,7 @@ def test_code_from_a_folder_is_not_run(tmp_path: Path) -> None:
     auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "ours", "auto_map": auto}))
     (tmp_path / "code.py").write_text("raise SystemExit('it was run')")
-    with pytest.raises(BaseModelError, match=r"of the type 'ours', which transformers does not know without code"):
+    with pytest.raises(BaseModelError, match=r"of the type 'ours': transformers does not know it without code"):
         load_base(BaseSpec(str(tmp_path), device="cpu"))
 
 

@@ -138,8 +138,8 @@ def _read_config(folder: Path) -> Any:
     kind = json.loads((folder / CONFIG_NAME).read_text()).get("model_type")
     if kind not in CONFIG_MAPPING_NAMES:
         raise BaseModelError(
-            f"The base is of the type {kind!r}, which transformers does not know without code from its folder, and "
-            "such code is not run. `onebase models` lists what is served.",
+            f"Cannot load a base of the type {kind!r}: transformers does not know it without code from its folder, "
+            "and such code is not run. `onebase models` lists what is served.",
             field="model",
         )
     return AutoConfig.from_pretrained(folder)

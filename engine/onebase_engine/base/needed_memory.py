@@ -22,7 +22,7 @@ _SIZES = {"I8": 1, "U8": 1, "I16": 2, "I32": 4, "I64": 8, "F32": 4}
 """Bytes of a number that is kept as it is: codes, and their scales. All others are held in bfloat16."""
 _SCALES = ("scales", "offsets", "weight_scale")
 _BESIDE_CODES = re.compile(
-    r"(qzeros|g_idx|weight_(zero_point|g_idx|shape)|quant_map|nested_absmax|quant_state\..*)$"
+    r"(values|qzeros|g_idx|weight_(zero_point|g_idx|shape)|quant_map|nested_absmax|quant_state\..*)$"
 )
 """What a checkpoint has beside its codes, and what may not be held, or in another form."""
 _HEADS = ("lm_head.", "embed_out.", "cls.")
