@@ -16,7 +16,7 @@ from support.models import targets
 from support.peers import check_as_exact, logits
 from support.serving import Feeder, Stream, put
 
-FUSED = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3"]
+FUSED = ["llama", "mistral", "qwen2", "qwen3", "phi3", "phi3-partial", "gemma3", "glm", "glm4"]
 
 
 @pytest.mark.parametrize("family", FUSED)
