@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from onebase_adapters.errors import BaseModelError
@@ -107,3 +108,22 @@ def test_the_same_weights_under_other_names_are_not_counted(
     assert {path.name for path in tensor_files(folder).values()} == {"model.safetensors"}
     spec = BaseSpec(str(folder), device="cpu")
     assert needed(folder, spec) == needed(tiny_model("mistral"), spec)
+
+
+def test_what_is_in_the_files_and_not_held_is_not_counted(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A tied head, copies of T5's embedding, GPT-2's masks."""
+    extra = {
+        "gpt2": {"transformer.h.0.attn.bias": torch.ones(1, 1, 256, 256), "lm_head.weight": torch.ones(416, 64)},
+        "t5": {f"{part}.embed_tokens.weight": torch.ones(416, 64) for part in ("encoder", "decoder")},
+    }
+    for family, more in extra.items():
+        folder = tmp_path / family
+        folder.mkdir()
+        for path in tiny_model(family).iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", {"format": "pt"})
+        spec = BaseSpec(str(folder), device="cpu")
+        assert needed(folder, spec) == needed(tiny_model(family), spec)
+        load_base(spec)

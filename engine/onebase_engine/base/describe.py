@@ -43,7 +43,9 @@ def is_encoder(config: Any) -> bool:
     return masked and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder
 
 
-_SUBLAYER = re.compile(r"\.\d+\.(self_attn|attn|self_attention|mlp|attention\.output\.dense|output\.dense)$")
+_SUBLAYER = re.compile(
+    r"\.\d+\.(self_attn|attn|self_attention|mlp|attention\.output\.dense|output\.dense)$|\.layers\.\d+\.attention$"
+)
 """What transformers calls a layer's two blocks; in BERT's kind, the last modules of them before the residual."""
 
 

@@ -84,9 +84,7 @@ def family_of(config: Any) -> Family:
     name, beyond = class_of(config), _beyond(config)
     if name in FAMILIES and beyond is None:
         return FAMILIES[name]
-    why = (
-        beyond or "no test compares it with transformers here, and a model that is nearly right is worse than none"
-    )
+    why = beyond or "no test here compares it with transformers, and nearly right is worse than refused"
     raise BaseModelError(
         f"The base is a {name or config.model_type}, which is not served: {why}. `onebase models` lists what is.",
         field="model",

@@ -26,6 +26,8 @@ _BESIDE_CODES = re.compile(
 )
 """What a checkpoint has beside its codes, and what may not be held, or in another form."""
 _HEADS = ("lm_head.", "embed_out.", "cls.")
+_COPIES = ("encoder.embed_tokens.", "decoder.embed_tokens.")
+"""T5's, of its one embedding."""
 _BLOCK, _BLOCKS = 64, 256
 """Weights of one scale; and, with double quantisation, scales of one scale of their own."""
 
@@ -64,7 +66,8 @@ def base_bytes(folder: Path, config: Any, spec: BaseSpec, *, coded: bool) -> int
     four_bits = spec.quantization != "none" and not coded
     total = 0
     for name, kind, shape in _tensors(folder):
-        if _BESIDE_CODES.search(name) or (config.tie_word_embeddings and name.startswith(_HEADS)):
+        copied = name.startswith(_COPIES) or (config.tie_word_embeddings and name.startswith(_HEADS))
+        if copied or _BESIDE_CODES.search(name) or len(shape) > 3:  # old files hold masks, which nobody reads
             continue
         count = math.prod(shape)
         if four_bits and len(shape) == 2 and name.endswith(".weight") and _LAYER.search(name):
