@@ -126,6 +126,8 @@ def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("name", ENCODERS)
 def test_on_an_encoder(name: str, tmp_path: Path, encoder: Path) -> None:
     kind, options = ENCODERS[name]
+    if name == "ia3" and encoder.name == "xlm-roberta":  # PEFT knows no targets of its own there
+        options = options | {"targets": ("key", "value")}
     config = make_config(tmp_path, encoder, kind, options)
     result = train(config)
     assert result.after.loss < 0.8 * result.before.loss
