@@ -15,6 +15,7 @@ from onebase.cli.compare import compare
 from onebase.cli.config_file import config
 from onebase.cli.evaluate import evaluate
 from onebase.cli.methods import methods
+from onebase.cli.models import models
 from onebase.cli.serve import serve
 from onebase.cli.train import train
 from onebase.cli.tune import tune
@@ -46,7 +47,7 @@ def root(
 
 def main() -> None:
     """`onebase`."""
-    for command in (compare, evaluate, methods, serve, train, tune):
+    for command in (compare, evaluate, methods, models, serve, train, tune):
         app.command()(command)
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(config)
     app.add_typer(adapters.app, name="adapters")

@@ -9,7 +9,7 @@ import pytest
 
 from onebase.cli import main as cli
 
-COMMANDS = ("adapters", "compare", "config", "data", "evaluate", "methods", "serve", "train", "tune")
+COMMANDS = ("adapters", "compare", "config", "data", "evaluate", "methods", "models", "serve", "train", "tune")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
@@ -25,7 +25,9 @@ def test_every_command_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert all(f" {name} " in told for name in COMMANDS)
 
 
-@pytest.mark.parametrize("words", [["-h"], ["serve", "-h"], ["--version"], ["data", "check", "-h"]])
+@pytest.mark.parametrize(
+    "words", [["-h"], ["serve", "-h"], ["--version"], ["data", "check", "-h"], ["models", "-h"]]
+)
 def test_help_is_short_and_the_version_told(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

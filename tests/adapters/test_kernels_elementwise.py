@@ -1,5 +1,7 @@
 """The small fused operations against transformers' modules, and the same for few rows (serial) and many."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.nn.functional import silu
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_neighbours
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as rotate_halves
 
 from onebase_engine.kernels.batch import BLOCK
 from onebase_engine.kernels.cpu import backend
@@ -103,8 +107,20 @@ def test_the_exponential_is_within_two_units_of_the_last_place() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, SERIAL_ROWS, SERIAL_ROWS + 1, 33])
-@pytest.mark.parametrize(("dim", "by_head"), [(16, False), (64, False), (64, True)])
-def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(tokens: int, dim: int, by_head: bool) -> None:
+@pytest.mark.parametrize(
+    ("dim", "turned", "rotate", "by_head"),
+    [
+        (16, 16, rotate_halves, False),
+        (64, 64, rotate_halves, False),
+        (64, 64, rotate_halves, True),
+        (64, 48, rotate_halves, False),
+        (64, 32, rotate_neighbours, False),
+        (16, 16, rotate_neighbours, True),
+    ],
+)
+def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(
+    tokens: int, dim: int, turned: int, rotate: Callable, by_head: bool
+) -> None:
     heads, kv_heads, start = 6, 2, 5
     total = start + tokens
     pages = deal_pages([total], 1, 16)
@@ -113,7 +129,7 @@ def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(tokens: int,
     backend.write_kv(random_bf16(1, start, kv_heads, dim), random_bf16(2, start, kv_heads, dim), *caches, before)
     batch = make_batch([(start, tokens)], backend, kv_heads, pages)
     qkv = random_bf16(3, tokens, (heads + 2 * kv_heads) * dim)
-    angles = torch.outer(torch.arange(total).float(), 100.0 ** -(torch.arange(dim // 2) / dim))
+    angles = torch.outer(torch.arange(total).float(), 100.0 ** -(torch.arange(turned // 2) / turned))
     cos, sin = torch.cat([angles, angles], -1).cos().bfloat16(), torch.cat([angles, angles], -1).sin().bfloat16()
 
     q, k, v = qkv.view(tokens, -1, dim).split([heads, kv_heads, kv_heads], 1)
@@ -123,7 +139,7 @@ def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(tokens: int,
             norm(part.reshape(-1, dim), None, weight)[1].view(part.shape)
             for part, weight in zip((q, k), weights, strict=True)
         )
-    q, k = apply_rotary_pos_emb(q, k, cos[start:], sin[start:], unsqueeze_dim=1)
+    q, k = rotate(q, k, cos[start:], sin[start:], unsqueeze_dim=1)
     apart = [cache.clone() for cache in caches]
     backend.write_kv(k.contiguous(), v.contiguous(), *apart, batch)
     expected = backend.attend(q.contiguous(), *apart, batch, 0.25)
@@ -132,7 +148,8 @@ def test_rotation_write_and_attention_in_one_are_the_three_in_a_row(tokens: int,
     norms = [weight.data_ptr() if by_head else 0 for weight in weights]
     rope_attend(
         qkv.data_ptr(), *norms, False, 1e-5, cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
-        caches[0].data_ptr(), caches[1].data_ptr(), heads, kv_heads, dim, 0.25, NO_WINDOW,
+        caches[0].data_ptr(), caches[1].data_ptr(), heads, kv_heads, dim, turned, rotate is rotate_neighbours,
+        0.25, NO_WINDOW,
         batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
     )  # fmt: skip
     assert torch.equal(out, expected)

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, RobertaConfig
+from transformers import AutoModel
 
 from onebase import LLM
 from onebase_engine.base.base_spec import BaseSpec
@@ -20,17 +20,10 @@ from onebase_engine.engine_config import EngineConfig
 from onebase_engine.request import EngineRequest, Output, SamplingParams
 from onebase_engine.startup import start_engine
 from onebase_engine.text.answer import GenerationError
+from support.models import ENCODERS, tiny_of
 from support.tokenizer import save_tokenizer
 
 LABELS = ["a", "b", "c"]
-SIZES: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": 130,
-}  # fmt: skip
-CONFIGS: dict[str, Callable[[int], Any]] = {
-    "bert": lambda vocab: BertConfig(vocab_size=vocab, **SIZES),
-    "roberta": lambda vocab: RobertaConfig(vocab_size=vocab, pad_token_id=1, **SIZES),
-}
 ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
     "lora": lambda: peft.LoraConfig(r=4, target_modules=["query", "output.dense"], task_type="FEATURE_EXTRACTION"),
     "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=18, task_type="FEATURE_EXTRACTION"),
@@ -41,13 +34,13 @@ ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=tiny_of("tests/parity/test_encoders.py", "served"))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder") / request.param
     folder.mkdir()
     vocab = -(-save_tokenizer(folder) // 32) * 32
     torch.manual_seed(1)
-    model = AutoModel.from_config(CONFIGS[request.param](vocab), dtype=torch.float32)
+    model = AutoModel.from_config(ENCODERS[request.param](vocab), dtype=torch.float32)
     for parameter in model.parameters():
         with torch.no_grad():
             parameter += 0.1 * torch.randn(parameter.shape)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from support.models import FAMILIES
+from support.models import tiny_of
 from support.peers import check_as_exact, check_greedy, logits
 from support.serving import Feeder, Stream
 
@@ -14,7 +14,12 @@ LENGTH = 70
 """Tokens of a prompt: several pages, several windows of attention, no multiple of anything."""
 
 
-@pytest.fixture(params=[family for family in FAMILIES if family != "t5"])
+TINY = tiny_of("tests/parity/test_families.py", "served")
+THOROUGHLY = ["llama", "llama-odd", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2", "glm"]
+"""Those that among them have all that families differ by; the rest take one test."""
+
+
+@pytest.fixture(params=THOROUGHLY)
 def family(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -71,3 +76,16 @@ def test_greedy_tokens_are_those_of_generate(family: str, served: Callable, prom
     pairs = zip(prompts, found, it.slots, strict=True)
     compared = sum(check_greedy(it.plain, tokens, ours, adapter) for tokens, ours, adapter in pairs)
     assert compared >= new, "they part too early to compare much"
+
+
+@pytest.mark.parametrize("family", [name for name in TINY if name not in THOROUGHLY])
+def test_every_other_family_alone_and_in_a_mixed_batch(family: str, served: Callable, prompt: Prompt) -> None:
+    it = served(family)
+    prompts = [prompt(LENGTH - 9 * index, index) for index in range(len(it.slots))]
+    streams = [Stream(tokens, slot) for tokens, slot in zip(prompts, it.slots.values(), strict=True)]
+    mixed = Feeder(it.model).logits(streams, (17, 1, 40))
+    for tokens, (adapter, slot), in_company in zip(prompts, it.slots.items(), mixed, strict=True):
+        (alone,) = Feeder(it.model).logits([Stream(tokens, slot)])
+        exact = logits(it.exact, tokens, adapter)
+        for ours in (alone, in_company):
+            check_as_exact(ours, logits(it.plain, tokens, adapter), exact)

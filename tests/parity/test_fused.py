@@ -10,13 +10,14 @@ import torch
 from peft import IA3Config
 
 from onebase_engine.base.base_spec import BaseSpec
+from onebase_engine.kernels.fusing import may_be_fused
 from onebase_engine.runner.batched_model import ServedModel
 from support.methods import save_bottleneck, save_method
 from support.models import targets
 from support.peers import check_as_exact, logits
 from support.serving import Feeder, Stream, put
 
-FUSED = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3"]
+FUSED = ["llama", "mistral", "qwen2", "qwen3", "phi3", "phi3-partial", "gemma3", "glm", "glm4"]
 
 
 @pytest.mark.parametrize("family", FUSED)
@@ -92,3 +93,14 @@ def test_bottlenecks_and_factors_change_fused_layers_as_they_change_transformers
     for mine, theirs in zip(ours, plain, strict=True):
         assert (mine - theirs).norm() < 0.03 * theirs.norm()
     assert all((mine - ours[0]).norm() > 0.1 * ours[0].norm() for mine in ours[1:])
+
+
+@pytest.mark.parametrize(("family", "anywhere"), [("llama", True), ("phi3-partial", False), ("glm", False)])
+def test_what_a_device_or_the_layers_do_not_compute_is_left_to_transformers(
+    family: str, anywhere: bool, tiny_model: Callable[[str], Path]
+) -> None:
+    model = ServedModel.load(BaseSpec(str(tiny_model(family)), device="cpu"), slots=1, blocks=8)
+    assert may_be_fused(model._model, model.cache, lambda _: True)
+    assert may_be_fused(model._model, model.cache, lambda _: True, whole_heads=True) == anywhere
+    model._model.config.final_logit_softcapping = 30.0
+    assert not may_be_fused(model._model, model.cache, lambda _: True)

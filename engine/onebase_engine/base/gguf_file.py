@@ -5,7 +5,7 @@ file holds in other formats becomes bfloat16, and that is told; so do embeddings
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from onebase_adapters.errors import BaseModelError
+from onebase_engine.base.families import FAMILIES
+from onebase_engine.base.needed_memory import refuse_beyond
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.coded_linear import CodedWeight
 
 _SIGNED = torch.arange(-8, 8, dtype=torch.float32)
 _UNSIGNED = torch.arange(16, dtype=torch.float32)
 _NONE = torch.empty(0)
-ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-    "gemma3": gguf.MODEL_ARCH.GEMMA3,
-    "phi3": gguf.MODEL_ARCH.PHI3,
-}
+ARCHITECTURES = {family.gguf: gguf.MODEL_ARCH[family.gguf.upper()] for family in FAMILIES.values() if family.gguf}
 """Those whose tensors are known to be transformers' own, but for what `rows_of` and `_added` undo."""
 _SETTINGS = {
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
@@ -46,6 +42,7 @@ def convert_gguf(file: Path, target: Path, progress: Progress) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tensors, settings = _read(file)
+    refuse_beyond(torch.device("cpu"), _converted_bytes(tensors.values()), f"Reading {file.name}")
     architecture = settings["architecture"]
     place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     config = AutoConfig.from_pretrained(**place)
@@ -90,6 +87,18 @@ def convert_gguf(file: Path, target: Path, progress: Progress) -> None:
     save_file(written, target / "model.safetensors", {"format": "pt"})
     config.save_pretrained(target)
     AutoTokenizer.from_pretrained(**place).save_pretrained(target)
+
+
+def _converted_bytes(tensors: Iterable[Any]) -> int:
+    """At least what the tensors take once they are converted, which is all of them at once."""
+    total = 0
+    for tensor in tensors:
+        kind, count = tensor.tensor_type.name, int(tensor.n_elements)
+        if kind in _READERS and len(tensor.shape) == 2 and tensor.name.startswith("blk."):
+            total += int(tensor.n_bytes) if kind.startswith("Q4") else count
+        else:
+            total += 2 * count
+    return total
 
 
 def _parts(coded: CodedWeight, rows: Any) -> dict[str, torch.Tensor]:

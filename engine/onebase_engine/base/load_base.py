@@ -1,5 +1,6 @@
 """Loading the base: one call, the same for serving and training, so that both work on the very same weights."""
 
+import json
 import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
@@ -17,7 +18,9 @@ from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.catalog import fetch_base
 from onebase_engine.base.coded_checkpoint import Layout, layout_of, load_coded
 from onebase_engine.base.describe import describe_base, is_encoder
+from onebase_engine.base.families import class_of, family_of, steady_positions
 from onebase_engine.base.fingerprint import fingerprint_folder
+from onebase_engine.base.needed_memory import check_memory
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.bitsandbytes_import import Params4bit
 from onebase_engine.kernels.coded_linear import CodedLinear
@@ -26,6 +29,7 @@ from onebase_engine.kernels.lean_imports import without_compiler
 from onebase_engine.kernels.linear4bit import choose_packing
 
 with without_compiler():
+    import transformers
     from transformers import (
         AutoConfig,
         AutoModel,
@@ -38,7 +42,8 @@ with without_compiler():
         PreTrainedTokenizerBase,
     )
     from transformers import masking_utils as masking_utils  # asks for the compiler
-    from transformers.utils import GENERATION_CONFIG_NAME
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
     from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger(__name__)
@@ -58,12 +63,9 @@ class LoadedBase:
     """Whether the checkpoint itself was in 4 bits."""
 
 
-def load_base(
-    spec: BaseSpec, *, attention: str = "sdpa", progress: Progress = log.info, model_class: Any = None
-) -> LoadedBase:
-    """Fetch if need be, quantise, freeze. `attention` is a name known to transformers' AttentionInterface
-    (an encoder-decoder keeps transformers' own);
-    `model_class` another transformers Auto class (default: causal language model, or an encoder without a head).
+def load_base(spec: BaseSpec, *, attention: str | None = None, progress: Progress = log.info) -> LoadedBase:
+    """Fetch if need be, quantise, freeze. `attention` is a name known to transformers' AttentionInterface, by
+    default `plain_attention` (an encoder-decoder keeps that).
 
     Raises BaseModelError and its branches, or StorageError.
     """
@@ -84,18 +86,27 @@ def load_base(
     try:
         # Making a model's modules asks for the compiler, too.
         with quiet_loading(), without_compiler():
-            config = AutoConfig.from_pretrained(folder)
+            config = _read_config(folder)
+            family = family_of(config)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            usual = AutoModel if is_encoder(config) else AutoModelForCausalLM
+            kind = AutoModel if is_encoder(config) else AutoModelForCausalLM
             if config.is_encoder_decoder:
-                usual, attention = AutoModelForSeq2SeqLM, "sdpa"
-            kind, settings = model_class or usual, {"dtype": torch.bfloat16, "attn_implementation": attention}
+                kind, attention = AutoModelForSeq2SeqLM, None
+            attention = attention or plain_attention(getattr(transformers, class_of(config)))
+            settings = {"dtype": torch.bfloat16, "attn_implementation": attention}
             quantized = _quantized_by(config)
             if quantized is not None and quantized.get("load_in_4bit"):
                 options = {}
             elif quantized is not None:
                 layout = layout_of(quantized)
+                if not family.codes:
+                    raise BaseModelError(
+                        f"{spec.model!r} is a {class_of(config)} in {layout.name}, which is not read for this "
+                        "class: give its plain weights.",
+                        field="model",
+                    )
                 del config.quantization_config
+            check_memory(folder, config, spec, device, coded=quantized is not None)
             if layout is not None:
                 progress(f"its weights are {layout.name} already: kept as they are")
                 model = load_coded(folder, layout, lambda: kind.from_config(config, **settings), device)
@@ -114,8 +125,30 @@ def load_base(
     if spec.quantization != "none":
         _let_go_of_files(model)
     shape = describe_base(model, spec.model, fingerprint_folder(folder))
+    text = config.get_text_config()
+    steady = steady_positions(text)
+    if steady is not None and steady < text.max_position_embeddings:
+        progress(f"its rotation changes for sequences of more than {steady} tokens: that is its context here")
     held = layout.name if layout else _held(spec, quantized)
     return LoadedBase(model, tokenizer, shape, device, held, coded=quantized is not None)
+
+
+def _read_config(folder: Path) -> Any:
+    """Raises BaseModelError for a kind of model that transformers itself does not know: its code is not run."""
+    kind = json.loads((folder / CONFIG_NAME).read_text()).get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise BaseModelError(
+            f"Cannot load a base of the type {kind!r}: transformers does not know it without code from its folder, "
+            "and such code is not run. `onebase models` lists what is served.",
+            field="model",
+        )
+    return AutoConfig.from_pretrained(folder)
+
+
+def plain_attention(model: Any) -> str:
+    """The attention of transformers' own that a model or its class runs with: torch's, if it has all of it. It has
+    no caps on scores, as Gemma 2 needs."""
+    return "sdpa" if model._supports_sdpa else "eager"
 
 
 def _quantized_by(config: Any) -> dict[str, Any] | None:

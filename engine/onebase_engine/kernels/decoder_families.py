@@ -9,7 +9,6 @@ _APART = (
     ("mlp", ("down_proj",)),
 )
 
-
 _JOINED = (
     ("self_attn", ("qkv_proj",)),
     ("self_attn", ("o_proj",)),
@@ -32,8 +31,11 @@ class Kind:
     """Norms' weights are stored as what exceeds 1, and multiply in float32."""
     gelu: bool = False
     """The activation, by tanh; else silu."""
+    neighbours: bool = False
+    """Rotation of neighbours in a head as pairs; else of its halves."""
 
 
+_GLM = (*_APART[:2], *_JOINED[2:])
 _GEMMA3 = Kind(
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     behind=("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -49,5 +51,7 @@ MODELS = {
     "Qwen3ForCausalLM": Kind(),
     "Phi3ForCausalLM": Kind(_JOINED),
     "Gemma3ForCausalLM": _GEMMA3,
+    "GlmForCausalLM": Kind(_GLM, neighbours=True),
+    "Glm4ForCausalLM": Kind(_GLM, behind=("post_self_attn_layernorm", "post_mlp_layernorm"), neighbours=True),
 }
 """transformers' classes whose arithmetic is exactly this file's."""

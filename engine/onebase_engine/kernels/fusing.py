@@ -32,6 +32,8 @@ class LayerToFuse:
     before: Any
     """The layer whose output it reads, None for the first."""
     kind: families.Kind
+    turned: int
+    """How many numbers of each head are rotated, from the first."""
     projections: list[tuple[list[Any], SiteTables]]
     """The linear modules of each that share an input, in the kind's order, and their tables."""
     bottlenecks: list[BottleneckTable]
@@ -48,6 +50,7 @@ def layers_to_fuse(
 ) -> list[LayerToFuse]:
     """The layers of a model that may be fused, with new tables."""
     kind, layers = kind_of(model), []
+    (turned,) = Angles.turned(model.model.rotary_emb)
     for index, layer in enumerate(model.model.layers):
         projections = []
         for owner, names in kind.projections:
@@ -59,7 +62,7 @@ def layers_to_fuse(
             for owner in ("self_attn", "mlp")
         ]
         before = model.model.layers[index - 1] if index else None
-        layers.append(LayerToFuse(layer, before, kind, projections, bottlenecks))
+        layers.append(LayerToFuse(layer, before, kind, turned, projections, bottlenecks))
     return layers
 
 
@@ -76,9 +79,11 @@ def sublayers_of(layers: Sequence[LayerToFuse]) -> list[BottleneckTable]:
 class Angles:
     """The rotary embedding's cosines and sines by position, computed once by transformers' own module."""
 
-    def __init__(self, rotary: Any, layer_type: str | None) -> None:
-        """`layer_type`: whose, where a model's layers have several."""
+    def __init__(self, rotary: Any, layer_type: str | None, context: int) -> None:
+        """`layer_type`: whose, where a model's layers have several; `context`: positions that there are. More are
+        never asked for: some rotations would change."""
         self._rotary = rotary if layer_type is None else partial(rotary, layer_type=layer_type)
+        self._context = context
         self._known = 0
 
     @staticmethod
@@ -87,19 +92,15 @@ class Angles:
         return attention.layer_type if isinstance(rotary.rope_type, dict) else None
 
     @staticmethod
-    def fit(rotary: Any, dim: int) -> bool:
-        """Whether they are for whole heads, and depend on the position alone: in other kinds also on how long the
-        longest sequence is."""
+    def turned(rotary: Any) -> set[int]:
+        """How many numbers of a head are rotated: of each kind of layer."""
         several = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
-        frequencies = [getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq") for kind in several]
-        return {*several.values()} <= {"default", "linear", "llama3", "yarn"} and all(
-            2 * len(each) == dim for each in frequencies
-        )
+        return {2 * len(getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq")) for kind in several}
 
     def __call__(self, positions: np.ndarray, like: torch.Tensor) -> tuple[int, int]:
-        """Addresses of [positions, dim] in the dtype of `like`, as far as these positions."""
+        """Addresses of [positions, turned] in the dtype of `like`, as far as these positions."""
         if (last := int(positions.max())) >= self._known:
-            self._known = max(_LEAST_ANGLES, 1 << last.bit_length())
+            self._known = max(last + 1, min(self._context, max(_LEAST_ANGLES, 1 << last.bit_length())))
             self._cos, self._sin = self._rotary(like, torch.arange(self._known)[None])
         return self._cos.data_ptr(), self._sin.data_ptr()
 
@@ -108,25 +109,27 @@ Fits = Callable[[Sequence[nn.Module]], bool]
 """Whether a product takes linear modules that share an input, as one."""
 
 
-def may_be_fused(model: Any, cache: KeyValuePages, fits: Fits) -> bool:
-    """Whether it is exact for this model; if not, the log says why."""
-    lacking = _lacking(model, cache, fits)
+def may_be_fused(model: Any, cache: KeyValuePages, fits: Fits, *, whole_heads: bool = False) -> bool:
+    """Whether it is exact for this model; if not, the log says why. `whole_heads`: the device's fused layers rotate
+    nothing but whole heads, by halves."""
+    lacking = _lacking(model, cache, fits, whole_heads)
     if lacking is not None:
         log.info("%s keeps transformers' own layers: %s", type(model).__name__, lacking)
     return lacking is None
 
 
-def _lacking(model: Any, cache: KeyValuePages, fits: Fits) -> str | None:
+def _lacking(model: Any, cache: KeyValuePages, fits: Fits, whole_heads: bool) -> str | None:
     if type(model).__name__ not in families.MODELS:
         return f"fused ones are known for {', '.join(families.MODELS)}"
-    if not Angles.fit(model.model.rotary_emb, cache.dim):
-        return "its rotary embedding depends on the longest sequence, or turns a part of each head"
+    turned = Angles.turned(model.model.rotary_emb)
+    if len(turned) != 1 or (whole_heads and (turned != {cache.dim} or kind_of(model).neighbours)):
+        return "the fused ones of this device rotate whole heads, all layers alike"
     config = model.config
     wanted = "gelu_pytorch_tanh" if kind_of(model).gelu else "silu"
     if (found := getattr(config, "hidden_activation", None) or config.hidden_act) != wanted:
         return f"the fused ones have {wanted}, not {found}"
-    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "use_bidirectional_attention", None):
-        return "the fused ones have no soft cap on scores, and look back only"
+    if any(getattr(config, name, None) for name in ("attn_logit_softcapping", "final_logit_softcapping")):
+        return "the fused ones have no soft cap"
     if not all(_fusable(layer, kind_of(model), fits) for layer in model.model.layers):
         return "the fused ones take bfloat16 with linear modules in 4 bits, in sizes that pack, alike side by side"
     return None

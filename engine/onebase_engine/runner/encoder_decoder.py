@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from onebase_adapters.errors import BaseModelError
 from onebase_adapters.primitives.instruction_set import KVPrefix
 from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
 from onebase_engine.base.describe import cache_shape
@@ -25,9 +24,6 @@ from onebase_engine.runner.adapter_slots import AdapterSlots
 from onebase_engine.runner.batching import Chunk, Context, make_batch, make_owners
 from onebase_engine.runner.lm_head import LogitScores, Scores
 from onebase_engine.runner.t5_attention import DecoderCache, KeysValues, Rows, hook_t5_attention
-
-_KINDS = ("t5", "mt5")
-"""transformers' model types whose attention is exactly that of `t5_attention.py`."""
 
 
 class _Pass(Context):
@@ -73,13 +69,7 @@ class EncoderDecoder(AdapterSlots):
     """A loaded encoder-decoder, hooked. Not thread-safe: one step at a time."""
 
     def __init__(self, base: LoadedBase, *, slots: int) -> None:
-        """`slots`: most adapters resident at once. Raises BaseModelError."""
-        if base.shape.model_type not in _KINDS:
-            raise BaseModelError(
-                f"{base.shape.name} is an encoder-decoder of type {base.shape.model_type}: of encoder-decoders "
-                f"{' and '.join(_KINDS)} are served.",
-                field="model",
-            )
+        """`slots`: most adapters resident at once."""
         super().__init__(base, slots)
         replace_emulated(base.model)
         self._model: Any = base.model

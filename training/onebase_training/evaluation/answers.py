@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from onebase_contract.events import Part, Progress
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.catalog import fetch_base
-from onebase_engine.base.load_base import end_tokens
+from onebase_engine.base.load_base import end_tokens, plain_attention
 from onebase_training.data import Encoded
 from onebase_training.data.encoding.packing import pack
 from onebase_training.evaluation import served
@@ -99,7 +99,7 @@ def _inference(model: Trained) -> Iterator[None]:
     """Evaluation mode, with an attention that knows padding and a cache."""
     base = model.model
     packed, training = base.config._attn_implementation, model.training
-    base.set_attn_implementation("sdpa")
+    base.set_attn_implementation(plain_attention(base))
     model.eval()
     try:
         yield

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from onebase_contract.settings import TrainConfig
-from onebase_engine.base.load_base import LoadedBase, quiet_loading
+from onebase_engine.base.load_base import LoadedBase, plain_attention, quiet_loading
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-4
@@ -19,7 +19,7 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
 
     def save(folder: Path) -> None:
         kept = model.config._attn_implementation
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(plain_attention(model))
         rounded = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
         with quiet_loading():
             model.save_pretrained(folder, state_dict=rounded)

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from onebase_adapters.errors import ConfigError
 from onebase_contract.settings import TrainConfig
-from onebase_engine.base.load_base import LoadedBase
+from onebase_engine.base.load_base import LoadedBase, plain_attention
 from onebase_training.methods.peft_parts import put_peft, task_type
 from onebase_training.methods.prompt_tuning import text_tokens
 from onebase_training.model.attached import Attached
@@ -72,7 +72,7 @@ def _read(base: LoadedBase, ids: torch.Tensor) -> DynamicCache:
     """Every layer's keys and values of tokens [n] that stand first."""
     backbone: Any = base.model.base_model
     usual = base.model.config._attn_implementation
-    base.model.set_attn_implementation("sdpa")
+    base.model.set_attn_implementation(plain_attention(base.model))
     cache = DynamicCache()  # without the model's settings: it keeps all, whatever a layer's window
     places = torch.arange(len(ids), device=base.device) + base.shape.first_position
     backbone(input_ids=ids[None].to(base.device), position_ids=places[None], past_key_values=cache, use_cache=True)

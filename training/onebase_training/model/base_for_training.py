@@ -1,5 +1,7 @@
 """The base in the method's format and the run's arithmetic, with the attention that fits the device."""
 
+from typing import Any
+
 import torch
 
 from onebase_adapters.errors import ConfigError
@@ -35,7 +37,8 @@ def load_for_training(
             f"{config.model} is an encoder-decoder: it trains with {', '.join(PAIRED_METHODS)}, and no classifier.",
             field="head" if config.head else "method",
         )
-    if base.device.type == "cpu" and not base.shape.encoder_decoder:
+    text = base.model.config.get_text_config()
+    if not base.shape.encoder_decoder and (base.device.type == "cpu" or beyond_masks(text)):
         base.model.set_attn_implementation(PACKED_ATTENTION)
     dtype = DTYPES[arithmetic]
     extra = held_bytes(base.model, dtype)
@@ -53,3 +56,11 @@ def load_for_training(
         expand_in_passes(base.model, dtype)
         progress(Stage(f"frozen weights are expanded to {arithmetic} for each product"))
     return base
+
+
+def beyond_masks(config: Any) -> bool:
+    """Whether a decoder's attention is more than products and the mask of a packed row, which is the same for all
+    layers: windows in some, or a cap on scores."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    windowed = bool(getattr(config, "sliding_window", None)) and "sliding_attention" in kinds
+    return windowed or getattr(config, "attn_logit_softcapping", None) is not None

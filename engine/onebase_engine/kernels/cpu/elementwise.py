@@ -24,7 +24,7 @@ NORM = Arguments(*[WHOLE] * 4, FLAG, WHOLE, WHOLE, NUMBER, WHOLE, WHOLE)
 """As `add_rms_norm` has them, but for the number of rows; then the block and the address of `sum_blocks`, or 0."""
 GATE = Arguments(WHOLE, FLAG, *[WHOLE] * 4)
 """As `gate_mul` has them, but for the number of rows; then as in `NORM`."""
-ROPE = Arguments(*[WHOLE] * 3, FLAG, NUMBER, *[WHOLE] * 7, array(types.int64), array(types.int64))
+ROPE = Arguments(*[WHOLE] * 3, FLAG, NUMBER, *[WHOLE] * 8, FLAG, array(types.int64), array(types.int64))
 """As `rope_attend` has them, without what is the attention's."""
 AFFINE = Arguments(WHOLE, WHOLE, array(types.int32), array(types.int64), array(types.int64))
 """As `affine_rows` has them."""
@@ -120,31 +120,40 @@ def gate_mul(gate_up: int, gelu: bool, out: int, rows: int, width: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray, dim: int) -> None:
-    """Rotary embedding of one head in place, halves apart (Su et al. 2021; transformers' rotate_half)."""
-    half = dim // 2
-    for i in range(half):
-        first, second = f32_from_bf16(head[i]), f32_from_bf16(head[half + i])
-        head[i] = bf16_from_f32(_round(first * f32_from_bf16(cos[i])) + _round(-second * f32_from_bf16(sin[i])))
-        head[half + i] = bf16_from_f32(
-            _round(second * f32_from_bf16(cos[half + i])) + _round(first * f32_from_bf16(sin[half + i]))
-        )
+def _turn(head: np.ndarray, i: int, j: int, cos: np.float32, sin: np.float32) -> None:
+    first, second = f32_from_bf16(head[i]), f32_from_bf16(head[j])
+    head[i] = bf16_from_f32(_round(first * cos) + _round(-second * sin))
+    head[j] = bf16_from_f32(_round(second * cos) + _round(first * sin))
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray, turned: int, neighbours: bool) -> None:
+    """Rotary embedding of a head's first `turned` numbers in place, of `neighbours` as pairs (Su et al. 2021) or of
+    halves apart (transformers' rotate_half)."""
+    half = turned // 2
+    if neighbours:
+        for i in range(half):
+            _turn(head, 2 * i, 2 * i + 1, f32_from_bf16(cos[i]), f32_from_bf16(sin[i]))
+    else:
+        for i in range(half):
+            _turn(head, i, half + i, f32_from_bf16(cos[i]), f32_from_bf16(sin[i]))
 
 
 @ROPE.work
 def rope_row(t: int, at: int) -> None:
     """Row t of `rope_attend`, but for the attention."""
-    qkv, q_norm, k_norm, unit_offset, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots, positions = (
-        _read_rope(at)
-    )
-    row, angle, slot = qkv + 2 * t * (heads + 2 * kv_heads) * dim, 2 * positions[t] * dim, slots[t]
-    cosine = carray(u16_pointer(cos + angle), dim, np.uint16)
-    sine = carray(u16_pointer(sin + angle), dim, np.uint16)
+    (
+        qkv, q_norm, k_norm, unit_offset, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, turned, neighbours,
+        slots, positions,
+    ) = _read_rope(at)  # fmt: skip
+    row, angle, slot = qkv + 2 * t * (heads + 2 * kv_heads) * dim, 2 * positions[t] * turned, slots[t]
+    cosine = carray(u16_pointer(cos + angle), turned, np.uint16)
+    sine = carray(u16_pointer(sin + angle), turned, np.uint16)
     for h in range(heads + kv_heads):
         head, weight = row + 2 * h * dim, q_norm if h < heads else k_norm
         if weight != 0:
             _norm(head, weight, unit_offset, head, dim, eps)
-        _rotate(carray(u16_pointer(head), dim, np.uint16), cosine, sine, dim)
+        _rotate(carray(u16_pointer(head), dim, np.uint16), cosine, sine, turned, neighbours)
     block, offset = slot // BLOCK, slot % BLOCK
     page = 2 * block * kv_heads * dim * BLOCK
     key = carray(u16_pointer(row + 2 * heads * dim), kv_heads * dim, np.uint16)
@@ -162,15 +171,16 @@ _rope_rows = ROPE.kernel(rope_row, serial=SERIAL_ROWS)
 
 def rope_attend(
     qkv: int, q_norm: int, k_norm: int, unit_offset: bool, eps: float, cos: int, sin: int, out: int, k_cache: int,
-    v_cache: int, heads: int, kv_heads: int, dim: int, scale: float, window: int, slots: np.ndarray,
-    items: np.ndarray, positions: np.ndarray, visible: np.ndarray, tables: np.ndarray,
+    v_cache: int, heads: int, kv_heads: int, dim: int, turned: int, neighbours: bool, scale: float, window: int,
+    slots: np.ndarray, items: np.ndarray, positions: np.ndarray, visible: np.ndarray, tables: np.ndarray,
 ) -> None:  # fmt: skip
     """Normalise queries and keys of qkv [T, (heads + 2 * kv_heads) * dim] by head (unless `q_norm` and `k_norm`,
-    [dim], are 0) and rotate them, in place, write keys and values to the cache, then attend into out
-    [T, heads * dim]; cos and sin [positions, dim]. Addresses of bfloat16; see `attend`."""
+    [dim], are 0) and rotate the first `turned` numbers of each, in place, write keys and values to the cache, then
+    attend into out [T, heads * dim]; cos and sin [positions, turned], the second half of each as the first.
+    Addresses of bfloat16; see `attend`."""
     _rope_rows(
-        len(slots), qkv, q_norm, k_norm, unit_offset, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, slots,
-        positions,
+        len(slots), qkv, q_norm, k_norm, unit_offset, eps, cos, sin, k_cache, v_cache, heads, kv_heads, dim, turned,
+        neighbours, slots, positions,
     )  # fmt: skip
     attend(
         qkv, (heads + 2 * kv_heads) * dim, out, heads * dim, k_cache, v_cache, kv_heads, heads // kv_heads, dim,

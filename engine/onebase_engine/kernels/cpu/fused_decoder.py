@@ -114,6 +114,7 @@ class FusedLayer:
         self._eps = config.rms_norm_eps
         self._cache = (cache.k[attention.layer_idx].data_ptr(), cache.v[attention.layer_idx].data_ptr())
         self._heads = (config.num_attention_heads, cache.kv_heads, cache.dim)
+        self._turned, self._neighbours = parts.turned, kind.neighbours
         self._scale = attention.scaling
         self._window = window_of(attention) or NO_WINDOW
 
@@ -130,10 +131,11 @@ class FusedLayer:
                 layer[name][field] = number
 
     @property
-    def settings(self) -> tuple[float, int, int, int, float, bool, bool]:
-        """What layers have in common: epsilon; heads, key-value heads, dim; scale; whether norms are stored as what
-        exceeds 1; whether the activation is gelu."""
-        return self._eps, *self._heads, self._scale, self._unit_offset, self._gelu
+    def settings(self) -> tuple[float, int, int, int, int, bool, float, bool, bool]:
+        """What layers have in common: epsilon; heads, key-value heads, dim, how much of it is rotated, and whether
+        as neighbours; scale; whether norms are stored as what exceeds 1; whether the activation is gelu."""
+        rotation = self._turned, self._neighbours
+        return self._eps, *self._heads, *rotation, self._scale, self._unit_offset, self._gelu
 
     def __call__(
         self, x: torch.Tensor, first: bool, cos: int, sin: int, buffers: list[torch.Tensor], batch: Batch
@@ -151,7 +153,7 @@ class FusedLayer:
         self._qkv(normed, qkv, owners)
         rope_attend(
             qkv.data_ptr(), *self._head_norms, offset, self._eps, cos, sin, attended.data_ptr(), *self._cache,
-            *self._heads, self._scale, self._window,
+            *self._heads, self._turned, self._neighbours, self._scale, self._window,
             batch.cache_slots, batch.items, batch.positions, batch.visible, batch.tables,
         )  # fmt: skip
         self._o(attended, change, owners)
@@ -170,7 +172,7 @@ class FusedLayer:
 class FusedModel:
     """A decoder's forward pass over a flat batch, without embedding and LM head."""
 
-    def __init__(self, model: Any, layers: list[FusedLayer], scratch: Scratch) -> None:
+    def __init__(self, model: Any, layers: list[FusedLayer], scratch: Scratch, context: int) -> None:
         decoder, kind = model.model, kind_of(model)
         self._norms = (
             _weight(decoder.layers[-1], kind.behind[1]),
@@ -184,7 +186,7 @@ class FusedModel:
             layer.describe(self._descriptions[number])
         types = [Angles.layer_type(decoder.rotary_emb, layer.self_attn) for layer in decoder.layers]
         different = list(dict.fromkeys(types))
-        self._angles = [Angles(decoder.rotary_emb, layer_type) for layer_type in different]
+        self._angles = [Angles(decoder.rotary_emb, layer_type, context) for layer_type in different]
         self._angles_of = np.array([different.index(layer_type) for layer_type in types])
 
     def __call__(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
@@ -233,7 +235,7 @@ def fuse(
         hidden, heads + 2 * cache.kv_heads * cache.dim, heads, hidden,
         2 * config.intermediate_size, config.intermediate_size, 2 * max(layer.sums for layer in layers),
     )  # fmt: skip
-    return FusedModel(model, layers, scratch), sites_of(parts), sublayers_of(parts)
+    return FusedModel(model, layers, scratch, shape.context), sites_of(parts), sublayers_of(parts)
 
 
 def _fit(modules: Sequence[nn.Module]) -> bool:

@@ -62,8 +62,8 @@ _write_norm, _write_rope, _write_attention, _write_gate = NORM.write, ROPE.write
 _write_sums, _write_product, _write_update = SUM.write, MULTIPLY.write, UPDATE.write
 
 LAYERS = Arguments(
-    array(types.int64), WHOLE, array(types.int64), array(types.int64, 2), *[WHOLE] * 4, NUMBER, *[WHOLE] * 3,
-    NUMBER, FLAG, FLAG, array(types.int64), array(types.int32, 2), array(types.int64), array(types.int32, 2),
+    array(types.int64), WHOLE, array(types.int64), array(types.int64, 2), *[WHOLE] * 4, NUMBER, *[WHOLE] * 4,
+    FLAG, NUMBER, FLAG, FLAG, array(types.int64), array(types.int32, 2), array(types.int64), array(types.int32, 2),
     array(types.int64), array(types.int64), array(types.int32, 2),
 )  # fmt: skip
 """Addresses of the works, threads, the stages' counts, and the rest as `run_layers` has it."""
@@ -108,8 +108,8 @@ def _block(numbers: np.ndarray) -> int:
 def _run(_: int, at: int) -> None:
     """One thread's way through all stages."""
     (
-        works, threads, counts, layers, x, rows, hidden, intermediate, eps, heads, kv_heads, dim, scale,
-        unit_offset, gelu, buffers, tiles, slots, items, positions, visible, tables,
+        works, threads, counts, layers, x, rows, hidden, intermediate, eps, heads, kv_heads, dim, turned,
+        neighbours, scale, unit_offset, gelu, buffers, tiles, slots, items, positions, visible, tables,
     ) = _read(at)  # fmt: skip
     normalise, rotate, attend, gate, add_up, update = works
     normed, qkv, attended, change, gate_up, activated, sums = buffers
@@ -127,7 +127,7 @@ def _run(_: int, at: int) -> None:
         _project(s + STAGE, threads, 0, update, normed, qkv, sums, rows, layer[_QKV:], tiles)
         rope = _write_rope((
             qkv, layer[_Q_NORM], layer[_K_NORM], unit_offset, eps, layer[_COS], layer[_SIN], k_cache, v_cache,
-            heads, kv_heads, dim, slots, positions,
+            heads, kv_heads, dim, turned, neighbours, slots, positions,
         ))  # fmt: skip
         share(s + 4 * STAGE, threads, rows, rotate, rope)
         attention = _write_attention((
@@ -152,8 +152,9 @@ _run_all = LAYERS.kernel(_run)
 
 def run_layers(
     threads: int, layers: np.ndarray, x: int, rows: int, hidden: int, intermediate: int, eps: float, heads: int,
-    kv_heads: int, dim: int, scale: float, unit_offset: bool, gelu: bool, buffers: np.ndarray, tiles: np.ndarray,
-    slots: np.ndarray, items: np.ndarray, positions: np.ndarray, visible: np.ndarray, tables: np.ndarray,
+    kv_heads: int, dim: int, turned: int, neighbours: bool, scale: float, unit_offset: bool, gelu: bool,
+    buffers: np.ndarray, tiles: np.ndarray, slots: np.ndarray, items: np.ndarray, positions: np.ndarray,
+    visible: np.ndarray, tables: np.ndarray,
 ) -> None:  # fmt: skip
     """x [rows, hidden] through all layers by so many threads, but for the last one's MLP output, which is left in
     the buffer `change`. `unit_offset` as in `add_rms_norm`, `gelu` as in `gate_mul`.
@@ -166,5 +167,6 @@ def run_layers(
     rows_of_numbers = layers.view(np.int64).reshape(len(layers), -1)
     _run_all(
         threads, np.array(works, np.int64), threads, counts, rows_of_numbers, x, rows, hidden, intermediate, eps,
-        heads, kv_heads, dim, scale, unit_offset, gelu, buffers, tiles, slots, items, positions, visible, tables,
+        heads, kv_heads, dim, turned, neighbours, scale, unit_offset, gelu, buffers, tiles, slots, items, positions,
+        visible, tables,
     )  # fmt: skip

@@ -157,7 +157,7 @@ def fuse(
     model: Any, shape: BaseShape, cache: KeyValuePages, slots: int
 ) -> tuple[GpuModel, list[SiteTables], list[BottleneckTable]] | None:
     """See `Kernels.fuse`."""
-    if not may_be_fused(model, cache, _fits):
+    if not may_be_fused(model, cache, _fits, whole_heads=True):
         return None
     device = cache.k[0].device
     parts = layers_to_fuse(model, shape, cuda, slots, device)
