@@ -18,12 +18,13 @@ from onebase_engine.base.catalog import fetch_base
 from onebase_engine.base.coded_checkpoint import Layout, layout_of, load_coded
 from onebase_engine.base.describe import describe_base, is_encoder
 from onebase_engine.base.fingerprint import fingerprint_folder
+from onebase_engine.base.mixture import is_mixture, split_mixture
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.bitsandbytes_import import Params4bit
 from onebase_engine.kernels.coded_linear import CodedLinear
 from onebase_engine.kernels.device import resolve_device
 from onebase_engine.kernels.lean_imports import without_compiler
-from onebase_engine.kernels.linear4bit import choose_packing
+from onebase_engine.kernels.linear4bit import choose_packing, in_4bit
 
 with without_compiler():
     from transformers import (
@@ -89,21 +90,32 @@ def load_base(
             usual = AutoModel if is_encoder(config) else AutoModelForCausalLM
             if config.is_encoder_decoder:
                 usual, attention = AutoModelForSeq2SeqLM, "sdpa"
-            kind, settings = model_class or usual, {"dtype": torch.bfloat16, "attn_implementation": attention}
-            quantized = _quantized_by(config)
+            loader, settings = model_class or usual, {"dtype": torch.bfloat16, "attn_implementation": attention}
+            quantized, mixture = _quantized_by(config), is_mixture(config)
             if quantized is not None and quantized["quant_method"] == "bitsandbytes":
                 options = {}
             elif quantized is not None:
                 layout = layout_of(quantized)
                 del config.quantization_config
+            if layout is not None and mixture:
+                raise BaseModelError(
+                    f"The base is a mixture of experts in {layout.name}, which is not read here: give its weights in "
+                    "bfloat16.",
+                    field="model",
+                )
             if layout is not None:
                 progress(f"its weights are {layout.name} already: kept as they are")
-                model = load_coded(folder, layout, lambda: kind.from_config(config, **settings), device)
+                model = load_coded(folder, layout, lambda: loader.from_config(config, **settings), device)
                 if (folder / GENERATION_CONFIG_NAME).is_file():
                     model.generation_config = GenerationConfig.from_pretrained(folder)
             else:
-                model = kind.from_pretrained(folder, config=config, device_map={"": device}, **settings, **options)
+                model = loader.from_pretrained(
+                    folder, config=config, device_map={"": device}, **settings, **options
+                )
         _check_sizes(model)
+        if mixture:
+            kind, double = _four_bits(spec, quantized)
+            split_mixture(model, lambda each: each if kind == "none" else in_4bit(each, kind, double_quant=double))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"Cannot load {spec.model!r}: {error}", field="model") from error
     if is_encoder(config) and getattr(model, "pooler", None) is not None:
@@ -131,11 +143,17 @@ def _quantized_by(config: Any) -> dict[str, Any] | None:
     return settings
 
 
+def _four_bits(spec: BaseSpec, quantized: dict[str, Any] | None) -> tuple[str, bool]:
+    """bitsandbytes' type, or "none", and whether its scales are quantised, too."""
+    if quantized:
+        return quantized["bnb_4bit_quant_type"], quantized["bnb_4bit_use_double_quant"]
+    return spec.quantization, spec.double_quant
+
+
 def _held(spec: BaseSpec, quantized: dict[str, Any] | None) -> str:
-    kind = quantized["bnb_4bit_quant_type"] if quantized else spec.quantization
+    kind, double = _four_bits(spec, quantized)
     if kind == "none":
         return "bfloat16"
-    double = quantized["bnb_4bit_use_double_quant"] if quantized else spec.double_quant
     return kind.upper() + (" with double quantisation" if double else "")
 
 
