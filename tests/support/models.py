@@ -154,7 +154,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 def _alike(noise: torch.Tensor, dim: int) -> torch.Tensor:
     """Let a mixture's experts, one after another in `dim`, differ by a tenth: a token as good as tied between two
-    then hardly depends on which of them rounding makes it take, but in all tokens it shows if experts are mixed up."""
+    then hardly depends on which of them rounding makes it take, but all tokens show it if experts are mixed up."""
     first = noise.narrow(dim, 0, 1)
     return first + 0.1 * (noise - first)
 

@@ -97,8 +97,8 @@ def logits(model: Any, tokens: Sequence[int], adapter: Path | None = None) -> to
 
 
 def check_as_exact(ours: torch.Tensor, peers: torch.Tensor, exact: torch.Tensor, *, ties: bool = False) -> None:
-    """Ours may be no further from the exact logits than the peer's, but for chance. All [tokens, vocab]. `ties`: in a
-    mixture of experts, rounding sends some tokens to another expert, here or there: one in ten is left out."""
+    """Ours may be no further from the exact logits than the peer's, but for chance. All [tokens, vocab]. `ties`: in
+    a mixture of experts, rounding sends some tokens to another expert, here or there: one in ten is left out."""
     size = exact.norm(dim=-1)
     errors = (ours.float() - exact).norm(dim=-1) / size
     allowed = (peers - exact).norm(dim=-1) / size

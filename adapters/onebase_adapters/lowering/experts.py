@@ -51,7 +51,7 @@ def split_experts(source: Source) -> tuple[list[LowRank], Source]:
     names = [update.site for update in updates]
     if twice := sorted({name for name in names if names.count(name) > 1}) if len({*names}) < len(names) else []:
         raise AdapterFormatError(f"The adapter has two updates of {twice[0]!r}.", field="path")
-    return [update for update in updates if update.a.any() and update.b.any()], source.without(taken)
+    return updates, source.without(taken)
 
 
 def _sites(source: Source) -> dict[str, dict[str, list[Site]]]:
@@ -125,7 +125,8 @@ def _of_modules(
         out = site.out_features // 2 if old in _HALVES else site.out_features
         if (a.shape[1], b.shape[0]) != (site.in_features, out):
             raise AdapterMismatchError(
-                f"{module!r}: the adapter maps {a.shape[1]} -> {b.shape[0]}, the base's {site.in_features} -> {out}.",
+                f"{module!r}: the adapter maps {a.shape[1]} -> {b.shape[0]}, this base's expert "
+                f"{site.in_features} -> {out}.",
                 field="path",
             )
         update = LowRank(site.name, a, b, scale_of(source.config, module, len(a)))

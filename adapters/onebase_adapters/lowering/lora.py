@@ -52,7 +52,7 @@ def lower(source: Source) -> Lowered:
             raise AdapterFormatError(f"Tensor {name!r} is not a LoRA matrix.", field="path")
         part = match["part"].removeprefix("lora_") + (".bias" if match["leaf"] == "bias" else "")
         parts.setdefault(match["site"], {})[part] = tensor.float()
-    primitives: list[Primitive] = [*updates]
+    primitives: list[Primitive] = [update for update in updates if update.a.any() and update.b.any()]
     for site, found in sorted(parts.items()):
         if site == source.base.embedding:
             primitives.append(_embedding(source, site, found))

@@ -99,8 +99,8 @@ def load_base(
                 del config.quantization_config
             if layout is not None and mixture:
                 raise BaseModelError(
-                    f"The base is a mixture of experts in {layout.name}, which is not read here: give its weights in "
-                    "bfloat16.",
+                    f"The base is a mixture of experts in {layout.name}, which is not read here: take its weights "
+                    "in bfloat16.",
                     field="model",
                 )
             if layout is not None:

@@ -1,8 +1,8 @@
 """Mixtures of experts: each expert's matrices as linear modules, and tokens sorted by the experts they are sent to.
 
 transformers keeps a layer's experts in two parameters [experts, out, in], which nothing quantises or adapts. Here
-they are split into linear modules, `mlp.experts.3.gate_up_proj`, and the router is one, `mlp.gate`: they are held in
-4 bits, adapted and trained as every other linear module is, and only the way of the tokens is new.
+they are split into linear modules, `mlp.experts.3.gate_up_proj`, and the router is one, `mlp.gate`: they are held
+in 4 bits, adapted and trained as every other linear module is, and only the way of the tokens is new.
 """
 
 from collections.abc import Callable, Sequence
@@ -148,22 +148,14 @@ class Mixture(nn.Module):
 
 
 def split_mixture(model: nn.Module, make: Make) -> None:
-    """Replace transformers' blocks, one at a time, so that no more than one is there twice. Raises ValueError where
-    weights are not of the configuration's sizes."""
+    """Replace transformers' blocks, one at a time, so that no more than one is there twice."""
     names = [name for name, module in model.named_modules() if type(module).__name__ in _BLOCKS]
     for name in names:
-        model.set_submodule(name, _split(name, model.get_submodule(name), make))
+        model.set_submodule(name, _split(model.get_submodule(name), make))
 
 
-def _split(name: str, block: Any, make: Make) -> Mixture:
+def _split(block: Any, make: Make) -> Mixture:
     held, router = block.experts, block.gate
-    count, hidden, inner = held.num_experts, held.hidden_dim, held.intermediate_dim
-    sizes = {"gate_up_proj": (count, 2 * inner, hidden), "down_proj": (count, hidden, inner)}
-    for parameter, wanted in sizes.items():
-        if (shape := tuple(getattr(held, parameter).shape)) != wanted:
-            raise ValueError(f"{name}.experts.{parameter} is {shape}, but by config.json it is {wanted}")
-    if (shape := tuple(router.weight.shape)) != (count, hidden):
-        raise ValueError(f"{name}.gate.weight is {shape}, but by config.json it is {(count, hidden)}")
     experts = [
         Expert(make(_linear(up)), make(_linear(down)), held.act_fn)
         for up, down in zip(held.gate_up_proj.data, held.down_proj.data, strict=True)
