@@ -51,7 +51,11 @@ def save_old(folder: Path, model: Path, family: str, rank: int = 4) -> Path:
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 8, "inference_mode": True}
-    settings |= {"target_modules": ["gate", gate, up, down], "alpha_pattern": {"gate": 12}}
+    settings |= {
+        "target_modules": ["gate", gate, up, down],
+    }
+    if family == "qwen3_moe":  # whose module and parameter have one name: PEFT forgets other patterns
+        settings["alpha_pattern"] = {down: 12}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
 
