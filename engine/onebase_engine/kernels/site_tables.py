@@ -61,8 +61,7 @@ class SiteTables:
         if owners.affine:
             x = self.change_input(x, owners)
         y = product(x)
-        if self.low_rank.touches(owners.slots):
-            self._kernels.add_low_rank(x, y, owners, self.low_rank)
+        self._kernels.add_low_rank(x, y, owners, self.low_rank)
         if owners.affine:
             self.change_output(y, owners)
         return y
