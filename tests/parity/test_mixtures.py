@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError, BaseModelError
 from onebase_adapters.lowering.lower import load_adapter
 from onebase_engine.base.base_spec import BaseSpec
-from onebase_engine.base.load_base import load_base, quiet_loading
+from onebase_engine.base.load_base import load_base, load_full, quiet_loading
 from onebase_engine.base.mixture import Experts, is_mixture
 from onebase_engine.base.model_weights import ModelWeights
 from onebase_engine.export.merge_checked import merge_checked
@@ -163,6 +163,11 @@ def test_an_adapter_of_experts_on_a_dense_base_is_refused(
 def test_other_mixtures_are_refused_by_name(kind: str, reason: str) -> None:
     with pytest.raises(BaseModelError, match=f"{kind}.*{reason}"):
         is_mixture(AutoConfig.for_model(kind))
+
+
+def test_no_adapter_is_made_of_a_mixtures_fine_tune(tiny_model: Callable[[str], Path]) -> None:
+    with pytest.raises(BaseModelError, match="serve its fine-tune as a base"):
+        load_full(tiny_model("mixtral"))
 
 
 def test_dense_models_are_none() -> None:

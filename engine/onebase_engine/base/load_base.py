@@ -206,7 +206,10 @@ def end_tokens(model: torch.nn.Module, tokenizer_eos: int | None) -> Items[int]:
 
 
 def load_full(folder: Path) -> PreTrainedModel:
-    """A causal language model with all of its weights in bfloat16, on the CPU."""
+    """A causal language model with all of its weights in bfloat16, on the CPU. Raises BaseModelError for a mixture
+    of experts, whose fine-tunes no adapter is made of."""
+    if is_mixture(AutoConfig.from_pretrained(folder)):
+        raise BaseModelError(f"{folder} is a mixture of experts: serve its fine-tune as a base.", field="model")
     with quiet_loading():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     return model

@@ -47,7 +47,7 @@ def _some_features(task: int, at: int) -> None:
             out[0] = bf16_from_f32(_dot(x[r], wide) + bias[v])
 
 
-_multiply = PRODUCT.kernel(_some_features)
+_multiply = PRODUCT.kernel(_some_features, serial=1)
 
 
 class PlainProduct:
