@@ -136,7 +136,9 @@ def test_whenever_others_come_and_go(data: st.DataObject, llama: Path, loras: li
     check_same(driver.results, alone)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2", "glm"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2", "glm", "mixtral", "qwen3_moe"]
+)
 def test_other_families_too(family: str, new_driver: Callable, tiny_model: Callable, tiny_lora: Callable) -> None:
     """On transformers' own layers the promise holds as well, as far as their products keep rows apart."""
     folder = tiny_model(family)

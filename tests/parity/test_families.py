@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from support.models import tiny_of
+from support.models import MIXTURES, tiny_of
 from support.peers import check_as_exact, check_greedy, logits
 from support.serving import Feeder, Stream
 
@@ -32,7 +32,7 @@ def test_each_adapter_alone_gives_pefts_logits(family: str, served: Callable, pr
     for adapter, slot in it.slots.items():
         (ours,) = Feeder(it.model).logits([Stream(tokens, slot)])
         exact = logits(it.exact, tokens, adapter)
-        check_as_exact(ours, logits(it.plain, tokens, adapter), exact)
+        check_as_exact(ours, logits(it.plain, tokens, adapter), exact, ties=family in MIXTURES)
         if adapter is not None:
             change = (exact - base).norm() / base.norm()
             assert change > 0.1, "the adapter does too little to tell whether it is there"
@@ -51,7 +51,8 @@ def test_a_mixed_batch_gives_each_its_own(
     exact = [logits(it.exact, tokens, adapter) for tokens, (adapter, _) in zip(prompts, wanted, strict=True)]
     for adapter in range(len(it.slots)):
         both = slice(adapter, None, len(it.slots))
-        check_as_exact(torch.cat(found[both]), torch.cat(peers[both]), torch.cat(exact[both]))
+        mine, theirs, right = (torch.cat(each[both]) for each in (found, peers, exact))
+        check_as_exact(mine, theirs, right, ties=family in MIXTURES)
 
 
 def test_a_known_prefix_changes_nothing(family: str, served: Callable, prompt: Prompt) -> None:

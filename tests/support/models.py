@@ -29,12 +29,14 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     RobertaConfig,
     SmolLM3Config,
     Starcoder2Config,
@@ -85,6 +87,13 @@ FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
         vocab_size=vocab, n_embd=64, n_layer=3, n_head=4, n_positions=CONTEXT, eos_token_id=EOS, bos_token_id=None
     ),
     "glm": lambda vocab: GlmConfig(vocab_size=vocab, **_FITS, head_dim=16, attention_bias=True),
+    "mixtral": lambda vocab: MixtralConfig(
+        vocab_size=vocab, **_FITS, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=_WINDOW
+    ),
+    "qwen3_moe": lambda vocab: Qwen3MoeConfig(
+        vocab_size=vocab, **_FITS, head_dim=32, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=96,
+        mlp_only_layers=[1],
+    ),
     "t5": lambda vocab: T5Config(
         vocab_size=vocab, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_decoder_layers=2, num_heads=4,
         n_positions=CONTEXT, feed_forward_proj="gated-gelu", eos_token_id=EOS, pad_token_id=0,
@@ -139,6 +148,8 @@ def tiny_of(test: str, proof: Literal["served", "trained"]) -> list[str]:
     return [name for family in families.FAMILIES.values() if getattr(family, proof) == test for name in family.tiny]
 
 
+MIXTURES = ("mixtral", "qwen3_moe")
+
 TARGETS: dict[str, Sequence[str]] = {
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "phi3-partial": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
@@ -148,6 +159,8 @@ TARGETS: dict[str, Sequence[str]] = {
     "gpt2": ("c_attn", "c_proj", "c_fc"),
     "glm4": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
     "glm": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "mixtral": ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"),
+    "qwen3_moe": ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj"),
     "t5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
 }
 """The linear modules of a family's layers, where they have names of their own."""
@@ -170,6 +183,8 @@ def save_model(folder: Path, family: str) -> Path:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 3:
+            noise = _alike(noise, 0)
         with torch.no_grad():
             if parameter.dim() == 1:  # biases, and norms' weights, which are 1 (or stored as what exceeds it)
                 parameter += 0.2 * noise
@@ -180,7 +195,7 @@ def save_model(folder: Path, family: str) -> Path:
                 scaled = family.startswith("gemma")  # by the square root of the width, in the model
                 parameter.copy_(noise * 0.3 / (config.hidden_size**0.5 if scaled else 1))
             else:
-                parameter.copy_(noise / _inputs(model, name) ** 0.5)
+                parameter.copy_(noise / _inputs(model, name, parameter) ** 0.5)
     with quiet_loading():
         model.to(torch.bfloat16).save_pretrained(folder)
     return folder
@@ -200,9 +215,16 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _inputs(model: torch.nn.Module, weight: str) -> int:
-    module = model.get_submodule(weight.removesuffix(".weight"))
-    return module.nx if isinstance(module, Conv1D) else module.in_features
+def _alike(noise: torch.Tensor, dim: int) -> torch.Tensor:
+    """Let a mixture's experts, one after another in `dim`, differ by a tenth: a token as good as tied between two
+    then hardly depends on which of them rounding makes it take, but all tokens show it if experts are mixed up."""
+    first = noise.narrow(dim, 0, 1)
+    return first + 0.1 * (noise - first)
+
+
+def _inputs(model: torch.nn.Module, name: str, weight: torch.Tensor) -> int:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner.nx if isinstance(owner, Conv1D) else weight.shape[-1]
 
 
 def save_lora(
@@ -235,7 +257,13 @@ def save_lora(
         if "lora_" in name:
             inner = parameter.shape[1]  # A's inputs, or B's rank
             size = 1.0 if "lora_A" in name else strength / 2
-            noise = torch.randn(parameter.shape, generator=generator) * size / inner**0.5
+            noise = torch.randn(parameter.shape, generator=generator)
+            if ".experts." in name:
+                count = adapted.config.num_local_experts
+                inner //= 1 if "lora_A" in name else count
+                shape = (count, -1, inner) if "lora_A" in name else (len(noise), -1, count)
+                noise = _alike(noise.view(shape), 0 if "lora_A" in name else 2).reshape(parameter.shape)
+            noise *= size / inner**0.5
             parameter.data = noise.bfloat16().float()
     adapted.save_pretrained(folder)
     return folder

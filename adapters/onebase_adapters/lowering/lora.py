@@ -1,14 +1,14 @@
 """LoRA (Hu et al. 2021) and what shares its form: QLoRA (Dettmers et al. 2023), rsLoRA (Kalajdzievski 2023),
 PiSSA (Meng et al. 2024), DoRA (Liu et al. 2024) and AdaLoRA (Zhang et al. 2023)."""
 
-import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from onebase_adapters.errors import AdapterFormatError, AdapterMismatchError
+from onebase_adapters.lowering.experts import split_experts
+from onebase_adapters.lowering.lora_scale import scale_of
 from onebase_adapters.lowering.source import Lowered, Source, refuse_norm
 from onebase_adapters.primitives.instruction_set import LowRank, Primitive, Rescale, Shift
 
@@ -16,7 +16,6 @@ _KEY = re.compile(
     r"^(?P<site>.+)\.(?P<part>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<leaf>weight|bias))?$"
 )
-_LARGEST = torch.finfo(torch.float32).max
 _UNSERVED = {
     "use_qalora": "QALoRA",
     "alora_invocation_tokens": "activated LoRA",
@@ -44,6 +43,7 @@ def lower(source: Source) -> Lowered:
             "FOLDER), with the adapter as it was before training in FOLDER.",
             field="init_lora_weights",
         )
+    updates, source = split_experts(source)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in source.tensors.items():
         match = _KEY.match(name)
@@ -52,7 +52,7 @@ def lower(source: Source) -> Lowered:
             raise AdapterFormatError(f"Tensor {name!r} is not a LoRA matrix.", field="path")
         part = match["part"].removeprefix("lora_") + (".bias" if match["leaf"] == "bias" else "")
         parts.setdefault(match["site"], {})[part] = tensor.float()
-    primitives: list[Primitive] = []
+    primitives: list[Primitive] = [update for update in updates if update.a.any() and update.b.any()]
     for site, found in sorted(parts.items()):
         if site == source.base.embedding:
             primitives.append(_embedding(source, site, found))
@@ -67,7 +67,7 @@ def _linear(source: Source, name: str, parts: Mapping[str, torch.Tensor]) -> lis
     rank = a.shape[0]
     if "E" in parts:
         a = a * parts["E"]
-    update = LowRank(name, a, b, _scale(source.config, name, rank))
+    update = LowRank(name, a, b, scale_of(source.config, name, rank))
     primitives: list[Primitive] = [update] if a.any() and b.any() else []
     shift = update.scale * parts["B.bias"] if "B.bias" in parts else None
     if "magnitude_vector" in parts:
@@ -88,7 +88,7 @@ def _embedding(source: Source, name: str, parts: Mapping[str, torch.Tensor]) -> 
     if "magnitude_vector" in parts:
         raise AdapterFormatError("DoRA of the embedding is not served. Train it on linear modules.", field="path")
     a, b = _pair(name, parts, "embedding_A", "embedding_B", (source.base.vocab, source.base.hidden))
-    return LowRank(name, a, b, _scale(source.config, name, a.shape[0]))
+    return LowRank(name, a, b, scale_of(source.config, name, a.shape[0]))
 
 
 def _pair(
@@ -113,39 +113,3 @@ def _pair(
             field="path",
         )
     return a, b
-
-
-def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
-    if str(config.get("peft_type")).upper() == "ADALORA":
-        # PEFT divides by the rank that training began with, whatever is left of it.
-        alpha, divisor = config.get("lora_alpha", 8), _number(config.get("init_r", rank), "init_r") + 1e-5
-    else:
-        stated = _pattern(config, "rank_pattern", site, config.get("r"))
-        if stated is not None and _number(stated, "r") != rank:
-            raise AdapterFormatError(
-                f"Site {site!r}: adapter_config.json says rank {stated}, tensors have {rank}.", field="r"
-            )
-        alpha = _pattern(config, "alpha_pattern", site, config.get("lora_alpha", rank))
-        divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return _number(alpha, "lora_alpha") / divisor
-
-
-def _number(value: Any, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        hint = " Write it without quotes." if isinstance(value, str) and value.strip().isdigit() else ""
-        raise AdapterFormatError(f"adapter_config.json: {field} {value!r} is not a number.{hint}", field=field)
-    return float(value)
-
-
-def _pattern(config: Mapping[str, Any], field: str, site: str, default: Any) -> Any:
-    """PEFT's rule: a pattern is a regular expression for the end of the site's name, at a dot."""
-    patterns = config.get(field) or {}
-    try:
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", site):
-                return value
-    except (AttributeError, re.error) as error:
-        raise AdapterFormatError(
-            f"adapter_config.json: {field} maps regular expressions to numbers: {error}", field=field
-        ) from error
-    return default

@@ -133,6 +133,7 @@ def canonical_names(tensors: Mapping[str, torch.Tensor], base: BaseShape) -> dic
 
 def _canonical(name: str, sites: Collection[str], ends: Mapping[str, set[str]]) -> str:
     name = _WRAPPERS.sub("", _ADAPTER.sub(r"\1", _PREFIX.sub("", name))).replace(".default.", ".")
+    name = name.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's name of it before transformers 5
     parts = name.split(".")
     for start in range(len(parts)):
         for end in range(len(parts), start, -1):

@@ -81,9 +81,9 @@ class VirtualTokens:
 @dataclass(frozen=True)
 class KVPrefix:
     """Learned keys and values that all tokens attend to, at the positions 0 to n-1 of every layer; keys as they lie
-    in the cache, so after the rotary embedding (prefix tuning, Li and Liang 2021, section 4). An encoder-decoder has
-    them before what its decoder writes: layer i those of the place 2 i, from the first again where there are too few,
-    as PEFT reads them."""
+    in the cache, so after the rotary embedding (prefix tuning, Li and Liang 2021, section 4). An encoder-decoder
+    has them before what its decoder writes: layer i those of the place 2 i, from the first again where there are
+    too few, as PEFT reads them."""
 
     keys: torch.Tensor
     """[layers, n, kv_heads, dim]"""

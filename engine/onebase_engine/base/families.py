@@ -53,6 +53,12 @@ FAMILIES = {
     "GPTNeoXForCausalLM": Family("Pythia, GPT-NeoX-20B", ("gpt-neox",), codes=False),
     "GraniteForCausalLM": Family("Granite 3, dense", ("granite",)),
     "Olmo2ForCausalLM": Family("OLMo 2", ("olmo2",)),
+    "MixtralForCausalLM": Family(
+        "Mixtral", ("mixtral",), trained="tests/training/test_train_mixture.py", codes=False
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "Qwen3-30B-A3B", ("qwen3_moe",), trained="tests/training/test_train_mixture.py", codes=False
+    ),
     "SmolLM3ForCausalLM": Family("SmolLM3", ("smollm3",)),
     "Starcoder2ForCausalLM": Family("StarCoder2", ("starcoder2",)),
     "CohereForCausalLM": Family("Command R", ("cohere",)),

@@ -20,13 +20,14 @@ from onebase_engine.base.coded_checkpoint import Layout, layout_of, load_coded
 from onebase_engine.base.describe import describe_base, is_encoder
 from onebase_engine.base.families import class_of, family_of, steady_positions
 from onebase_engine.base.fingerprint import fingerprint_folder
+from onebase_engine.base.mixture import is_mixture, split_mixture
 from onebase_engine.base.needed_memory import check_memory
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.bitsandbytes_import import Params4bit
 from onebase_engine.kernels.coded_linear import CodedLinear
 from onebase_engine.kernels.device import resolve_device
 from onebase_engine.kernels.lean_imports import without_compiler
-from onebase_engine.kernels.linear4bit import choose_packing
+from onebase_engine.kernels.linear4bit import choose_packing, in_4bit
 
 with without_compiler():
     import transformers
@@ -87,11 +88,11 @@ def load_base(spec: BaseSpec, *, attention: str | None = None, progress: Progres
         # Making a model's modules asks for the compiler, too.
         with quiet_loading(), without_compiler():
             config = _read_config(folder)
-            family = family_of(config)
+            family, mixture = family_of(config), is_mixture(config)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            kind = AutoModel if is_encoder(config) else AutoModelForCausalLM
+            loader = AutoModel if is_encoder(config) else AutoModelForCausalLM
             if config.is_encoder_decoder:
-                kind, attention = AutoModelForSeq2SeqLM, None
+                loader, attention = AutoModelForSeq2SeqLM, None
             attention = attention or plain_attention(getattr(transformers, class_of(config)))
             settings = {"dtype": torch.bfloat16, "attn_implementation": attention}
             quantized = _quantized_by(config)
@@ -109,12 +110,17 @@ def load_base(spec: BaseSpec, *, attention: str | None = None, progress: Progres
             check_memory(folder, config, spec, device, coded=quantized is not None)
             if layout is not None:
                 progress(f"its weights are {layout.name} already: kept as they are")
-                model = load_coded(folder, layout, lambda: kind.from_config(config, **settings), device)
+                model = load_coded(folder, layout, lambda: loader.from_config(config, **settings), device)
                 if (folder / GENERATION_CONFIG_NAME).is_file():
                     model.generation_config = GenerationConfig.from_pretrained(folder)
             else:
-                model = kind.from_pretrained(folder, config=config, device_map={"": device}, **settings, **options)
+                model = loader.from_pretrained(
+                    folder, config=config, device_map={"": device}, **settings, **options
+                )
         _check_sizes(model)
+        if mixture:
+            kind, double = _four_bits(spec, quantized)
+            split_mixture(model, lambda each: each if kind == "none" else in_4bit(each, kind, double_quant=double))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"Cannot load {spec.model!r}: {error}", field="model") from error
     if is_encoder(config) and getattr(model, "pooler", None) is not None:
@@ -160,11 +166,17 @@ def _quantized_by(config: Any) -> dict[str, Any] | None:
     return settings
 
 
+def _four_bits(spec: BaseSpec, quantized: dict[str, Any] | None) -> tuple[str, bool]:
+    """bitsandbytes' type, or "none", and whether its scales are quantised, too."""
+    if quantized:
+        return quantized["bnb_4bit_quant_type"], quantized["bnb_4bit_use_double_quant"]
+    return spec.quantization, spec.double_quant
+
+
 def _held(spec: BaseSpec, quantized: dict[str, Any] | None) -> str:
-    kind = quantized["bnb_4bit_quant_type"] if quantized else spec.quantization
+    kind, double = _four_bits(spec, quantized)
     if kind == "none":
         return "bfloat16"
-    double = quantized["bnb_4bit_use_double_quant"] if quantized else spec.double_quant
     return kind.upper() + (" with double quantisation" if double else "")
 
 
@@ -217,7 +229,10 @@ def end_tokens(model: torch.nn.Module, tokenizer_eos: int | None) -> Items[int]:
 
 
 def load_full(folder: Path) -> PreTrainedModel:
-    """A causal language model with all of its weights in bfloat16, on the CPU."""
+    """A causal language model with all of its weights in bfloat16, on the CPU. Raises BaseModelError for a mixture
+    of experts, whose fine-tunes no adapter is made of."""
+    if is_mixture(AutoConfig.from_pretrained(folder)):
+        raise BaseModelError(f"{folder} is a mixture of experts: serve its fine-tune as a base.", field="model")
     with quiet_loading():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     return model

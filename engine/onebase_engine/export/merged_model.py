@@ -15,6 +15,7 @@ from onebase_adapters.errors import AdapterError
 from onebase_adapters.merge import changed_sites, check_mergeable, merge_site
 from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
 from onebase_engine.base.load_base import LoadedBase, quiet_loading
+from onebase_engine.base.mixture import joined
 from onebase_engine.base.model_weights import ModelWeights
 
 
@@ -42,7 +43,7 @@ def write_merged(base: LoadedBase, adapter: LoweredAdapter, folder: Path) -> Non
             state[f"{site}.bias"] = merged.bias
     if adapter.chat_template is not None:
         base.tokenizer.chat_template = adapter.chat_template
-    rounded = {name: value.to(torch.bfloat16).contiguous() for name, value in state.items()}
+    rounded = {name: value.to(torch.bfloat16).contiguous() for name, value in joined(state).items()}
     with quiet_loading(), disk_errors(str(folder)):
         empty.save_pretrained(folder, state_dict=rounded)
         base.tokenizer.save_pretrained(folder)
@@ -75,4 +76,5 @@ def _plain_state(base: LoadedBase, empty: Any) -> dict[str, torch.Tensor]:
 
 def _stored(empty: Any, site: str, weight: torch.Tensor) -> torch.Tensor:
     """A linear weight [out, in] in the order that the model keeps it."""
-    return weight.T if isinstance(empty.get_submodule(site), Conv1D) else weight
+    # A mixture's experts are no modules there.
+    return weight.T if isinstance(dict(empty.named_modules()).get(site), Conv1D) else weight

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -46,12 +46,12 @@ def start_build(device: str, tell: Callable[[str], None]) -> Build | None:
     return Build(tell)
 
 
-def replace_emulated(model: nn.Module) -> None:
-    """Let linear modules that are in bfloat16 multiply by kernels where torch would emulate it: in serving, on a
-    CPU."""
+def replace_emulated(model: nn.Module, *, always: Collection[nn.Module] = ()) -> None:
+    """Let linear modules that are in bfloat16 multiply by kernels where torch would emulate it, and some always:
+    in serving, on a CPU."""
     from onebase_engine.kernels.cpu.plain_product import replace_emulated
 
-    replace_emulated(model)
+    replace_emulated(model, always)
 
 
 def _lacking_for_triton(device: torch.device) -> str | None:

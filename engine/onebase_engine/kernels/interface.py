@@ -4,7 +4,7 @@
 with the names of `Kernels`, and `choose` takes one, so that nothing above this package names a device's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,11 @@ from onebase_engine.kernels.tables import BottleneckTable
 Fused = Callable[[Batch, torch.Tensor], torch.Tensor]
 """From a batch and its embeddings [T, hidden], which are used up, to the last hidden states [n, hidden] of its
 sample rows, ready for the LM head."""
+
+
+Grouped = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+"""Rows [n, in], sorted by which of several linear modules is theirs, to [n, out]; module m has the rows from
+`bounds[m]` to `bounds[m + 1]`."""
 
 
 class HeadScreen(Protocol):
@@ -43,6 +48,10 @@ class Kernels(AdapterKernels, Protocol):
     ) -> tuple[Fused, list[SiteTables], list[BottleneckTable]] | None:
         """The forward pass of transformers' `model` on kernels of its own, with the tables of its layers' sites and
         sublayers. None where the model keeps its own layers; the log says why."""
+        ...
+
+    def group(self, modules: Sequence[Any]) -> Grouped:
+        """The product of linear modules of one size, without biases, of which each row takes its own."""
         ...
 
     def screen(self, head: Any) -> HeadScreen | None:

@@ -17,14 +17,19 @@ def choose_packing(model: torch.nn.Module) -> None:
 
 def nf4_copy(head: Any) -> Linear4bit:
     """The head in NF4; a tied embedding stays as it is."""
+    return in_4bit(head, "nf4")
+
+
+def in_4bit(linear: Any, quant_type: str, *, double_quant: bool = False) -> Linear4bit:
+    """A copy of a linear module in 4 bits, where it is; `quant_type` is nf4 or fp4."""
     copy = Linear4bit(
-        head.in_features, head.out_features, bias=head.bias is not None, compute_dtype=head.weight.dtype,
-        compress_statistics=False, quant_type="nf4", device="meta",
+        linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=linear.weight.dtype,
+        compress_statistics=double_quant, quant_type=quant_type, device="meta",
     )  # fmt: skip
     copy.weight = Params4bit(
-        head.weight.detach().clone(), requires_grad=False, compress_statistics=False, quant_type="nf4"
+        linear.weight.detach().clone(), requires_grad=False, compress_statistics=double_quant, quant_type=quant_type
     )
-    copy.bias = head.bias
-    copy = copy.to(head.weight.device).eval()
+    copy.bias = linear.bias
+    copy = copy.to(linear.weight.device).eval()
     pack_at_first_use(copy)  # as in `base.load`
     return copy

@@ -1,6 +1,7 @@
 """All that resident adapters have at a group of linear sites, by slot."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ from onebase_engine.kernels.adapter_interface import AdapterKernels
 from onebase_engine.kernels.arena import Arena
 from onebase_engine.kernels.batch import Owners
 from onebase_engine.kernels.tables import AffineTable, BottleneckTable, LowRankTable
+from onebase_engine.kernels.tiles import low_rank_tiles
 
+_Part = TypeVar("_Part")
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -51,6 +54,18 @@ class SiteTables:
         self._kernels.affine_rows(changed, owners, inputs, self.affine.none)
         return changed
 
+    def apply(self, x: torch.Tensor, owners: Owners, product: Linear) -> torch.Tensor:
+        """For a single site: `product` of x [rows, in] between the changes of input and output, [rows, out]."""
+        if not len(owners.tiles):
+            return product(x)
+        if owners.affine:
+            x = self.change_input(x, owners)
+        y = product(x)
+        self._kernels.add_low_rank(x, y, owners, self.low_rank)
+        if owners.affine:
+            self.change_output(y, owners)
+        return y
+
     def recompute(self, x: torch.Tensor, y: torch.Tensor, owners: Owners, linears: Sequence[Linear]) -> None:
         """For several sites on one input: y [rows, sum of out] anew where one site's input is to be rescaled."""
         for number, (inputs, linear) in enumerate(zip(self.affine.inputs, linears, strict=True)):
@@ -64,6 +79,44 @@ class SiteTables:
         """y [rows, sum of out] rescaled and shifted in place."""
         if self.affine.scales.touch(owners.slots) or self.affine.shifts.touch(owners.slots):
             self._kernels.affine_rows(y, owners, self.affine.scales, self.affine.shifts)
+
+
+class ExpertTables(SiteTables):
+    """All that resident adapters have at one matrix of a mixture's experts. To the kernels each expert's part of an
+    adapter is an adapter: the slot s of the expert e is e * slots + s."""
+
+    def __init__(self, sites: Sequence[Site], slots: int, kernels: AdapterKernels, device: torch.device) -> None:
+        """`sites`: one of each expert, of one size."""
+        super().__init__(sites[:1], len(sites) * slots, kernels, device)
+        self.sites = tuple(sites)
+        self._slots = slots
+
+    def size(self, parts: Parts) -> int:
+        """As of any site."""
+        return sum(self.low_rank.size(self._of(site, parts).low_rank) for site in self.sites)
+
+    def put(self, slot: int, parts: Parts, arena: Arena) -> None:
+        """As of any site."""
+        for expert, site in enumerate(self.sites):
+            super().put(expert * self._slots + slot, self._of(site, parts), arena)
+
+    def clear(self, slot: int) -> None:
+        """As of any site."""
+        for expert in range(len(self.sites)):
+            super().clear(expert * self._slots + slot)
+
+    def owners(self, slots: np.ndarray, experts: np.ndarray, *, affine: bool) -> Owners:
+        """The owners of rows by their adapters' `slots` and by which expert they are sent to, [rows] each."""
+        own = np.where(slots > 0, experts * self._slots + slots, 0).astype(np.int32)
+        return Owners(own, low_rank_tiles(own, self._kernels.TILE_ROWS), affine=affine)
+
+    def _of(self, site: Site, parts: Parts) -> Parts:
+        """One expert's, under the name of the first."""
+
+        def own(found: Mapping[str, _Part]) -> dict[str, _Part]:
+            return {self.sites[0].name: found[site.name]} if site.name in found else {}
+
+        return Parts(own(parts.low_rank), own(parts.inputs), own(parts.outputs), own(parts.shifts), {})
 
 
 def add_bottlenecks(

@@ -17,14 +17,11 @@ from onebase_engine.runner.batching import Context
 class AdapterLinear(nn.Module):
     """A linear module of the base in its place, unchanged, between its adapters' changes of input and output."""
 
-    def __init__(
-        self, inner: nn.Module, tables: SiteTables, kernels: AdapterKernels, context: Context, *, head: bool
-    ) -> None:
+    def __init__(self, inner: nn.Module, tables: SiteTables, context: Context, *, head: bool) -> None:
         """`head`: it is the LM head, which sees only the rows to sample from."""
         super().__init__()
         self.inner = inner
         self.tables = tables
-        self.kernels = kernels
         self.context = context
         self.head = head
 
@@ -45,14 +42,7 @@ class AdapterLinear(nn.Module):
             # The kernels trust the batch's description: with other rows they would write past the end.
             site = self.tables.sites[0].name
             raise RuntimeError(f"{site} was given {len(rows)} rows of a batch of {len(owners.slots)}.")
-        if owners.affine:
-            rows = self.tables.change_input(rows, owners)
-        y: torch.Tensor = self.inner(rows.view(x.shape))
-        flat = y.view(-1, y.shape[-1])
-        self.kernels.add_low_rank(rows, flat, owners, self.tables.low_rank)
-        if owners.affine:
-            self.tables.change_output(flat, owners)
-        return y
+        return self.tables.apply(rows, owners, self.inner).view(*x.shape[:-1], -1)
 
 
 def hook_linears(
@@ -70,7 +60,7 @@ def hook_linears(
         parent, _, leaf = site.name.rpartition(".")
         inner = model.get_submodule(site.name)
         tables = SiteTables([site], slots, kernels, device)
-        wrapped = AdapterLinear(inner, tables, kernels, context, head=inner is head)
+        wrapped = AdapterLinear(inner, tables, context, head=inner is head)
         setattr(model.get_submodule(parent), leaf, wrapped)
         hooked.append(tables)
     return hooked

@@ -25,6 +25,7 @@ from onebase_engine.runner.batching import Chunk, Context, make_batch
 from onebase_engine.runner.learned_prefix import PrefixTable
 from onebase_engine.runner.lm_head import HeadKind, HiddenScores, LogitScores, Scores
 from onebase_engine.runner.paged_attention import ATTENTION_NAME, hook_attention, register_attention
+from onebase_engine.runner.routed_experts import hook_experts, routers_of
 from onebase_engine.runner.step_replay import Capture, Replays
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class ServedModel(AdapterSlots):
     def __init__(self, base: LoadedBase, *, slots: int, blocks: int, head: HeadKind = "screened") -> None:
         """`slots`: most adapters resident at once; `blocks`: size of the cache; `head`: see `HeadKind`."""
         super().__init__(base, slots)
-        replace_emulated(base.model)
+        replace_emulated(base.model, always=routers_of(base.model))
         self._model = base.model
         self._device = base.device
         self._context = Context()
@@ -55,6 +56,7 @@ class ServedModel(AdapterSlots):
         self._fused: Fused | None = None
         if (made := self._kernels.fuse(base.model, base.shape, self.cache, slots + 1)) is not None:
             self._fused, self._sites, self._sublayers = made
+        self._sites += hook_experts(base.model, base.shape, slots + 1, self._kernels, self._context, base.device)
         covered = {site.name for tables in self._sites for site in tables.sites}
         rest = [site for site in base.shape.sites.values() if site.name not in covered]
         self._sites += hook_linears(base.model, rest, slots + 1, self._kernels, self._context, base.device)

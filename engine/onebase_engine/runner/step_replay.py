@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from onebase_engine.base.mixture import Mixture
 from onebase_engine.kernels.batch import BLOCK, Batch, DeviceArrays, Owners, Traits
 from onebase_engine.kernels.interface import Kernels
 from onebase_engine.kernels.tables import LowRankTable
@@ -66,6 +67,8 @@ class Replays:
     @staticmethod
     def suit(model: Any) -> bool:
         """Whether the model's forward pass can do without a number of what it computes."""
+        if any(isinstance(module, Mixture) for module in model.modules()):
+            return False
         kinds = (getattr(module, "rope_type", "default") for module in model.modules())
         flat = (kind for each in kinds for kind in (each.values() if isinstance(each, dict) else [each]))
         return {*flat} <= _STEADY

@@ -20,6 +20,7 @@ from onebase_contract.settings import TrainConfig
 from onebase_engine.base.catalog import fetch_base
 from onebase_engine.base.describe import describe_base
 from onebase_engine.base.load_base import LoadedBase, quiet_loading
+from onebase_engine.base.mixture import is_mixture, split_mixture
 from onebase_engine.base.model_weights import ModelWeights
 from onebase_training.methods.attach import Method
 
@@ -106,4 +107,6 @@ def _bare(folder: Path, depth: int) -> Any:
         text.layer_types = text.layer_types[:depth]
     with quiet_loading():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if is_mixture(config):
+        split_mixture(model, lambda each: each)
     return model.requires_grad_(False)

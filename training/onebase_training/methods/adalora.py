@@ -33,7 +33,7 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
         total_step=steps,
         lora_alpha=2.0 * rank if config.alpha is None else config.alpha,
         lora_dropout=config.dropout,
-        target_modules=target_modules(config),
+        target_modules=target_modules(base, config),
         modules_to_save=list(config.modules_to_save) or None,
         fan_in_fan_out=is_transposed(base),
         task_type=task_type(base),

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 
+from onebase_adapters.errors import ConfigError
 from onebase_contract.settings import TrainConfig
 from onebase_engine.base.load_base import LoadedBase, plain_attention, quiet_loading
+from onebase_engine.base.mixture import is_mixture
 from onebase_training.model.attached import Attached
 
 LEARNING_RATE = 1e-4
@@ -14,6 +16,8 @@ LEARNING_RATE = 1e-4
 
 def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     """Trained weights are float32, products run in bfloat16, and bfloat16 is written."""
+    if is_mixture(base.model.config):
+        raise ConfigError("A mixture of experts is not trained whole here: take lora or qlora.", field="method")
     model = base.model.float()
     model.requires_grad_(True)
 

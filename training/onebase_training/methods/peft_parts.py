@@ -1,13 +1,17 @@
 """The parts that all of PEFT's methods share: putting its modules on the base, and writing its two files."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +20,7 @@ from onebase_adapters.errors import ConfigError
 from onebase_adapters.formats.peft_folder import WEIGHTS_FILE
 from onebase_contract.settings import TrainConfig
 from onebase_engine.base.load_base import LoadedBase
+from onebase_engine.base.mixture import Mixture, is_mixture
 from onebase_training.model.attached import Attached
 
 
@@ -29,20 +34,29 @@ class PeftParts:
     load: Callable[[Mapping[str, torch.Tensor]], None]
 
 
-def put_peft(base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] = ()) -> PeftParts:
+BASE_PREFIX = "base_model.model."
+"""Of all names in what PEFT saves."""
+
+
+def put_peft(
+    base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] = (), routed: bool = False
+) -> PeftParts:
     """Put a method's modules on the base. Tensors whose names hold one of `rounded` are written in bfloat16: those
     that each forward pass of training rounded to it, so that the adapter stays the same at half the size.
+    `routed`: it may be put on a mixture's router and experts.
 
     Raises ConfigError where PEFT refuses, e.g. for target modules that the base lacks.
     """
     try:
-        with warnings.catch_warnings():
+        with _modules_as_they_are(), warnings.catch_warnings():
             # Of a head that shares the embedding's weights. Ours are served apart, whichever is trained.
             warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
             peft: Any = get_peft_model(base.model, config)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"PEFT refuses this: {error}") from error
+    if not routed:
+        _refuse_routed(base, config)
     # Else PEFT names the cache folder that the base was read from.
     peft.peft_config["default"].base_model_name_or_path = base.shape.hub_id
 
@@ -55,7 +69,8 @@ def put_peft(base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] =
 
     def load(tensors: Mapping[str, torch.Tensor]) -> None:
         try:
-            found = set_peft_model_state_dict(peft, dict(tensors))
+            with _modules_as_they_are():
+                found = set_peft_model_state_dict(peft, dict(tensors))
         except (ValueError, RuntimeError, KeyError) as error:
             raise ConfigError(f"The adapter to start from does not fit: {error}", field="init_from") from error
         # PEFT takes a prompt's embeddings in, and calls them unexpected all the same.
@@ -68,9 +83,36 @@ def put_peft(base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] =
     return PeftParts(peft, peft.get_base_model(), save, load)
 
 
-def attach_peft(base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] = ()) -> Attached:
+@contextmanager
+def _modules_as_they_are() -> Iterator[None]:
+    """Let PEFT not take a mixture's linear modules for those of transformers 4, which it would look for in stacked
+    parameters that are not there."""
+    with (
+        patch.object(conversion, "convert_peft_config_for_transformers", lambda *_, **__: None),
+        patch.object(
+            conversion, "convert_peft_adapter_state_dict_for_transformers",
+            lambda *_, adapter_state_dict, **__: adapter_state_dict,
+        ),
+    ):  # fmt: skip
+        yield
+
+
+def _refuse_routed(base: LoadedBase, config: PeftConfig) -> None:
+    """What PEFT cannot put on transformers' stacked experts would be an adapter that it cannot read."""
+    for mixture in (module for module in base.model.modules() if isinstance(module, Mixture)):
+        if any(isinstance(module, BaseTunerLayer) for module in mixture.modules()):
+            raise ConfigError(
+                f"PEFT's {config.peft_type} has no form for a mixture's router and experts: choose --targets in "
+                "attention, or lora or qlora.",
+                field="targets",
+            )
+
+
+def attach_peft(
+    base: LoadedBase, config: PeftConfig, *, rounded: tuple[str, ...] = (), routed: bool = False
+) -> Attached:
     """A method that lives in the base's modules. Raises ConfigError as `put_peft` does."""
-    parts = put_peft(base, config, rounded=rounded)
+    parts = put_peft(base, config, rounded=rounded, routed=routed)
     return Attached(parts.model, parts.save, parts.load)
 
 
@@ -84,8 +126,10 @@ def rewrite(weights: Path, rounded: tuple[str, ...], **added: torch.Tensor) -> N
     weights.chmod(0o644)
 
 
-def target_modules(config: TrainConfig) -> list[str] | str:
-    """In PEFT's words: the chosen ones, else all linear modules but the head."""
+def target_modules(base: LoadedBase, config: TrainConfig) -> list[str] | str:
+    """In PEFT's words: the chosen ones, else all linear modules but the head; of a mixture, those of attention."""
+    if not config.targets and is_mixture(base.model.config):
+        return target_names(base, config)
     return list(config.targets) or "all-linear"
 
 
@@ -94,9 +138,10 @@ def target_names(base: LoadedBase, config: TrainConfig) -> list[str]:
     if config.targets:
         return list(config.targets)
     head = base.model.get_output_embeddings()
-    return sorted(
-        {name.rpartition(".")[2] for name in base.shape.sites if base.model.get_submodule(name) is not head}
-    )
+    names = (name for name in base.shape.sites if base.model.get_submodule(name) is not head)
+    if is_mixture(base.model.config):
+        names = (name for name in names if ".mlp." not in name)
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def is_transposed(base: LoadedBase) -> bool:

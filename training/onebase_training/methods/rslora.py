@@ -3,8 +3,6 @@
 from onebase_contract.settings import TrainConfig
 from onebase_engine.base.load_base import LoadedBase
 from onebase_training.methods import lora
-from onebase_training.methods.fast_lora import speed_up
-from onebase_training.methods.peft_parts import attach_peft
 from onebase_training.model.attached import Attached
 
 
@@ -12,6 +10,4 @@ def attach(base: LoadedBase, config: TrainConfig, steps: int) -> Attached:
     """As LoRA; alpha is the rank's root times two by default, which makes the scale LoRA's."""
     rank = config.rank or lora.RANK
     config = config.resolved(alpha=2.0 * rank**0.5)
-    attached = attach_peft(base, lora.lora_config(base, config, use_rslora=True), rounded=lora.ROUNDED)
-    speed_up(attached.model, config)
-    return attached
+    return lora.attach_lora(base, config, use_rslora=True)

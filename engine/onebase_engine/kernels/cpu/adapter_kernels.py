@@ -20,6 +20,8 @@ def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int)
 
 def add_low_rank(x: torch.Tensor, y: torch.Tensor, owners: Owners, table: LowRankTable) -> None:
     """As `reference.add_low_rank`."""
+    if not table.touches(owners.slots):
+        return  # a parallel region costs more than looking
     if x.dtype != torch.bfloat16 or y.dtype != torch.bfloat16:
         change = torch.zeros(y.shape, dtype=torch.bfloat16)
         add_low_rank(x.bfloat16(), change, owners, table)

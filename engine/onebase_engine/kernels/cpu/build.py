@@ -37,7 +37,7 @@ _SLOW = ("screen._best_of_row", "attention.attend_item", "lowrank.update_tile")
 """Begun before the others: one of two seconds that comes last is waited for alone."""
 _LATER = ("bottleneck", "elementwise._affine", "noise", "screen._score", "plain_product")
 """Some adapters and some requests need them."""
-_ON_DEMAND = ("matmul4bit.multiply_task_", "block_sums.sum_row.all")
+_ON_DEMAND = ("matmul4bit.multiply_task_", "grouped", "block_sums.sum_row.all")
 """Compiled at their first use: few bases need them."""
 
 

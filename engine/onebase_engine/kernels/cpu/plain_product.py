@@ -4,6 +4,8 @@ A weight's row is widened to float32 once for all rows of the input, and every s
 numbers do not depend on how many others there are.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from numba import carray, njit, types
@@ -45,7 +47,7 @@ def _some_features(task: int, at: int) -> None:
             out[0] = bf16_from_f32(_dot(x[r], wide) + bias[v])
 
 
-_multiply = PRODUCT.kernel(_some_features)
+_multiply = PRODUCT.kernel(_some_features, serial=1)
 
 
 class PlainProduct:
@@ -65,11 +67,10 @@ class PlainProduct:
         return y.view(*x.shape[:-1], self._linear.out_features)
 
 
-def replace_emulated(model: nn.Module) -> None:
-    """Let linear modules with bfloat16 weights multiply so where torch would emulate it: in serving, on a CPU."""
-    if TARGET.pairs:
-        return
-    for module in model.modules():
+def replace_emulated(model: nn.Module, always: Collection[nn.Module]) -> None:
+    """Let linear modules with bfloat16 weights multiply so where torch would emulate it, and `always` some: in
+    serving, on a CPU."""
+    for module in always if TARGET.pairs else model.modules():
         if type(module) is not nn.Linear:
             continue
         if module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":

@@ -14,6 +14,7 @@ from onebase_engine.kernels.cuda.adapter_kernels import (
     write_kv,
 )
 from onebase_engine.kernels.cuda.fused_decoder import fuse
+from onebase_engine.kernels.reference.backend import group
 
 __all__ = [
     "CAPTURED",
@@ -26,6 +27,7 @@ __all__ = [
     "attend",
     "attention_items",
     "fuse",
+    "group",
     "screen",
     "write_kv",
 ]

@@ -1,7 +1,8 @@
 """The kernels' definitions in plain torch: what the fast ones are tested against, and what runs where none is."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,16 @@ def fuse(model: Any, *_: object) -> None:
 
 def screen(head: Any) -> None:
     """The definition is all logits."""
+
+
+def group(modules: Sequence[Any]) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
+    """One module after another."""
+
+    def product(rows: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
+        own = zip(modules, pairwise(bounds), strict=True)
+        return torch.cat([module(rows[first:last]) for module, (first, last) in own if last > first])
+
+    return product
 
 
 def attention_items(query_start: np.ndarray, visible: np.ndarray, kv_heads: int) -> np.ndarray:
