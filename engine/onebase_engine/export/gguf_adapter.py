@@ -16,9 +16,7 @@ from onebase_adapters.primitives.instruction_set import LowRank
 from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
 from onebase_engine.base.gguf_file import ARCHITECTURES, rows_of
 from onebase_engine.base.load_base import LoadedBase
-
-_MODEL_TYPES = {"llama": "llama", "mistral": "llama", "gemma3_text": "gemma3"}
-"""llama.cpp's names of architectures, where they are not transformers'."""
+from onebase_engine.export.gguf_names import architecture_of
 
 
 def write_gguf_adapter(base: LoadedBase, adapter: LoweredAdapter, file: Path) -> int:
@@ -26,11 +24,7 @@ def write_gguf_adapter(base: LoadedBase, adapter: LoweredAdapter, file: Path) ->
     llama.cpp has no place for, or StorageError."""
     if file.exists():
         raise ConfigError(f"{file} exists. Choose another output.", field="output")
-    architecture = _MODEL_TYPES.get(base.shape.model_type, base.shape.model_type)
-    if architecture not in ARCHITECTURES:
-        raise AdapterError(
-            f"No adapters for bases of the type {base.shape.model_type} are written here.", field="model"
-        )
+    architecture = architecture_of(base.shape.model_type)
     updates = _updates(base, adapter)
     config = base.model.config
     names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], config.num_hidden_layers)
