@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -106,16 +106,14 @@ def merge_command(
 ) -> None:
     """Merge an adapter into its base: a transformers model in bfloat16, or a GGUF file. What is written is compared
     with the served adapter before it is kept."""
-    from onebase_engine.export.agreement import TEXTS
     from onebase_engine.export.merge_checked import merge_checked
 
     console = Console(highlight=False, soft_wrap=True)
-    prompts: Sequence[str | Sequence[int]] = TEXTS if data is None else _prompts(data, model)
     agreed = merge_checked(
         path,
         output,
         BaseSpec(model, quantization, device="cpu"),
-        prompts,
+        _prompts(data, model),
         least=least_agreement,
         progress=console.print,
         form=to,
@@ -128,28 +126,50 @@ def merge_command(
 def export_command(
     path: Annotated[Path, typer.Argument(help="An adapter's folder: ours, or any that PEFT wrote.")],
     *,
-    output: Annotated[Path, typer.Option(help="The .gguf file.")],
+    output: Annotated[Path, typer.Option(help="The .gguf file, or PEFT's folder.")],
+    to: Annotated[
+        Literal["gguf", "peft"],
+        typer.Option(help="llama.cpp's adapter, or PEFT's own folder, as LoRA where it can be one."),
+    ] = "gguf",
     model: Annotated[str, typer.Option(help="The base that it is served on.")] = DEFAULT_BASE,
+    data: Annotated[
+        Path | None, typer.Option(help="Of peft: held-out examples to compare by. Default: some usual texts.")
+    ] = None,
+    least_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Of peft: write nothing if fewer of the greedy tokens agree.")
+    ] = 0.9,
 ) -> None:
-    """Write an adapter as llama.cpp reads it (`llama-server --lora FILE`)."""
+    """Write an adapter as llama.cpp reads it (`llama-server --lora FILE`), or as PEFT does. What PEFT will read is
+    compared with the served adapter before it is kept."""
     from onebase_engine.export.gguf_adapter import write_gguf_adapter
     from onebase_engine.export.lowered_on_base import load_lowered
+    from onebase_engine.export.peft_adapter import export_peft
 
     console = Console(highlight=False, soft_wrap=True)
-    base, adapter = load_lowered(path, BaseSpec(model, device="cpu"), console.print)
+    spec = BaseSpec(model, device="cpu")
+    if to == "peft":
+        prompts = _prompts(data, model)
+        agreed = export_peft(path, output, spec, prompts, least=least_agreement, progress=console.print)
+        console.print(f"of the served adapter's greedy tokens, {agreed:.1%} are PEFT's best, too")
+        console.print(f"Wrote {output}")
+        return
+    base, adapter = load_lowered(path, spec, console.print)
     count = write_gguf_adapter(base, adapter, output)
     for note in adapter.notes:
         console.print(f"note: {note}")
     console.print(f"Wrote {output}: low-rank updates of {count} weights")
 
 
-def _prompts(data: Path, model: str) -> list[list[int]]:
-    """The prompts of a data file's first examples, as they are served."""
+def _prompts(data: Path | None, model: str) -> Sequence[str | Sequence[int]]:
+    """Some usual texts, or the prompts of a data file's first examples as they are served."""
     from transformers import AutoTokenizer
 
     from onebase_engine.base.catalog import fetch_base
+    from onebase_engine.export.agreement import TEXTS
     from onebase_training.data import encode, read_dataset
 
+    if data is None:
+        return TEXTS
     tokenizer = AutoTokenizer.from_pretrained(fetch_base(model))
     examples = read_dataset(data).examples[:_COMPARED]
     encoded = encode(examples, tokenizer, max_length=2048, too_long="skip")

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onebase_adapters.atomic_files import scratch_beside
-from onebase_adapters.errors import AdapterError, ConfigError
+from onebase_adapters.errors import ConfigError
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.package_files import Progress
-from onebase_engine.export.agreement import agreement, served_tokens
+from onebase_engine.export.agreement import agreement, check_agreement, served_tokens
 from onebase_engine.export.gguf_model import read_back, write_gguf_model
 from onebase_engine.export.lowered_on_base import load_lowered
 from onebase_engine.export.merged_model import write_merged
@@ -47,11 +47,6 @@ def merge_checked(
             read_back(scratch / "model", made, compared, progress)
         progress("comparing with the served adapter")
         agreed = agreement(compared, served_tokens(spec, path, prompts), spec.device)
-        if agreed < least:
-            raise AdapterError(
-                f"Only {agreed:.1%} of the served adapter's greedy tokens are the merged model's best, too: "
-                f"nothing is written. --least-agreement {agreed:.2f} keeps it all the same.",
-                field="least_agreement",
-            )
+        check_agreement(agreed, least)
         made.replace(output)
     return agreed
