@@ -20,6 +20,10 @@ app = typer.Typer(
     help="Look at adapters, make them from fine-tuned models, and hand them on.", no_args_is_help=True
 )
 
+_Push = Annotated[
+    str | None, typer.Option(metavar="OWNER/NAME", help="Send it to this repository of a hub, once it is written.")
+]
+_Private = Annotated[bool, typer.Option("--private", help="Let only its owner read that repository.")]
 _COMPARED = 32
 """Examples that a merged model is compared by."""
 
@@ -103,6 +107,8 @@ def merge_command(
     least_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Write nothing if fewer of the greedy tokens agree.")
     ] = 0.9,
+    push: _Push = None,
+    private: _Private = False,
 ) -> None:
     """Merge an adapter into its base: a transformers model in bfloat16, or a GGUF file. What is written is compared
     with the served adapter before it is kept."""
@@ -120,6 +126,7 @@ def merge_command(
     )
     console.print(f"of the served adapter's greedy tokens, {agreed:.1%} are the written model's best, too")
     console.print(f"Wrote {output}")
+    _send(output, push, private=private, console=console)
 
 
 @app.command("export")
@@ -138,9 +145,12 @@ def export_command(
     least_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Of peft: write nothing if fewer of the greedy tokens agree.")
     ] = 0.9,
+    push: _Push = None,
+    private: _Private = False,
 ) -> None:
     """Write an adapter as llama.cpp reads it (`llama-server --lora FILE`), or as PEFT does. What PEFT will read is
     compared with the served adapter before it is kept."""
+    from onebase_adapters.formats.peft_folder import SIDECAR_FILE, read_object
     from onebase_engine.export.gguf_adapter import write_gguf_adapter
     from onebase_engine.export.lowered_on_base import load_lowered
     from onebase_engine.export.peft_adapter import export_peft
@@ -152,12 +162,21 @@ def export_command(
         agreed = export_peft(path, output, spec, prompts, least=least_agreement, progress=console.print)
         console.print(f"of the served adapter's greedy tokens, {agreed:.1%} are PEFT's best, too")
         console.print(f"Wrote {output}")
-        return
-    base, adapter = load_lowered(path, spec, console.print)
-    count = write_gguf_adapter(base, adapter, output)
-    for note in adapter.notes:
-        console.print(f"note: {note}")
-    console.print(f"Wrote {output}: low-rank updates of {count} weights")
+    else:
+        base, adapter = load_lowered(path, spec, console.print)
+        count = write_gguf_adapter(base, adapter, output, read_object(path / SIDECAR_FILE))
+        for note in adapter.notes:
+            console.print(f"note: {note}")
+        console.print(f"Wrote {output}: low-rank updates of {count} weights")
+    _send(output, push, private=private, console=console)
+
+
+def _send(output: Path, repo: str | None, *, private: bool, console: Console) -> None:
+    """Send what was written to a hub, if it is to go there."""
+    from onebase_engine.export.push import push
+
+    if repo is not None:
+        console.print(f"Sent to {push(output, repo, private=private)}")
 
 
 def _prompts(data: Path | None, model: str) -> Sequence[str | Sequence[int]]:

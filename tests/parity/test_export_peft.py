@@ -104,6 +104,9 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     adapter = save_named(tmp_path / "adapter", tiny_model("llama"), "loha")
+    data = {"train": "f00d", "examples": 9, "held_out_examples": 1, "format": "text"}
+    notes = {"method": "loha", "data": data, "metrics": {"before": {"loss": 3.0}, "after": {"loss": 1.5}}}
+    (adapter / "onebase.json").write_text(json.dumps({**notes, "settings": {"rank": 4}}))
     words = ["adapters", "export", str(adapter), "--to", "peft", "--model", str(tiny_model("llama"))]
     monkeypatch.setattr("sys.argv", ["onebase", *words, "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
@@ -114,3 +117,7 @@ def test_the_command(
     assert "of the served adapter's greedy tokens" in told
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"]) == ("LORA", 16)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| loss | 3 | 1.5 |" in card
+    assert "SHA-256 of the data: f00d." in card
+    assert json.loads((tmp_path / "out" / "onebase.json").read_text()) == notes

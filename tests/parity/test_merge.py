@@ -137,6 +137,7 @@ def test_a_gguf_file_holds_the_merged_model(
     if form != "gguf-q8_0":
         assert greedy(tmp_path / "read") == greedy(tmp_path / "model")
     assert AutoTokenizer.from_pretrained(tmp_path / "read").chat_template
+    assert "$ llama-server -m merged.gguf" in (tmp_path / "merged.gguf.md").read_text()
     assert not list(tmp_path.glob(".merged*")), "nothing half-made is left"
 
 
@@ -200,3 +201,7 @@ def test_the_command(
     assert "merging into the base as it is served: NF4" in told
     assert "of the served adapter's greedy tokens" in told
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert 'base_model_relation: "merge"' in card
+    assert "are this model's best, too." in card
+    assert "$ onebase serve --model merged" in card

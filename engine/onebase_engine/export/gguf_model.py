@@ -32,7 +32,7 @@ _KINDS = {
 _WITH_WINDOW = ("gemma3", "phi3")
 """Architectures whose window llama.cpp heeds."""
 _NO_MATTER = {
-    *("_name_or_path", "architectures", "dtype", "model_type", "transformers_version", "quantization_config"),
+    *("architectures", "dtype", "model_type", "transformers_version", "quantization_config"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "initializer_range", "pretraining_tp"),
     *("attention_dropout", "embd_pdrop", "resid_pdrop", "is_llama_config", "rope_interleaved", "max_window_layers"),
 }
@@ -82,7 +82,7 @@ def read_back(folder: Path, file: Path, target: Path, progress: Progress) -> Non
     convert_gguf(file, target, progress)
     wanted, found = (json.loads((each / "config.json").read_text()) for each in (folder, target))
     for name, value in wanted.items():
-        if name not in _NO_MATTER and not _same(value, found.get(name)):
+        if name not in _NO_MATTER and name[0] != "_" and not _same(value, found.get(name)):
             raise BaseModelError(
                 f"GGUF has no place for the model's {name}: it was {value}, and is {found.get(name)}. "
                 "`--to transformers` writes the model with it.",

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from onebase_adapters.atomic_files import staged_directory
-from onebase_adapters.errors import ConfigError
 from onebase_adapters.formats.chat_template import CHAT_TEMPLATE_FILE
-from onebase_adapters.formats.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from onebase_adapters.formats.peft_folder import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE, read_object
 from onebase_adapters.peft_form import peft_form
 from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
 from onebase_engine.base.base_spec import BaseSpec
@@ -22,6 +21,7 @@ from onebase_engine.base.package_files import Progress
 from onebase_engine.export.agreement import check_agreement, served_tokens
 from onebase_engine.export.lowered_on_base import load_lowered
 from onebase_engine.export.merged_model import expanded_model
+from onebase_engine.export.model_card import CARD_FILE, Card, check_free, render_card
 
 
 def export_peft(
@@ -39,8 +39,7 @@ def export_peft(
     Raises ConfigError (output exists), AdapterError and its branches (PEFT has no form for it, or fewer than
     `least` agree), BaseModelError or StorageError. Then nothing is written.
     """
-    if output.exists():
-        raise ConfigError(f"{output} exists. Choose another output.", field="output")
+    check_free(output)
     base, adapter = load_lowered(path, spec, progress)
     for note in adapter.notes:
         progress(f"note: {note}")
@@ -49,6 +48,7 @@ def export_peft(
         progress("comparing with the served adapter")
         agreed = peft_agreement(base, folder, served_tokens(spec, path, prompts))
         check_agreement(agreed, least)
+        _write_notes(path, output.name, base, adapter, agreed, folder)
     return agreed
 
 
@@ -60,6 +60,24 @@ def write_peft(base: LoadedBase, adapter: LoweredAdapter, folder: Path) -> None:
     save_file(form.tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     if adapter.chat_template is not None:
         (folder / CHAT_TEMPLATE_FILE).write_text(adapter.chat_template, encoding="utf-8")
+
+
+def _write_notes(
+    path: Path, name: str, base: LoadedBase, adapter: LoweredAdapter, agreed: float, folder: Path
+) -> None:
+    """What is known of the adapter, but for what only its own form needs, and the card."""
+    notes = read_object(path / SIDECAR_FILE)
+    kept = {key: notes[key] for key in ("base", "method", "data", "metrics") if key in notes}
+    if kept:
+        (folder / SIDECAR_FILE).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    hub_id = base.shape.hub_id
+    about = (
+        f"An adapter of {notes.get('method', adapter.method)} for {hub_id}, as PEFT loads it. Of the adapter's "
+        f"greedy tokens as OneBase serves it ({base.held}), {agreed:.1%} are PEFT's best, too."
+    )
+    commands = [f"onebase serve --model {base.shape.name} --adapter-root .   # and register the folder {name}"]
+    card = Card(name, hub_id, "peft", "adapter", about, commands, kept)
+    (folder / CARD_FILE).write_text(render_card(card), encoding="utf-8")
 
 
 @torch.inference_mode()
