@@ -218,7 +218,10 @@ def _file(data: str, work: Path) -> Path:
     """A file itself, or the first rows of a recipe."""
     if Path(data).is_file():
         return Path(data)
-    return prepare(data, work / f"data-{data}", limit=120, eval_limit=1, progress=lambda _: None) / "train.jsonl"
+    folder = work / f"data-{data}"
+    if not folder.is_dir():
+        prepare(data, folder, limit=120, eval_limit=1, progress=lambda _: None)
+    return folder / "train.jsonl"
 
 
 def show(rows: Sequence[Row], markdown: Path | None) -> None:

@@ -122,13 +122,13 @@ def _low_rank(
         if one.site in updates:
             a, b = torch.cat([updates[one.site][0], a]), torch.cat([updates[one.site][1], b], 1)
         updates[one.site] = a, b
-    for name in shifts.keys() | outputs.keys():
-        site = base.sites[name]
-        updates.setdefault(name, (torch.zeros(1, site.in_features), torch.zeros(site.out_features, 1)))
+    for site in shifts.keys() | outputs.keys():
+        shape = base.sites[site]
+        updates.setdefault(site, (torch.zeros(1, shape.in_features), torch.zeros(shape.out_features, 1)))
     tensors: dict[str, torch.Tensor] = {}
-    for site, (a, b) in updates.items():
+    for site, pair in updates.items():
         names = ("lora_embedding_A", "lora_embedding_B") if site == base.embedding else _LINEAR
-        tensors |= {f"{_STEM}{site}.{name}": part for name, part in zip(names, (a, b), strict=True)}
+        tensors |= {f"{_STEM}{site}.{name}": part for name, part in zip(names, pair, strict=True)}
     if outputs:
         tensors |= _magnitudes(updates, outputs, shifts, base, weights)
     elif shifts:

@@ -78,6 +78,6 @@ def read_gguf_tokenizer(file: Path) -> Any:
 
 def _parts(rule: Any) -> list[dict[str, Any]]:
     """A pre-tokenizer's steps, without what only concerns the places of tokens in the text."""
-    described = json.loads(rule.__getstate__()) if rule is not None else {"type": "none"}
-    steps = described["pretokenizers"] if described["type"] == "Sequence" else [described]
+    described: Any = json.loads(rule.__getstate__()) if rule is not None else {"type": "none"}
+    steps: list[dict[str, Any]] = described["pretokenizers"] if described["type"] == "Sequence" else [described]
     return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]

@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -67,7 +68,7 @@ def _write_notes(
 ) -> None:
     """What is known of the adapter, but for what only its own form needs, and the card."""
     notes = read_object(path / SIDECAR_FILE)
-    kept = {key: notes[key] for key in ("base", "method", "data", "metrics") if key in notes}
+    kept: dict[str, Any] = {key: notes[key] for key in ("base", "method", "data", "metrics") if key in notes}
     if kept:
         (folder / SIDECAR_FILE).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     hub_id = base.shape.hub_id

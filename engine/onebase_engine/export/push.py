@@ -13,7 +13,8 @@ def push(output: Path, repo: str, *, private: bool) -> str:
     Raises ConfigError (no such name), or UploadError: no token or a wrong one, no network, a refusal, or a
     repository that all can read where it was to be private."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError as ClientError  # type: ignore[attr-defined]
 
     api = HfApi()
     try:
@@ -41,6 +42,6 @@ def push(output: Path, repo: str, *, private: bool) -> str:
             else f"the hub answers {status}: {error.server_message or error}"
         )
         raise UploadError(f"Cannot write to {repo}: {reason}. {output} stays.", field="push") from error
-    except (HTTPError, OSError, RuntimeError) as error:  # the last are its uploader's
+    except (ClientError, OSError, RuntimeError) as error:  # the last are its uploader's
         raise UploadError(f"Cannot reach the hub: {error}. {output} stays.", field="push") from error
     return str(address)
