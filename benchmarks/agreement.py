@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
+from transformers import AutoTokenizer, set_seed
 
 from examples.prepare import prepare
 from onebase import LLM, SamplingParams
@@ -30,7 +30,6 @@ from onebase_contract.events import silent
 from onebase_contract.settings import TrainConfig
 from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec
 from onebase_engine.base.catalog import fetch_base
-from onebase_engine.text.tokenizer import load_codec
 from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
 from onebase_training.data.encoding.encode_template import encode_with
 from onebase_training.fitting.distributed import ALONE
@@ -171,8 +170,8 @@ def server_says(
 
 def on_two_bases(adapter: Path, data: Path, bases: Sequence[str], examples: int) -> Row:
     """One adapter on two forms of its base."""
-    codec = load_codec(fetch_base(bases[0]))
-    encoded = encode(read_dataset(data).examples[:examples], codec.tokenizer, max_length=1024, too_long="skip")
+    tokenizer = AutoTokenizer.from_pretrained(fetch_base(bases[0]))
+    encoded = encode(read_dataset(data).examples[:examples], tokenizer, max_length=1024, too_long="skip")
     one, other = (list(server_says(BaseSpec(base), adapter, encoded)) for base in bases)
     return compare(adapter.name, *bases, one, other)
 
@@ -187,6 +186,7 @@ def main() -> None:
         "--data", default="address-fields", help="a recipe of `python -m examples.prepare`, or a file"
     )
     parser.add_argument("--labels", default="tweets", help="likewise, for methods that train a classifier")
+    parser.add_argument("--rows", type=int, default=30, help="rows of a recipe, of which 30% are held out")
     parser.add_argument("--markdown", type=Path, help="write the table there, too")
     parser.add_argument("--adapter", type=Path, help="compare this one on two bases")
     parser.add_argument("--bases", default=f"{DEFAULT_BASE},{DEFAULT_BASE}-q4_1")
@@ -195,32 +195,35 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         if options.adapter is not None:
-            data = _file(options.data, work)
+            data = _file(options.data, options.rows, work)
             rows.append(on_two_bases(options.adapter, data, options.bases.split(","), options.examples))
         else:
             for name in options.methods.split(","):
-                data = _file(options.labels if find_method(name).head else options.data, work)
+                data = options.labels if find_method(name).head else options.data
                 config = TrainConfig(
-                    data=data,
+                    data=_file(data, options.rows, work),
                     output=work / name,
                     method=name,
                     model=options.model,
                     max_steps=max(options.steps, 6) if name == "adalora" else options.steps,
                     eval_every=10**6,
+                    eval_fraction=0.3,
+                    batch_tokens=256,
                     too_long="skip",
                 )
-                rows += train_and_compare(config, options.examples)
-                print(rows[-1], flush=True)
+                found = train_and_compare(config, options.examples)
+                print(*found, sep="\n", flush=True)
+                rows += found
     show(rows, options.markdown)
 
 
-def _file(data: str, work: Path) -> Path:
+def _file(data: str, rows: int, work: Path) -> Path:
     """A file itself, or the first rows of a recipe."""
     if Path(data).is_file():
         return Path(data)
     folder = work / f"data-{data}"
     if not folder.is_dir():
-        prepare(data, folder, limit=120, eval_limit=1, progress=lambda _: None)
+        prepare(data, folder, limit=rows, eval_limit=1, progress=lambda _: None)
     return folder / "train.jsonl"
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.agreement import compare, show, train_and_compare
+from benchmarks.agreement import compare, on_two_bases, show, train_and_compare
 from onebase_contract.settings import TrainConfig
+from onebase_engine.base.gguf_file import convert_gguf
+from support.quantised import save_gguf
 
 
 @pytest.fixture
@@ -32,6 +34,19 @@ def test_a_server_says_what_the_trainer_says(method: str, config: TrainConfig, t
     assert row.agreement > 0.8
     show(rows, tmp_path / "table.md")
     assert f"| {method} | nf4 | nf4 |" in (tmp_path / "table.md").read_text()
+
+
+def test_one_adapter_on_two_forms_of_its_base(
+    tiny_model: Callable[[str], Path], tiny_lora: Callable[..., Path], config: TrainConfig, tmp_path: Path
+) -> None:
+    save_gguf(tiny_model("llama"), tmp_path / "base.gguf", "Q8_0")
+    (tmp_path / "q8_0").mkdir()
+    convert_gguf(tmp_path / "base.gguf", tmp_path / "q8_0", lambda _: None)
+    bases = [str(tiny_model("llama")), str(tmp_path / "q8_0")]
+    row = on_two_bases(tiny_lora("llama", rank=4, seed=1), config.files[0], bases, 2)
+    assert (row.trained_on, row.served_on) == tuple(bases)
+    assert row.tokens > 10
+    assert 1e-3 < row.divergence < 5, "NF4 rounds, 8 bits hardly do"
 
 
 def test_sides_that_differ_are_told_apart() -> None:
