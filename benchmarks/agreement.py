@@ -25,13 +25,13 @@ from transformers import AutoTokenizer, set_seed
 
 from examples.prepare import prepare
 from onebase import LLM, SamplingParams
-from onebase_adapters.errors import DataError
+from onebase_adapters.errors import AdapterError, DataError
 from onebase_contract.events import silent
 from onebase_contract.settings import TrainConfig
 from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec
 from onebase_engine.base.catalog import fetch_base
 from onebase_training.data import NO_LOSS, Encoded, encode, read_dataset
-from onebase_training.data.encoding.encode_template import encode_with
+from onebase_training.data.encoding.encode_template import encode_with, raw
 from onebase_training.fitting.distributed import ALONE
 from onebase_training.fitting.training_loop import Loop
 from onebase_training.methods.attach import METHODS, find_method
@@ -53,7 +53,7 @@ Said = Sequence[Mapping[int, float]]
 
 @dataclass(frozen=True)
 class Row:
-    """How two sides compare."""
+    """How two sides compare; nan where the server refuses the adapter."""
 
     name: str
     trained_on: str
@@ -97,10 +97,14 @@ def train_and_compare(config: TrainConfig, examples: int) -> list[Row]:
             spec, adapter = replace(spec, model=str(folder)), None
         else:
             adapter = folder
-        served = list(server_says(spec, adapter, held_out, classes=model.attached.head is not None))
-        on = {"none": "bfloat16"}
-        names = (on.get(each, each) for each in (plan.method.quantization, quantization))
-        rows.append(compare(config.method, *names, trained, served))
+        on, by = ("bfloat16" if each == "none" else each for each in (plan.method.quantization, quantization))
+        try:
+            served = list(server_says(spec, adapter, held_out, classes=model.attached.head is not None))
+        except AdapterError as error:
+            print(f"{config.method} is not served: {error}", flush=True)
+            rows.append(Row(config.method, on, "refused", 0, math.nan, math.nan))
+        else:
+            rows.append(compare(config.method, on, by, trained, served))
     return rows
 
 
@@ -108,7 +112,7 @@ def _fit(plan: RunPlan, folder: Path) -> tuple[Trained, Sequence[Encoded]]:
     if plan.method.attach is None:
         raise TypeError("no parameters")
     attached = plan.method.attach(plan.base, plan.config, plan.batches.steps)
-    if plan.config.head or plan.method.head:
+    if plan.config.head:
         attached = with_head(attached, plan.base, plan.dataset, plan.config)
     model = plan.trained(attached)
     work = plan.config.output / "work"
@@ -161,8 +165,11 @@ def server_says(
         asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=_TOP)
         template = llm.adapters["adapter"].template if name else None
         for one in examples:
-            # An adapter's own text is in the tokens already.
-            [output] = llm.generate([one.input_ids], asked, None if template else name)
+            if template is not None:  # its text is in the tokens already, which must be those that users get
+                [sent] = llm.generate([raw(one.example)[0]], SamplingParams(max_tokens=1), name)
+                if sent.prompt_token_ids != one.input_ids[: one.prompt_length]:
+                    raise RuntimeError(f"the server reads another prompt: {sent.prompt!r}")
+            [output] = llm.generate([one.input_ids], asked, name if template is None else None)
             for label, entry in zip(one.labels, output.prompt_logprobs or (), strict=True):
                 if label != NO_LOSS and entry is not None:
                     yield dict(entry.top)
