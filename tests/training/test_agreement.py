@@ -45,7 +45,7 @@ def test_one_adapter_on_two_forms_of_its_base(
     bases = [str(tiny_model("llama")), str(tmp_path / "q8_0")]
     row = on_two_bases(tiny_lora("llama", rank=4, seed=1), config.files[0], bases, 2)
     assert (row.trained_on, row.served_on) == tuple(bases)
-    assert row.tokens > 10
+    assert row.tokens >= 10
     assert 1e-3 < row.divergence < 5, "NF4 rounds, 8 bits hardly do"
 
 
