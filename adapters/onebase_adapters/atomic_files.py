@@ -30,19 +30,27 @@ def disk_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def staged_directory(target: Path) -> Iterator[Path]:
-    """A scratch directory beside `target` that takes its place when the block ends well, else vanishes.
-
-    An existing `target` is replaced. Raises StorageError where the disk refuses.
-    """
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """A scratch directory on the same disk as `target`, which vanishes when the block ends. Raises StorageError
+    where the disk refuses."""
     with disk_errors(str(target)):
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         scratch.chmod(0o755)
         try:
             yield scratch
-            if target.exists():
-                shutil.rmtree(target)
-            scratch.replace(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """A scratch directory beside `target` that takes its place when the block ends well, else vanishes.
+
+    An existing `target` is replaced. Raises StorageError where the disk refuses.
+    """
+    with scratch_beside(target) as scratch:
+        yield scratch
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.replace(target)

@@ -35,6 +35,10 @@ class StorageError(OneBaseError):
     """The disk refused: full, read-only, or no permission. Nothing half-written is left behind."""
 
 
+class UploadError(OneBaseError):
+    """A hub does not take what was written, which stays: no token or a wrong one, no network, a refusal."""
+
+
 class DataError(OneBaseError):
     """A data file is not what it should be; the message has the line number where there is one."""
 

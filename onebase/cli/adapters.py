@@ -4,13 +4,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from onebase_engine.base.base_spec import DEFAULT_BASE, BaseSpec, Quantization
+from onebase_engine.export.model_form import ModelForm
 
 if TYPE_CHECKING:  # it imports torch
     from onebase_adapters.extract import Extraction
@@ -19,6 +20,10 @@ app = typer.Typer(
     help="Look at adapters, make them from fine-tuned models, and hand them on.", no_args_is_help=True
 )
 
+_Push = Annotated[
+    str | None, typer.Option(metavar="OWNER/NAME", help="Send it to this repository of a hub, once it is written.")
+]
+_Private = Annotated[bool, typer.Option("--private", help="Let only its owner read that repository.")]
 _COMPARED = 32
 """Examples that a merged model is compared by."""
 
@@ -90,7 +95,10 @@ def extract_command(
 def merge_command(
     path: Annotated[Path, typer.Argument(help="An adapter's folder: ours, or any that PEFT wrote.")],
     *,
-    output: Annotated[Path, typer.Option(help="Folder of the merged model.")],
+    output: Annotated[Path, typer.Option(help="Folder, or .gguf file, of the merged model.")],
+    to: Annotated[
+        ModelForm, typer.Option(help="A transformers folder, or one GGUF file: in bfloat16, float16 or 8 bits.")
+    ] = "transformers",
     model: Annotated[str, typer.Option(help="The base that it is served on.")] = DEFAULT_BASE,
     quantization: Annotated[Quantization, typer.Option(help="How the base is held where it is served.")] = "nf4",
     data: Annotated[
@@ -99,52 +107,88 @@ def merge_command(
     least_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Write nothing if fewer of the greedy tokens agree.")
     ] = 0.9,
+    push: _Push = None,
+    private: _Private = False,
 ) -> None:
-    """Merge an adapter into its base: a transformers model in bfloat16, which is compared with the served adapter
-    before it is kept."""
-    from onebase_engine.export.agreement import TEXTS
+    """Merge an adapter into its base: a transformers model in bfloat16, or a GGUF file. What is written is compared
+    with the served adapter before it is kept."""
     from onebase_engine.export.merge_checked import merge_checked
 
     console = Console(highlight=False, soft_wrap=True)
-    prompts: Sequence[str | Sequence[int]] = TEXTS if data is None else _prompts(data, model)
     agreed = merge_checked(
         path,
         output,
         BaseSpec(model, quantization, device="cpu"),
-        prompts,
+        _prompts(data, model),
         least=least_agreement,
         progress=console.print,
+        form=to,
     )
     console.print(f"of the served adapter's greedy tokens, {agreed:.1%} are the written model's best, too")
     console.print(f"Wrote {output}")
+    _send(output, push, private=private, console=console)
 
 
 @app.command("export")
 def export_command(
     path: Annotated[Path, typer.Argument(help="An adapter's folder: ours, or any that PEFT wrote.")],
     *,
-    output: Annotated[Path, typer.Option(help="The .gguf file.")],
+    output: Annotated[Path, typer.Option(help="The .gguf file, or PEFT's folder.")],
+    to: Annotated[
+        Literal["gguf", "peft"],
+        typer.Option(help="llama.cpp's adapter, or PEFT's own folder, as LoRA where it can be one."),
+    ] = "gguf",
     model: Annotated[str, typer.Option(help="The base that it is served on.")] = DEFAULT_BASE,
+    data: Annotated[
+        Path | None, typer.Option(help="Of peft: held-out examples to compare by. Default: some usual texts.")
+    ] = None,
+    least_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Of peft: write nothing if fewer of the greedy tokens agree.")
+    ] = 0.9,
+    push: _Push = None,
+    private: _Private = False,
 ) -> None:
-    """Write an adapter as llama.cpp reads it (`llama-server --lora FILE`)."""
+    """Write an adapter as llama.cpp reads it (`llama-server --lora FILE`), or as PEFT does. What PEFT will read is
+    compared with the served adapter before it is kept."""
+    from onebase_adapters.formats.peft_folder import SIDECAR_FILE, read_object
     from onebase_engine.export.gguf_adapter import write_gguf_adapter
     from onebase_engine.export.lowered_on_base import load_lowered
+    from onebase_engine.export.peft_adapter import export_peft
 
     console = Console(highlight=False, soft_wrap=True)
-    base, adapter = load_lowered(path, BaseSpec(model, device="cpu"), console.print)
-    count = write_gguf_adapter(base, adapter, output)
-    for note in adapter.notes:
-        console.print(f"note: {note}")
-    console.print(f"Wrote {output}: low-rank updates of {count} weights")
+    spec = BaseSpec(model, device="cpu")
+    if to == "peft":
+        prompts = _prompts(data, model)
+        agreed = export_peft(path, output, spec, prompts, least=least_agreement, progress=console.print)
+        console.print(f"of the served adapter's greedy tokens, {agreed:.1%} are PEFT's best, too")
+        console.print(f"Wrote {output}")
+    else:
+        base, adapter = load_lowered(path, spec, console.print)
+        count = write_gguf_adapter(base, adapter, output, read_object(path / SIDECAR_FILE))
+        for note in adapter.notes:
+            console.print(f"note: {note}")
+        console.print(f"Wrote {output}: low-rank updates of {count} weights")
+    _send(output, push, private=private, console=console)
 
 
-def _prompts(data: Path, model: str) -> list[list[int]]:
-    """The prompts of a data file's first examples, as they are served."""
+def _send(output: Path, repo: str | None, *, private: bool, console: Console) -> None:
+    """Send what was written to a hub, if it is to go there."""
+    from onebase_engine.export.push import push
+
+    if repo is not None:
+        console.print(f"Sent to {push(output, repo, private=private)}")
+
+
+def _prompts(data: Path | None, model: str) -> Sequence[str | Sequence[int]]:
+    """Some usual texts, or the prompts of a data file's first examples as they are served."""
     from transformers import AutoTokenizer
 
     from onebase_engine.base.catalog import fetch_base
+    from onebase_engine.export.agreement import TEXTS
     from onebase_training.data import encode, read_dataset
 
+    if data is None:
+        return TEXTS
     tokenizer = AutoTokenizer.from_pretrained(fetch_base(model))
     examples = read_dataset(data).examples[:_COMPARED]
     encoded = encode(examples, tokenizer, max_length=2048, too_long="skip")

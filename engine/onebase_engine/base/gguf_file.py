@@ -18,6 +18,7 @@ from torch import nn
 
 from onebase_adapters.errors import BaseModelError
 from onebase_engine.base.families import FAMILIES
+from onebase_engine.base.gguf_tokenizer import read_gguf_tokenizer
 from onebase_engine.base.needed_memory import refuse_beyond
 from onebase_engine.base.package_files import Progress
 from onebase_engine.kernels.coded_linear import CodedWeight
@@ -26,7 +27,7 @@ _SIGNED = torch.arange(-8, 8, dtype=torch.float32)
 _UNSIGNED = torch.arange(16, dtype=torch.float32)
 _NONE = torch.empty(0)
 ARCHITECTURES = {family.gguf: gguf.MODEL_ARCH[family.gguf.upper()] for family in FAMILIES.values() if family.gguf}
-"""Those whose tensors are known to be transformers' own, but for what `rows_of` and `_added` undo."""
+"""Those whose tensors are known to be transformers' own, but for what `rows_of` and `added_to` undo."""
 _SETTINGS = {
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
@@ -34,12 +35,13 @@ _SETTINGS = {
 }
 """The settings that end up in the configuration. Any other one would be lost without a word."""
 _HALF, _LOW = 4, 15
+_LAYERS_OF_27B = 62
 
 
 def convert_gguf(file: Path, target: Path, progress: Progress) -> None:
     """Write the folder. Raises BaseModelError for a file that is damaged, or whose architecture is not read."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tensors, settings = _read(file)
     refuse_beyond(torch.device("cpu"), _converted_bytes(tensors.values()), f"Reading {file.name}")
@@ -51,6 +53,8 @@ def convert_gguf(file: Path, target: Path, progress: Progress) -> None:
         config.head_dim = settings["attention.key_length"]
     if hasattr(config, "sliding_window"):
         config.sliding_window = settings.get("attention.sliding_window")
+    if hasattr(config, "query_pre_attn_scalar"):
+        config.query_pre_attn_scalar = _query_scale(config)
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
         config.pad_token_id = None  # a default of the class
     with init_empty_weights():
@@ -73,7 +77,7 @@ def convert_gguf(file: Path, target: Path, progress: Progress) -> None:
                 parts = _parts(_READERS[kind](tensor.data), rows)
                 written |= {f"{module}.{part}": value for part, value in parts.items()}
                 continue
-        dense = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type) - _added(name, architecture))
+        dense = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type) - added_to(name, architecture))
         written[name] = dense.view(*reversed(tensor.shape.tolist()))[rows].to(torch.bfloat16).contiguous()
     if tensors:
         raise BaseModelError(
@@ -86,7 +90,7 @@ def convert_gguf(file: Path, target: Path, progress: Progress) -> None:
     config.quantization_config = {"quant_method": "onebase", "name": held}
     save_file(written, target / "model.safetensors", {"format": "pt"})
     config.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(target)
+    read_gguf_tokenizer(file).save_pretrained(target)
 
 
 def _converted_bytes(tensors: Iterable[Any]) -> int:
@@ -158,7 +162,13 @@ def rows_of(name: str, config: Any, architecture: str) -> Any:
     return torch.arange(width).view(found, -1, 2).transpose(1, 2).flatten()
 
 
-def _added(name: str, architecture: str) -> int:
+def _query_scale(config: Any) -> int:
+    """What queries are divided by the root of, which no file tells: llama.cpp knows Gemma 3's 27B by its layers."""
+    width: int = config.hidden_size // config.num_attention_heads
+    return width if config.num_hidden_layers == _LAYERS_OF_27B else config.head_dim
+
+
+def added_to(name: str, architecture: str) -> int:
     """What llama.cpp adds to a norm's weights, which transformers adds itself."""
     return int(architecture == "gemma3" and name.endswith("norm.weight"))
 

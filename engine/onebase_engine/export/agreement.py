@@ -4,6 +4,7 @@ written model's best after the same ones before. Nothing is called done before t
 from collections.abc import Sequence
 from pathlib import Path
 
+from onebase_adapters.errors import AdapterError
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.llm import LLM
 from onebase_engine.llm_values import SamplingParams
@@ -29,6 +30,16 @@ def served_tokens(
     with LLM(spec.model, {"served": adapter}, quantization=spec.quantization, device=spec.device) as llm:
         outputs = llm.generate(list(prompts), greedy, "served")
     return [(list(output.prompt_token_ids), list(output.outputs[0].token_ids)) for output in outputs]
+
+
+def check_agreement(agreed: float, least: float) -> None:
+    """Raises AdapterError where fewer than `least` of the tokens agree."""
+    if agreed < least:
+        raise AdapterError(
+            f"Only {agreed:.1%} of the served adapter's greedy tokens are the written model's best, too: "
+            f"nothing is written. --least-agreement {agreed:.2f} keeps it all the same.",
+            field="least_agreement",
+        )
 
 
 def agreement(model: Path, written: Sequence[tuple[list[int], list[int]]], device: str) -> float:

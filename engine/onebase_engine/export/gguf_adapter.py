@@ -4,33 +4,31 @@ llama.cpp knows one kind of adapter, LoRA on linear weights. Every method that i
 is exported as that; the scale is in `lora_b`, so that ranks may differ.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 
 from onebase_adapters.atomic_files import disk_errors
-from onebase_adapters.errors import AdapterError, ConfigError
+from onebase_adapters.errors import AdapterError
 from onebase_adapters.primitives.instruction_set import LowRank
 from onebase_adapters.primitives.lowered_adapter import LoweredAdapter
 from onebase_engine.base.gguf_file import ARCHITECTURES, rows_of
 from onebase_engine.base.load_base import LoadedBase
+from onebase_engine.export.gguf_names import architecture_of
+from onebase_engine.export.model_card import Card, card_of, check_free, render_card
 
-_MODEL_TYPES = {"llama": "llama", "mistral": "llama", "gemma3_text": "gemma3"}
-"""llama.cpp's names of architectures, where they are not transformers'."""
 
-
-def write_gguf_adapter(base: LoadedBase, adapter: LoweredAdapter, file: Path) -> int:
-    """Write the file; gives how many weights it changes. Raises ConfigError (it exists), AdapterError for what
-    llama.cpp has no place for, or StorageError."""
-    if file.exists():
-        raise ConfigError(f"{file} exists. Choose another output.", field="output")
-    architecture = _MODEL_TYPES.get(base.shape.model_type, base.shape.model_type)
-    if architecture not in ARCHITECTURES:
-        raise AdapterError(
-            f"No adapters for bases of the type {base.shape.model_type} are written here.", field="model"
-        )
+def write_gguf_adapter(
+    base: LoadedBase, adapter: LoweredAdapter, file: Path, notes: Mapping[str, Any] | None = None
+) -> int:
+    """Write the file and its card, with the `notes` of `onebase.json`; gives how many weights it changes. Raises
+    ConfigError (it exists), AdapterError for what llama.cpp has no place for, or StorageError."""
+    check_free(file)
+    architecture = architecture_of(base.shape.model_type)
     updates = _updates(base, adapter)
     config = base.model.config
     names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], config.num_hidden_layers)
@@ -50,9 +48,16 @@ def write_gguf_adapter(base: LoadedBase, adapter: LoweredAdapter, file: Path) ->
             _write(partial, architecture, parts)
             _check(partial, parts)
             partial.replace(file)
+            card_of(file).write_text(_card(base, adapter, file.name, notes or {}), encoding="utf-8")
         finally:
             partial.unlink(missing_ok=True)
     return len(updates)
+
+
+def _card(base: LoadedBase, adapter: LoweredAdapter, name: str, notes: Mapping[str, Any]) -> str:
+    about = f"An adapter of {notes.get('method', adapter.method)} for {base.shape.hub_id}, as llama.cpp reads it."
+    commands = [f"llama-server -m BASE.gguf --lora {name}"]
+    return render_card(Card(name, base.shape.hub_id, "gguf", "adapter", about, commands, notes))
 
 
 def _updates(base: LoadedBase, adapter: LoweredAdapter) -> list[LowRank]:

@@ -49,6 +49,15 @@ def write_merged(base: LoadedBase, adapter: LoweredAdapter, folder: Path) -> Non
         base.tokenizer.save_pretrained(folder)
 
 
+def expanded_model(base: LoadedBase) -> Any:
+    """The base as a model of transformers alone, in bfloat16 on the CPU, of the weights that it is served with."""
+    empty = _empty(base, untied=False)
+    state = {name: value.to(torch.bfloat16) for name, value in _plain_state(base, empty).items()}
+    empty.load_state_dict(state, strict=False, assign=True)
+    empty.tie_weights()
+    return empty.eval()
+
+
 def _empty(base: LoadedBase, *, untied: bool) -> Any:
     """The model without weights, and without its quantisation."""
     from accelerate import init_empty_weights

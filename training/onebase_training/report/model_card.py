@@ -1,49 +1,32 @@
-"""`README.md` of a result: a model card as hubs read it: what the adapter is, how it did, and how it is used."""
+"""`README.md` of a run's result."""
 
-import json
-
+from onebase_engine.export import model_card
+from onebase_engine.export.model_card import Card
 from onebase_training.run_result import TrainResult
 
 
 def render_card(result: TrainResult, hub_id: str) -> str:
-    """Markdown behind a header of YAML, which JSON's values are as well."""
-    notes, whole = result.notes, result.notes["method"] == "full"
-    header = {
-        "base_model": hub_id,
-        "library_name": "transformers" if whole else "peft",
-        "tags": ["onebase", notes["method"]],
-    }
-    data, before, after = notes["data"], result.before.marks, result.after.marks
-    name = result.output.name
-    serve = (
+    """The card of an adapter, or of a model all of whose weights were trained."""
+    notes, whole, name = result.notes, result.notes["method"] == "full", result.output.name
+    served = (
         f"onebase serve --model {name}"
         if whole
         else f"onebase serve --model {notes['base']['model']} --adapter-root .   # and register the folder {name}"
     )
-    lines = [
-        "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
-        "---",
-        "",
-        f"# {name}",
-        "",
+    about = (
         f"Trained by OneBase with {notes['method']} on {hub_id} ({notes['base']['quantization']}): "
-        f"{data['examples']:,} examples, {result.steps:,} steps, {result.parameters:,} parameters.",
-        "",
-        "| held out | before | after |",
-        "|---|---|---|",
-        *(f"| {mark} | {_number(before.get(mark))} | {_number(value)} |" for mark, value in after.items()),
-        "",
-        f"Measured on {data['held_out_examples']:,} examples. `report.html` has the curve and examples of answers, "
-        "`onebase.json` all settings.",
-        "",
-        "```console",
-        f"$ {serve}",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+        f"{result.steps:,} steps, {result.parameters:,} parameters. `report.html` has the curve and examples of "
+        "answers, `onebase.json` all settings."
+    )
+    marks = {"before": result.before.marks, "after": result.after.marks}
+    return model_card.render_card(
+        Card(
+            name=name,
+            base=hub_id,
+            library="transformers" if whole else "peft",
+            relation="finetune" if whole else "adapter",
+            about=about,
+            commands=[served],
+            notes={**notes, "metrics": marks},
+        )
+    )
