@@ -20,6 +20,7 @@ from onebase_contract.settings import TrainConfig
 from onebase_training import training_run
 from onebase_training.fitting import spread as spread_module
 from onebase_training.fitting.distributed import Ranks
+from onebase_training.fitting.extension_locks import extensions
 from onebase_training.training_run import train
 from support.processes import run_two
 
@@ -114,6 +115,20 @@ def train_by_deepspeed(config: TrainConfig, killed_at: int | None = None) -> Non
             os._exit(9)
 
     train(config, progress)
+
+
+def test_what_a_killed_compilation_left_is_forgotten_unless_another_run_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    with extensions():
+        assert not lock.exists()
+        lock.touch()
+        with extensions():
+            assert lock.exists()
 
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs onebase[deepspeed]")

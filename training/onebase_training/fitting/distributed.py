@@ -94,6 +94,8 @@ def deepspeed_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
 
+    from onebase_training.fitting.extension_locks import extensions
+
     zero: dict[str, Any] = {"stage": int(config.deepspeed[-1])}
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -111,5 +113,6 @@ def deepspeed_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    with extensions():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
