@@ -240,8 +240,8 @@ class LLM:
         `generate`."""
         starts, ends = _listed(prompts), _listed(continuations)
         number = max(len(starts), len(ends))
-        starts = _each(starts[0] if len(starts) == 1 else starts, number, "prompts")
-        ends = _each(ends[0] if len(ends) == 1 else ends, number, "continuations")
+        starts = _each(starts * number if len(starts) == 1 else starts, number, "prompts")
+        ends = _each(ends * number if len(ends) == 1 else ends, number, "continuations")
         asked = []
         for at, (one, end) in enumerate(zip(self._asked_all(starts, adapter), ends, strict=True)):
             field = _field("continuations", at, number)

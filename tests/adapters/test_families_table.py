@@ -16,6 +16,7 @@ from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.describe import describe_base
 from onebase_engine.base.families import FAMILIES, FUSED, class_of, family_of
 from onebase_engine.base.load_base import load_base
+from onebase_engine.base.mixture import split_mixture
 from onebase_engine.base.model_weights import ModelWeights
 from onebase_engine.kernels.coded_linear import CodedLinear
 from support.models import ENCODERS, save_model, tiny_of
@@ -45,6 +46,7 @@ def test_every_line_has_its_proof() -> None:
 def test_both_sublayers_of_every_layer_are_known(tiny: str) -> None:
     config = TINY[tiny](64)
     model = transformers.AutoModelForCausalLM.from_config(config)
+    split_mixture(model, lambda linear: linear)
     shape = describe_base(model, "tiny", "")
     assert len(shape.sublayers) == 2 * shape.layers
     for name in shape.sublayers:

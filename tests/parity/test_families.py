@@ -89,4 +89,4 @@ def test_every_other_family_alone_and_in_a_mixed_batch(family: str, served: Call
         (alone,) = Feeder(it.model).logits([Stream(tokens, slot)])
         exact = logits(it.exact, tokens, adapter)
         for ours in (alone, in_company):
-            check_as_exact(ours, logits(it.plain, tokens, adapter), exact)
+            check_as_exact(ours, logits(it.plain, tokens, adapter), exact, ties=family in MIXTURES)

@@ -21,6 +21,11 @@ from support.models import tiny_of
 from support.peers import load_exact, logits, with_adapters
 from support.serving import Feeder, Stream, put
 
+OPTIONS: list[dict[str, Any]] = [
+    {"method": "qlora", "alpha_pattern": {"down_proj": 12.0}},
+    {"method": "lora", "targets": ("mlp.experts.gate_up_proj", "q_proj", "layers.0.mlp.gate")},
+]
+"""One for each family."""
 ANIMALS = ("cat", "dog", "cow", "owl")
 
 
@@ -45,14 +50,7 @@ def config(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Callable[..., T
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    zip(
-        tiny_of("tests/training/test_train_mixture.py", "trained"),
-        [
-            {"method": "qlora", "alpha_pattern": {"down_proj": 12.0}},
-            {"method": "lora", "targets": ("mlp.experts.gate_up_proj", "q_proj", "layers.0.mlp.gate")},
-        ],
-        strict=True,
-    ),
+    [*zip(tiny_of("tests/training/test_train_mixture.py", "trained"), OPTIONS, strict=True)],
 )
 def test_what_is_trained_is_served_and_read_by_peft(
     family: str, options: dict[str, Any], config: Callable[..., TrainConfig]
