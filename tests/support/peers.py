@@ -103,8 +103,11 @@ def check_as_exact(ours: torch.Tensor, peers: torch.Tensor, exact: torch.Tensor,
     errors = (ours.float() - exact).norm(dim=-1) / size
     allowed = (peers - exact).norm(dim=-1) / size
     assert errors.mean() <= 1.2 * allowed.mean(), f"{errors.mean():.4f} against {allowed.mean():.4f}"
-    worst, most = (found.quantile(0.9) if ties else found.max() for found in (errors, allowed))
-    assert worst <= 1.5 * most, f"{worst:.4f} against {most:.4f}"
+    beside = errors / (
+        allowed + allowed.mean()
+    )  # what rounding does to one token more than to others, it does to both
+    worst = beside.quantile(0.9) if ties else beside.max()
+    assert worst <= 2.5, f"{worst:.2f} times the peer's"
 
 
 def check_greedy(model: Any, prompt: Sequence[int], ours: list[int], adapter: Path | None) -> int:
