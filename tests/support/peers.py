@@ -103,9 +103,8 @@ def check_as_exact(ours: torch.Tensor, peers: torch.Tensor, exact: torch.Tensor,
     errors = (ours.float() - exact).norm(dim=-1) / size
     allowed = (peers - exact).norm(dim=-1) / size
     assert errors.mean() <= 1.2 * allowed.mean(), f"{errors.mean():.4f} against {allowed.mean():.4f}"
-    beside = errors / (
-        allowed + allowed.mean()
-    )  # what rounding does to one token more than to others, it does to both
+    # What rounding does to one token more than to others, it does to both.
+    beside = errors / (allowed + allowed.mean())
     worst = beside.quantile(0.9) if ties else beside.max()
     assert worst <= 2.5, f"{worst:.2f} times the peer's"
 
