@@ -1,6 +1,6 @@
 """The engine: `step()` schedules, runs the model once over everything that is due, samples, and emits.
 
-Single-threaded; only the reading of adapters happens elsewhere (see `residency`).
+Single-threaded; only adapters are read elsewhere (see `residency`), and grammars compiled (see `grammar`).
 """
 
 import logging
@@ -243,9 +243,9 @@ class Engine:
             self._end(sequence)
             if grammar is not None and (why := grammar.error) is not None:
                 return _failure(sequence.request.id, "grammar", f"The grammar failed: {why}")
-            return _failure(
-                sequence.request.id, "adapter", "The logits are not finite: the adapter's numbers overflow."
-            )
+            adapted = sequence.request.adapter is not None
+            why = f"The logits are not finite: the {'adapter' if adapted else 'base'}'s numbers overflow."
+            return _failure(sequence.request.id, "adapter" if adapted else "internal", why)
         reason = sequence.append(choice.token)
         if reason is not None:
             self._end(sequence)

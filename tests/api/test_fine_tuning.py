@@ -216,6 +216,37 @@ def test_a_paused_job_rests_and_goes_on_where_it_was(client: openai.OpenAI, serv
     assert runs[0] == "fake run from step 1" != runs[1]
 
 
+async def test_of_two_endings_the_first_counts(http: httpx.AsyncClient, services: Services) -> None:
+    file = (
+        await http.post(FILES, files={"file": ("a.jsonl", data(steps=1))}, data={"purpose": "fine-tune"})
+    ).json()
+    job = services.book.add_job(JobSpec(file["id"], "a", "lora"))
+    ended = services.book.end(job.id, "It was cancelled.", level="info", status="cancelled")
+    assert services.book.end(job.id, "It is done.", level="info", status="succeeded", model="a") == ended
+    assert [event.message for event in services.book.events(job.id)] == ["It was cancelled."]
+
+
+async def test_a_job_that_is_resumed_while_it_is_being_paused_goes_on(
+    http: httpx.AsyncClient, services: Services
+) -> None:
+    await services.runner.start()
+    upload = {"file": ("data.jsonl", data(steps=40, delay=0.02))}
+    file = (await http.post(FILES, files=upload, data={"purpose": "fine-tune"})).json()
+    job = (await http.post(JOBS, json={"model": "tiny", "training_file": file["id"]})).json()
+    for _ in range(1000):
+        if services.book.job(job["id"]).seconds_left is not None:
+            break
+        await asyncio.sleep(0.01)
+    await asyncio.gather(*(http.post(f"{JOBS}/{job['id']}/{what}") for what in ("pause", "resume", "pause")))
+    await http.post(f"{JOBS}/{job['id']}/resume")
+    for _ in range(1000):
+        if (status := services.book.job(job["id"]).status) not in ("queued", "running"):
+            break
+        await asyncio.sleep(0.01)
+    await services.runner.stop()
+    assert status == "succeeded"
+
+
 async def test_a_paused_job_stays_so_with_the_next_server(http: httpx.AsyncClient, services: Services) -> None:
     upload = {"file": ("data.jsonl", data(steps=1000, delay=0.02))}
     file = (await http.post(FILES, files=upload, data={"purpose": "fine-tune"})).json()

@@ -26,7 +26,7 @@ class DecoderCache:
     """Of what the encoder made of the prompt."""
 
     def crop(self, tokens: int) -> None:
-        """Keep those of the first tokens alone."""
+        """Keep only those of the first tokens."""
         self.own = {layer: (k[:, :tokens], v[:, :tokens]) for layer, (k, v) in self.own.items()}
 
     def extend(self, layer: int, new: KeysValues) -> KeysValues:
@@ -38,7 +38,7 @@ class DecoderCache:
 
 
 class Rows:
-    """Whose the flat rows are that the attention modules of one model are given next."""
+    """The sequences whose flat rows the attention modules of one model are given next."""
 
     def __init__(self) -> None:
         self.spans: Sequence[slice] = ()

@@ -183,6 +183,16 @@ class JobBook:
             )
         return job
 
+    def end(self, job_id: str, message: str, *, level: Level, **values: Any) -> Job:
+        """End a job by its last event, and change its fields; one that has ended stays as it is. Raises
+        UnknownJobError."""
+        with self._lock:
+            job = self.job(job_id)
+            if job.status in ENDED:
+                return job
+            self.tell(job_id, message, level=level)
+            return self.change(job_id, finished=time.time(), seconds_left=None, **values)
+
     def tell(
         self,
         job_id: str,

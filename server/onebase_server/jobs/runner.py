@@ -84,7 +84,11 @@ class JobRunner:
             log.warning("another server runs the jobs in %s: none are run here", self.book.root)
             return
         for job in reversed(await asyncio.to_thread(self.book.jobs)):
-            if job.status in ENDED or job.status == "paused":
+            if job.status in ENDED:
+                await asyncio.to_thread(self._clear, job.id)  # a kill may have come between
+                continue
+            if job.status == "paused":
+                self._stopped.add(job.id)
                 continue
             if job.spec.base in ("", self._settings.model):
                 self._waiting.put_nowait(job.id)
@@ -139,9 +143,13 @@ class JobRunner:
     async def resume(self, job_id: str) -> Job:
         """Queue a paused job again; any other stays as it is. Raises UnknownJobError or JobsElsewhereError."""
         self._check_owned()
-        before = await asyncio.to_thread(self.book.job, job_id)
+        job = await asyncio.to_thread(self.book.job, job_id)
+        if job.status != "paused":
+            return job
+        async with self._changed:  # else the worker that is still pausing it would take its end for a failure
+            await self._changed.wait_for(lambda: job_id not in self._busy)
         job = await asyncio.to_thread(self.book.change, job_id, ("paused",), status="queued")
-        if before.status == "paused" and job.status == "queued":
+        if job.status == "queued" and job_id in self._stopped:
             self._stopped.discard(job_id)
             await self._tell(job_id, "The job is resumed: it waits for its turn.")
             self._waiting.put_nowait(job_id)
@@ -333,17 +341,17 @@ class JobRunner:
 
     async def _end(self, job_id: str, message: str, *, level: Level = "info", **values: Any) -> Job:
         """Write down how a job ended; of two endings the first counts."""
-        job = await asyncio.to_thread(self.book.job, job_id)
-        if job.status in ENDED:
-            return job
-        output = self.book.root / "results" / job_id
-        for left in (output, Workspace(output).folder):
-            await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
-        await asyncio.to_thread(self.book.tell, job_id, message, level=level)
-        job = await asyncio.to_thread(self.book.change, job_id, finished=time.time(), seconds_left=None, **values)
+        job = await asyncio.to_thread(self.book.end, job_id, message, level=level, **values)
+        await asyncio.to_thread(self._clear, job_id)
         async with self._changed:
             self._changed.notify_all()
         return job
+
+    def _clear(self, job_id: str) -> None:
+        """Remove what an ended job has left."""
+        output = self.book.root / "results" / job_id
+        for left in (output, Workspace(output).folder):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 async def _lines(stream: asyncio.StreamReader | None) -> AsyncIterator[bytes]:

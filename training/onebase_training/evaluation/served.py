@@ -34,11 +34,13 @@ def serving(spec: BaseSpec, longest: int, progress: Progress) -> Iterator[Engine
     config = EngineConfig(
         spec, max_running=_TOGETHER, max_adapters=1, cache_tokens=_TOGETHER * (longest + _VIRTUAL)
     )
-    engine = start_engine(config, progress=lambda text: progress(Stage(text)))
     try:
-        yield engine
+        engine = start_engine(config, progress=lambda text: progress(Stage(text)))
+        try:
+            yield engine
+        finally:
+            engine.close()
     finally:
-        engine.close()
         torch.set_num_threads(threads)  # numba's OpenMP has made it the number of cores
 
 
@@ -131,14 +133,17 @@ def steps(engine: Engine, requests: Sequence[EngineRequest]) -> Iterator[list[Ou
     for one in requests:
         if (refused := engine.submit(one)) is not None:
             raise AdapterError(f"The engine refuses an example: {refused.error}.", field="max_length")
-    while engine.busy:
-        if engine.idle:
-            time.sleep(0.001)  # an adapter is being read
-        outputs = engine.step()
-        for output in outputs:
-            if output.finish_reason == "error":
-                raise AdapterError(output.error or "", field="adapter")
-        yield outputs
+    try:
+        while engine.busy:
+            if engine.idle:
+                time.sleep(0.001)  # an adapter is being read
+            outputs = engine.step()
+            for output in outputs:
+                if output.finish_reason == "error":
+                    raise AdapterError(output.error or "", field="adapter")
+            yield outputs
+    finally:
+        engine.abort_all()
 
 
 def _run(engine: Engine, requests: Sequence[EngineRequest], progress: Progress, unit: str) -> list[Output]:

@@ -21,9 +21,9 @@ from onebase_contract.events import silent
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.catalog import fetch_base
 from onebase_engine.engine import Engine
-from onebase_engine.engine_info import AdapterInfo
+from onebase_engine.engine_info import AdapterInfo, TemplateInfo
 from onebase_engine.request import EngineRequest, SamplingParams
-from onebase_training.data import Example, encode, encode_for_head
+from onebase_training.data import Encoded, Example, encode, encode_for_head
 from onebase_training.data.encoding.encode_template import encode_with
 from onebase_training.evaluation import served
 
@@ -79,13 +79,22 @@ def _prompts(
         labelled = encode_for_head(examples, tokenizer, list(info.head.labels), max_length=room, too_long="skip")
         plain = [one.input_ids for one in labelled]
         return plain, plain
-    found = [encode([one], tokenizer, max_length=room, too_long="skip")[-1:] for one in examples]
-    plain = [last.input_ids[: last.prompt_length] for one in found for last in one]
-    if info.template is None:
-        return plain, plain
-    template = Template(info.template.before, info.template.after, info.template.messages, info.template.stop)
-    shown = encode_with(template, examples, tokenizer, room) or []
-    return plain, [one.input_ids[: one.prompt_length] for one in shown]
+    pairs = []
+    template = None if info.template is None else _template(info.template)
+    for one in examples:
+        bare = encode([one], tokenizer, max_length=room, too_long="skip")[-1:]
+        around = bare if template is None else encode_with(template, [one], tokenizer, room)
+        if bare and around:
+            pairs.append((_prompt(bare[0]), _prompt(around[0])))
+    return [before for before, _ in pairs], [after for _, after in pairs]
+
+
+def _prompt(one: Encoded) -> Tokens:
+    return one.input_ids[: one.prompt_length]
+
+
+def _template(info: TemplateInfo) -> Template:
+    return Template(info.before, info.after, info.messages, info.stop)
 
 
 def _requests(engine: Engine, info: AdapterInfo, prompts: Sequence[Tokens], adapted: bool) -> list[EngineRequest]:
