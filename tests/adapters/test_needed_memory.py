@@ -43,7 +43,8 @@ def test_in_every_form(spec: BaseSpec, tiny_model: Callable[[str], Path]) -> Non
 
 
 @pytest.mark.parametrize(
-    "layout", ["gptq", "gptq-act-order", "awq", "compressed", "bitsandbytes", "Q4_0", "Q4_1", "Q8_0"]
+    "layout",
+    ["gptq", "gptq-act-order", "awq", "compressed", "compressed-float8", "bitsandbytes", "Q4_0", "Q4_1", "Q8_0"],
 )
 def test_of_codes(
     layout: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

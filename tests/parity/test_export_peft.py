@@ -121,3 +121,12 @@ def test_the_command(
     assert "| loss | 3 | 1.5 |" in card
     assert "SHA-256 of the data: f00d." in card
     assert json.loads((tmp_path / "out" / "onebase.json").read_text()) == notes
+
+
+def test_an_encoder_decoders_adapter_is_refused_by_name(
+    tiny_model: Callable[[str], Path], tiny_lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    spec, adapter = BaseSpec(str(tiny_model("t5")), device="cpu"), tiny_lora("t5", modules=["q", "v"])
+    with pytest.raises(AdapterError, match="encoder-decoder"):
+        export_peft(adapter, tmp_path / "out", spec, [[5, 6, 7]], least=0.0, progress=lambda _: None)
+    assert not (tmp_path / "out").exists()

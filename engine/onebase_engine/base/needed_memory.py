@@ -18,7 +18,7 @@ from onebase_engine.base.coded_checkpoint import tensor_files
 from onebase_engine.kernels.device import free_memory
 
 _LAYER = re.compile(r"\.\d+\.")
-_SIZES = {"I8": 1, "U8": 1, "I16": 2, "I32": 4, "I64": 8, "F32": 4}
+_SIZES = {"I8": 1, "U8": 1, "F8_E4M3": 1, "I16": 2, "I32": 4, "I64": 8, "F32": 4}
 """Bytes of a number that is kept as it is: codes, and their scales. All others are held in bfloat16."""
 _SCALES = ("scales", "offsets", "weight_scale")
 _BESIDE_CODES = re.compile(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from onebase_adapters.atomic_files import staged_directory
+from onebase_adapters.errors import AdapterError
 from onebase_adapters.formats.chat_template import CHAT_TEMPLATE_FILE
 from onebase_adapters.formats.peft_folder import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE, read_object
 from onebase_adapters.peft_form import peft_form
@@ -42,6 +43,8 @@ def export_peft(
     """
     check_free(output)
     base, adapter = load_lowered(path, spec, progress)
+    if base.shape.encoder_decoder:
+        raise AdapterError(f"{spec.model} is an encoder-decoder: its adapters are not written here.", field="model")
     for note in adapter.notes:
         progress(f"note: {note}")
     with staged_directory(output) as folder:

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 from onebase_adapters.errors import AdapterFormatError, ConfigError
 from onebase_adapters.formats.checks import check_folder
 from onebase_adapters.formats.read_adapter import read_adapter
-from onebase_adapters.primitives.instruction_set import Template
 from onebase_contract.events import Progress, Stage, silent
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.catalog import fetch_base
@@ -101,8 +100,7 @@ def _measure(
     if info.template is None:
         examples = encode(dataset.examples, tokenizer, max_length=limit)
         return _write(engine, examples, config, tokenizer, info, progress)
-    template = Template(info.template.before, info.template.after, info.template.messages, info.template.stop)
-    shown = encode_with(template, dataset.examples, tokenizer, limit)
+    shown = encode_with(served.template_of(info.template), dataset.examples, tokenizer, limit)
     if shown is None:
         raise AdapterFormatError("The template leaves no room for the longest example.", field="adapter")
     return _write(engine, shown, config, tokenizer, None, progress)  # it is text, and changes nothing else

@@ -10,11 +10,12 @@ import torch
 from msgspec.structs import replace
 
 from onebase_adapters.errors import AdapterError
+from onebase_adapters.primitives.instruction_set import Template
 from onebase_contract.events import Part, Progress, Stage
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.engine import Engine
 from onebase_engine.engine_config import EngineConfig
-from onebase_engine.engine_info import AdapterInfo
+from onebase_engine.engine_info import AdapterInfo, TemplateInfo
 from onebase_engine.request import EngineRequest, Output, SamplingParams, Task
 from onebase_engine.startup import start_engine
 from onebase_training.data import NO_LOSS, Encoded
@@ -47,6 +48,11 @@ def serving(spec: BaseSpec, longest: int, progress: Progress) -> Iterator[Engine
 def load(engine: Engine, folder: Path) -> AdapterInfo:
     """Make the adapter in a folder the one that the functions below can ask. Raises AdapterError."""
     return engine.load_adapter(_ADAPTER, folder).result()
+
+
+def template_of(info: TemplateInfo) -> Template:
+    """A hard prompt as examples are encoded with it."""
+    return Template(info.before, info.after, info.messages, info.stop)
 
 
 def answers(
@@ -130,10 +136,10 @@ def request(
 def steps(engine: Engine, requests: Sequence[EngineRequest]) -> Iterator[list[Output]]:
     """Put requests to the engine and give each step's outputs, until all have ended. Raises AdapterError if one
     fails."""
-    for one in requests:
-        if (refused := engine.submit(one)) is not None:
-            raise AdapterError(f"The engine refuses an example: {refused.error}.", field="max_length")
     try:
+        for one in requests:
+            if (refused := engine.submit(one)) is not None:
+                raise AdapterError(f"The engine refuses an example: {refused.error}.", field="max_length")
         while engine.busy:
             if engine.idle:
                 time.sleep(0.001)  # an adapter is being read

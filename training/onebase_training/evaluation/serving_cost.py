@@ -16,12 +16,11 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from onebase_adapters.errors import AdapterError
-from onebase_adapters.primitives.instruction_set import Template
 from onebase_contract.events import silent
 from onebase_engine.base.base_spec import BaseSpec
 from onebase_engine.base.catalog import fetch_base
 from onebase_engine.engine import Engine
-from onebase_engine.engine_info import AdapterInfo, TemplateInfo
+from onebase_engine.engine_info import AdapterInfo
 from onebase_engine.request import EngineRequest, SamplingParams
 from onebase_training.data import Encoded, Example, encode, encode_for_head
 from onebase_training.data.encoding.encode_template import encode_with
@@ -80,7 +79,7 @@ def _prompts(
         plain = [one.input_ids for one in labelled]
         return plain, plain
     pairs = []
-    template = None if info.template is None else _template(info.template)
+    template = None if info.template is None else served.template_of(info.template)
     for one in examples:
         bare = encode([one], tokenizer, max_length=room, too_long="skip")[-1:]
         around = bare if template is None else encode_with(template, [one], tokenizer, room)
@@ -91,10 +90,6 @@ def _prompts(
 
 def _prompt(one: Encoded) -> Tokens:
     return one.input_ids[: one.prompt_length]
-
-
-def _template(info: TemplateInfo) -> Template:
-    return Template(info.before, info.after, info.messages, info.stop)
 
 
 def _requests(engine: Engine, info: AdapterInfo, prompts: Sequence[Tokens], adapted: bool) -> list[EngineRequest]:
